@@ -1,0 +1,322 @@
+"""The closed set of messages. What is not here cannot be said.
+
+Every message is one datagram of a SOCK_SEQPACKET channel (see ipc/channel.py): JSON with a `type` tag,
+unknown fields refused, every field bounded. Bulk (`payload` in the comments) travels beside the message
+as one sealed memfd, so that no message is ever split.
+"""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Address, IPv6Address
+from typing import Annotated, Literal, TypeAlias
+
+from msgspec import Meta, Struct
+
+from egressd.ruleset.wants import NatEntry, WorkspaceName
+
+__all__ = [
+    "FROM_CLIENT", "FROM_INSPECTOR", "FROM_RESOLVER", "FROM_WARDEN", "TO_AUDITOR", "TO_CLIENT",
+    "TO_INSPECTOR", "TO_RESOLVER", "TO_WARDEN",
+]  # fmt: skip
+
+LinkNumber = Annotated[int, Meta(ge=1, le=999_999_999)]
+RequestId = Annotated[int, Meta(ge=1)]
+Text = Annotated[str, Meta(max_length=4096)]
+HostName = Annotated[str, Meta(min_length=1, max_length=253)]
+UserId = Annotated[int, Meta(ge=0, le=0xFFFF_FFFE)]
+
+
+class _Message(Struct, frozen=True, tag_field="type", forbid_unknown_fields=True, kw_only=True):
+    """Base: the tag is the class's name."""
+
+
+class _Request(_Message, frozen=True, tag=True):
+    request: RequestId
+
+
+# --------------------------------------------------------------------------------------------------
+# controller -> warden: everything the privileged process can be asked to do. Nothing else is.
+# Why each is safe though the asker be hostile:
+#   SetWorkspaces   only ever writes egressd's own two tables inside the gateway; every field is a number,
+#                   an address or a checked identifier. A hostile controller can allow what it likes --
+#                   that is what a controller is for -- but reaches no other table, namespace or host.
+#   SetNat          the same, for where synthetic addresses lead; real addresses are checked again against
+#                   the classes no rule may reach (loopback, link-local, egressd's own pools).
+#   OpenLink        the descriptor must be a network namespace (nsfs magic, NS_GET_NSTYPE), owned through a
+#                   child user namespace by `owner`, neither init's nor the gateway nor leased already.
+#   CloseLink       only ever takes permission away.
+#   Settle          the same: removes links and chains that no message since the last connect named.
+#   ReadCounters, ReadRuleset   read.
+
+
+class SetWorkspaces(_Request, frozen=True, tag=True):
+    """Make the allow maps exactly the payload's (list[WorkspaceWant]); a diff, in one batch."""
+
+    payload_length: Annotated[int, Meta(ge=2, le=1 << 28)]
+
+
+class SetNat(_Request, frozen=True, tag=True):
+    """Change where slots lead. One batch."""
+
+    entries: Annotated[tuple[NatEntry, ...], Meta(max_length=512)]
+
+
+class OpenLink(_Request, frozen=True, tag=True):
+    """Chain first, then the veth pair into the namespace descriptor sent along, gateway side, up."""
+
+    link: LinkNumber
+    workspace: WorkspaceName
+    owner: UserId
+    quota: Annotated[int, Meta(ge=1, le=1 << 62)] | None = None  # bytes
+
+
+class KeepLink(_Request, frozen=True, tag=True):
+    """After a restart of the warden: this link is leased; adopt it as it stands in the kernel."""
+
+    link: LinkNumber
+    workspace: WorkspaceName
+    owner: UserId
+    quota: Annotated[int, Meta(ge=1, le=1 << 62)] | None = None
+
+
+class CloseLink(_Request, frozen=True, tag=True):
+    link: LinkNumber
+
+
+class Settle(_Request, frozen=True, tag=True):
+    """Links not opened or kept on this connection are removed, with their chains and counters."""
+
+
+class ReadCounters(_Request, frozen=True, tag=True):
+    """Answered by `Payload`: list[LinkCounters] and per-element counters, see ruleset.observe."""
+
+
+class ReadRuleset(_Request, frozen=True, tag=True):
+    """Answered by `Payload`: the gateway's ruleset as nft lists it (text), or as JSON."""
+
+    json: bool = False
+
+
+TO_WARDEN: TypeAlias = (
+    SetWorkspaces | SetNat | OpenLink | KeepLink | CloseLink | Settle | ReadCounters | ReadRuleset
+)
+
+
+# warden -> controller
+class Done(_Request, frozen=True, tag=True):
+    """The kernel has acknowledged it."""
+
+    changes: int = 0
+    microseconds: int = 0
+
+
+class Failed(_Request, frozen=True, tag=True):
+    """Nothing was granted. `reason` is a `model.verdicts.Reason` value."""
+
+    reason: Annotated[str, Meta(max_length=32)]
+    text: Text
+
+
+class Payload(_Request, frozen=True, tag=True):
+    """The bulk answer travels beside this as a sealed memfd of `payload_length` bytes."""
+
+    payload_length: Annotated[int, Meta(ge=0, le=1 << 30)]
+
+
+class LinkClosed(_Request, frozen=True, tag=True):
+    """The link's last counters, read after its device was gone."""
+
+    link: LinkNumber
+    counters: dict[str, tuple[int, int]]  # "in", "ok", "denied", "other" -> (packets, bytes)
+
+
+class Tampered(_Message, frozen=True, tag=True):
+    """Somebody changed the gateway behind our back; `what` was found missing or foreign, and restored."""
+
+    what: Text
+    restored: bool
+    process: Text = ""  # who, where netlink says (pid and name)
+    lost: dict[str, tuple[int, int]] = {}  # key -> (packets, bytes): last counters of elements that went
+
+
+class Retired(_Message, frozen=True, tag=True):
+    """Elements that left the maps, with their last counters (from the kernel's own delete events)."""
+
+    workspace: WorkspaceName
+    elements: dict[str, tuple[int, int]]  # comment -> (packets, bytes), summed
+
+
+FROM_WARDEN: TypeAlias = Done | Failed | Payload | LinkClosed | Tampered | Retired
+
+
+# --------------------------------------------------------------------------------------------------
+# controller -> resolver and back
+class SetNames(_Request, frozen=True, tag=True):
+    """The names of every workspace; payload: list[dns.table.WorkspaceNames]."""
+
+    payload_length: Annotated[int, Meta(ge=2, le=1 << 28)]
+
+
+class BindSource(_Request, frozen=True, tag=True):
+    """From now on these two source addresses are this sandbox (validated by the guard, per link)."""
+
+    link: LinkNumber
+    workspace: WorkspaceName
+    source4: IPv4Address
+    source6: IPv6Address
+
+
+class UnbindSource(_Request, frozen=True, tag=True):
+    link: LinkNumber
+
+
+class Resolved(_Request, frozen=True, tag=True):
+    """resolver -> controller: a name's slots, real address or None, in slot order.
+
+    Answered `Done` once the kernel leads there, `Failed` if it does not. Until then no answer is given.
+    """
+
+    host: HostName
+    private: bool
+    slots4: tuple[IPv4Address | None, IPv4Address | None, IPv4Address | None, IPv4Address | None]
+    slots6: tuple[IPv6Address | None, IPv6Address | None, IPv6Address | None, IPv6Address | None]
+
+
+TO_RESOLVER: TypeAlias = SetNames | BindSource | UnbindSource | Done | Failed
+FROM_RESOLVER: TypeAlias = Resolved | Done | Failed
+
+
+# --------------------------------------------------------------------------------------------------
+# controller -> inspector and back
+class Relay(Struct, frozen=True, forbid_unknown_fields=True):
+    """A `local:` service: connections from `workspace` to (block, port) go to 127.0.0.1:`port`."""
+
+    workspace: WorkspaceName
+    service: HostName
+    block: Annotated[int, Meta(ge=0, lt=1 << 14)]
+    port: Annotated[int, Meta(ge=1, le=65535)]
+
+
+class SetRelays(_Request, frozen=True, tag=True):
+    """All relays there are. Flows whose relay is no longer among them are closed on both sides before
+    `Done` is answered: only then is a revocation complete."""
+
+    relays: Annotated[tuple[Relay, ...], Meta(max_length=1024)]
+
+
+TO_INSPECTOR: TypeAlias = SetRelays | BindSource | UnbindSource
+FROM_INSPECTOR: TypeAlias = Done | Failed
+
+
+# --------------------------------------------------------------------------------------------------
+# client (broker, egressctl) -> controller and back, over the control socket
+class Enter(_Message, frozen=True, tag=True):
+    """May I spawn in this workspace? Answered `Terms` or `Refusal`."""
+
+    workspace: Annotated[str, Meta(max_length=256)]
+
+
+class Attach(_Message, frozen=True, tag=True):
+    """After `Enter`: the namespace of my child comes along as the one descriptor. Answered `Lease`.
+
+    `command` is recorded, never interpreted.
+    """
+
+    command: Text = ""
+
+
+class Ask(_Message, frozen=True, tag=True):
+    """A reading verb. Answered `Answer` with a JSON document as payload, or `Refusal`."""
+
+    what: Literal["status", "counters", "ruleset", "policy", "diff"]
+    workspace: Annotated[str, Meta(max_length=256)] | None = None
+
+
+class Why(_Message, frozen=True, tag=True):
+    """Why is this name, address or sandbox allowed or denied? Answered `Answer`."""
+
+    workspace: Annotated[str, Meta(max_length=256)]
+    subject: Annotated[str, Meta(max_length=1024)]
+
+
+class Apply(_Message, frozen=True, tag=True):
+    """Read the policy directory again and apply it as one change. For root and the daemon's user.
+
+    With `dry_run`, only answer what would change.
+    """
+
+    dry_run: bool = False
+
+
+FROM_CLIENT: TypeAlias = Enter | Attach | Ask | Why | Apply
+
+
+class LocalService(Struct, frozen=True, forbid_unknown_fields=True):
+    """A port on the sandbox's own loopback, and the synthetic addresses it is translated to."""
+
+    service: HostName
+    port: Annotated[int, Meta(ge=1, le=65535)]
+    address4: IPv4Address
+    address6: IPv6Address
+
+
+class Terms(_Message, frozen=True, tag=True):
+    """You may. What the sandbox will be held to, and how its inside is laid out."""
+
+    workspace: WorkspaceName
+    guard: Literal["off", "observe", "enforce"]
+    policy: str  # digest
+    wall: float | None = None
+    memory: int | None = None
+    processes: int | None = None
+    services: tuple[LocalService, ...] = ()
+
+
+class Lease(_Message, frozen=True, tag=True):
+    """The link is there: this is its address. It goes when this connection closes."""
+
+    link: LinkNumber
+    address4: IPv4Address
+    address6: IPv6Address
+
+
+class Refusal(_Message, frozen=True, tag=True):
+    """No, and why. `reason` is a `model.verdicts.Reason` value; `text` says what to do about it."""
+
+    reason: Annotated[str, Meta(max_length=32)]
+    text: Text
+
+
+class Revoked(_Message, frozen=True, tag=True):
+    """The lease has ended from our side (workspace removed, daemon stopping): the sandbox must end."""
+
+    text: Text
+
+
+class Answer(_Message, frozen=True, tag=True):
+    """The JSON document travels beside this as a sealed memfd of `payload_length` bytes."""
+
+    payload_length: Annotated[int, Meta(ge=0, le=1 << 30)]
+
+
+TO_CLIENT: TypeAlias = Terms | Lease | Refusal | Revoked | Answer
+
+
+# --------------------------------------------------------------------------------------------------
+# anyone -> auditor. Never answered, never waited for.
+class Event(_Message, frozen=True, tag=True):
+    """Something to be recorded. `fields` are data: the auditor escapes them, nobody interprets them."""
+
+    process: Annotated[str, Meta(max_length=32)]
+    event: Annotated[str, Meta(pattern=r"^[a-z][a-z-]{1,40}$")]
+    fields: dict[Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]{0,30}$")], str | int | float | bool | None]
+
+
+class Losses(_Message, frozen=True, tag=True):
+    """How many events a process could not hand over since it last said so."""
+
+    process: Annotated[str, Meta(max_length=32)]
+    count: Annotated[int, Meta(ge=1)]
+
+
+TO_AUDITOR: TypeAlias = Event | Losses | BindSource | UnbindSource

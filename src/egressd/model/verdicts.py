@@ -1,0 +1,89 @@
+"""Verdicts and reasons. The absent, unknown or zero verdict is *denied*."""
+
+from __future__ import annotations
+
+import enum
+
+__all__ = ["Reason", "Verdict"]
+
+
+class Verdict(enum.IntEnum):
+    """What is decided about an attempt. Zero denies, so an unfilled decision denies."""
+
+    DENIED = 0
+    ALLOWED = 1
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+
+class Reason(enum.StrEnum):
+    """Why. The value is what counters, log prefixes and the journal spell; `text` is for people."""
+
+    # decided by policy
+    UNKNOWN = "unknown"
+    ALLOWED = "allowed"
+    UNRESTRICTED = "unrestricted"
+    UNLISTED = "unlisted"
+    PORT = "port"
+    ADDRESS = "address"
+    # decided by the guard at the link, in the kernel (chain names end in these words)
+    SOURCE = "source"
+    SHAPE = "shape"
+    QUOTA = "quota"
+    CONNECTIONS = "connections"
+    UNRESOLVED = "unresolved"
+    INVALID = "invalid"
+    NOT_IP = "not-ip"
+    # decided by the resolver
+    NAME = "name"
+    UPSTREAM = "upstream"
+    TYPE = "type"
+    # decided by the controller
+    WORKSPACE = "workspace"
+    MEMBER = "member"
+    NAMESPACE = "namespace"
+    LIMIT = "limit"
+    UNAVAILABLE = "unavailable"
+    PROTOCOL = "protocol"
+    FILES = "files"
+
+    @classmethod
+    def of(cls, value: str) -> Reason:
+        """The reason spelled `value`; UNKNOWN for anything else, which denies."""
+        try:
+            return cls(value)
+        except ValueError:
+            return cls.UNKNOWN
+
+    @property
+    def text(self) -> str:
+        """One sentence a person can act on."""
+        return _TEXTS[self]
+
+
+_TEXTS: dict[Reason, str] = {
+    Reason.UNKNOWN: "no decision was made, and what is not decided is denied",
+    Reason.ALLOWED: "a rule of the workspace allows it",
+    Reason.UNRESTRICTED: "the workspace's guard is off or observing: counted, not restricted",
+    Reason.UNLISTED: "no rule of the workspace allows this destination",
+    Reason.PORT: "the host is allowed, but not on this port or protocol",
+    Reason.ADDRESS: "the address is of a kind that rules may not reach",
+    Reason.SOURCE: "the packet's source address is not the sandbox's own",
+    Reason.SHAPE: "IP fragments, IP options and extension headers are not let through",
+    Reason.QUOTA: "the sandbox has used up its egress_bytes",
+    Reason.CONNECTIONS: "the sandbox has as many open connections as its limit allows",
+    Reason.UNRESOLVED: "the name has no address in this family",
+    Reason.INVALID: "connection tracking does not recognise the packet as part of any connection",
+    Reason.NOT_IP: "the frame is neither IPv4 nor IPv6",
+    Reason.NAME: "the name is not on the workspace's list",
+    Reason.UPSTREAM: "the upstream resolver gave no usable answer",
+    Reason.TYPE: "only address records are answered for this name",
+    Reason.WORKSPACE: "there is no workspace of that name, or its policy is broken",
+    Reason.MEMBER: "the caller is not a member of the workspace",
+    Reason.NAMESPACE: "the descriptor is not a fresh network namespace owned by the caller",
+    Reason.LIMIT: "a limit on sandboxes or connections is reached",
+    Reason.UNAVAILABLE: "a part of egressd that must confirm this is not running",
+    Reason.PROTOCOL: "the request is not one egressd understands",
+    Reason.FILES: "the directory holds something that cannot be shown to a sandbox",
+}
