@@ -29,7 +29,7 @@ __all__ = ["MAX_MESSAGE", "Channel", "PeerCredentials", "Received", "pair", "pay
 
 MAX_MESSAGE = 1 << 17  # bytes; SetNat at its bound is about 70 kB
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
-_CARRY_NAMESPACE = (messages.OpenLink, messages.Attach)
+_CARRY_DESCRIPTOR = (messages.OpenLink, messages.Attach, messages.NewPeer)
 _DESCRIPTORS = socket.CMSG_SPACE(4 * struct.calcsize("i"))  # room to see that more than one was sent
 
 R = TypeVar("R")
@@ -160,7 +160,7 @@ class Channel(Generic[R]):
             message = self._decoder.decode(data)
         except (msgspec.DecodeError, ValueError, RecursionError) as error:
             raise ProtocolError(f"not a message: {error}") from error
-        expected = isinstance(message, _CARRY_NAMESPACE) or hasattr(message, "payload_length")
+        expected = isinstance(message, _CARRY_DESCRIPTOR) or hasattr(message, "payload_length")
         if descriptors != int(expected):
             raise ProtocolError(f"{type(message).__name__} came with {descriptors} descriptors")
         return message

@@ -320,3 +320,40 @@ class Losses(_Message, frozen=True, tag=True):
 
 
 TO_AUDITOR: TypeAlias = Event | Losses | BindSource | UnbindSource
+
+
+# --------------------------------------------------------------------------------------------------
+# child -> supervisor and back. The supervisor reads nothing else.
+class Ready(_Message, frozen=True, tag=True):
+    """The process has given up its rights and serves."""
+
+
+class Heartbeat(_Message, frozen=True, tag=True):
+    """The process's loop still turns; sent every `HEARTBEAT` seconds."""
+
+
+FROM_CHILD: TypeAlias = Ready | Heartbeat
+HEARTBEAT = 2.0  # seconds
+
+
+class NewPeer(_Message, frozen=True, tag=True):
+    """Another process was restarted: the descriptor sent along is the new channel to it, under the
+    name the old one had on the command line (`--fd NAME=N`)."""
+
+    name: Annotated[str, Meta(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
+
+
+class ProcessState(Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+    pid: int
+    state: Literal["starting", "running", "down"]
+    restarts: int
+
+
+class ProcessTable(_Message, frozen=True, tag=True):
+    """To the controller alone, for `status`: how the processes are."""
+
+    processes: tuple[ProcessState, ...]
+
+
+TO_CHILD: TypeAlias = NewPeer | ProcessTable

@@ -1,6 +1,7 @@
 """Errors, named by whose fault they are.
 
 ``PolicyError``  the author of a file: every problem at once, each with its place and remedy.
+``Unfit``        one value (a name, a network, a port): what is wrong with it and what to write instead.
 ``Refused``      the asker: a request that policy or identity does not permit; carries a `Reason`.
 ``ProtocolError`` a peer process: bytes that are not one of the agreed messages; ends the connection.
 ``KernelError``  the machine: the kernel said no, or lacks something; nothing was granted.
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 from egressd.model.verdicts import Reason
 
-__all__ = ["EgressdError", "KernelError", "PolicyError", "Problem", "ProtocolError", "Refused"]
+__all__ = ["EgressdError", "KernelError", "PolicyError", "Problem", "ProtocolError", "Refused", "Unfit"]
 
 
 class EgressdError(Exception):
@@ -42,6 +43,15 @@ class PolicyError(EgressdError):
     def __init__(self, problems: list[Problem] | tuple[Problem, ...]) -> None:
         self.problems = tuple(sorted(problems))
         super().__init__("\n".join(map(str, self.problems)))
+
+
+class Unfit(EgressdError, ValueError):
+    """A value that cannot stand in a policy. Carries no place: whoever read it knows the line."""
+
+    def __init__(self, text: str, remedy: str = "") -> None:
+        self.text = text
+        self.remedy = remedy
+        super().__init__(f"{text} ({remedy})" if remedy else text)
 
 
 class Refused(EgressdError):

@@ -100,6 +100,10 @@ class Pools:
         if self.synthetic4.overlaps(self.sandbox4) or self.synthetic6.overlaps(self.sandbox6):
             raise ValueError("the synthetic and the sandbox pool overlap")
 
+    @property
+    def all(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        return (self.synthetic4, self.synthetic6, self.sandbox4, self.sandbox6)
+
     def synthetic(self, block: int, slot: int = 0) -> tuple[IPv4Address, IPv6Address]:
         """Both synthetic addresses of a slot of a block."""
         if not (0 <= block < BLOCKS and 0 <= slot < SLOTS):

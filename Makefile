@@ -1,0 +1,126 @@
+# egressd. `make` alone lists the targets.
+#
+# A fresh Debian 12 checkout needs nothing but this file: packages and the virtual environment are made first, once.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# Distribution packages. What each is for:
+#   iproute2 nftables python3-nftables bubblewrap libseccomp2   egressd itself
+#   python3-venv                                                the virtual environment
+#   python3-systemd                                             notification and journal, when run as a service
+#   curl bind9-dnsutils tcpdump                                 clients in tests and in the lab's shell
+#   conntrack                                                   tests that look at the kernel's table
+#   mandoc                                                      checks the man pages
+PACKAGES := iproute2 nftables python3-nftables bubblewrap libseccomp2 python3-venv python3-systemd \
+            curl bind9-dnsutils tcpdump conntrack mandoc
+# The peers that benchmarks compare with, and the traffic generator.
+BENCH_PACKAGES := iperf3 firejail
+
+VENV := .venv
+BIN := $(VENV)/bin
+# The distribution's own Python: libnftables' binding lives in its site-packages, and it can be read by every user.
+PYTHON := /usr/bin/python3
+INSTALLED := $(VENV)/.installed
+STAMPS := .lab
+
+export PYTHONPATH := tests
+
+.PHONY: help
+help: ## This list
+	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+.PHONY: setup
+setup: $(STAMPS)/packages $(INSTALLED) readable ## Distribution packages and .venv, if missing
+
+.PHONY: demo
+demo: setup ## A guarded inference, told in a minute
+	@$(BIN)/python -B demo/demo.py
+
+.PHONY: lab
+lab: setup ## A shell in a machine of its own, with egressd running and a little internet
+	@$(BIN)/python -B -m lab shell
+
+.PHONY: test
+test: setup lint ## Everything CI runs
+	$(BIN)/pytest -m 'not slow'
+
+.PHONY: test-slow
+test-slow: setup ## The long forms: more kills, more packets, more examples
+	$(BIN)/pytest -m slow
+
+.PHONY: lint
+lint: setup ## Style, types, import contracts, man pages
+	$(BIN)/ruff check src tests bench demo
+	$(BIN)/ruff format --check src tests bench demo
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	@for page in docs/man/*.[1-9]; do [ ! -e "$$page" ] || mandoc -T lint -W warning "$$page"; done
+
+.PHONY: bench bench-spawn bench-datapath
+bench: setup $(STAMPS)/bench-packages ## Every benchmark: ratios against peers, measured in the same run
+	$(BIN)/python -m bench
+bench-spawn: setup $(STAMPS)/bench-packages ## How long a sandbox takes to start
+	$(BIN)/python -m bench spawn
+bench-datapath: setup $(STAMPS)/bench-packages ## What the guard costs a stream and a connection
+	$(BIN)/python -m bench datapath
+
+.PHONY: clean
+clean: ## Everything these targets made, but distribution packages
+	rm -rf $(VENV) $(STAMPS) build dist bench/results .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+	  .import_linter_cache src/egressd.egg-info
+	find src tests bench demo -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ---- what the targets stand on
+
+$(STAMPS)/packages: Makefile
+	@$(call need,$(PACKAGES))
+$(STAMPS)/bench-packages: Makefile
+	@$(call need,$(BENCH_PACKAGES))
+
+# Install what is missing; without root say what to type and stop. The stamp makes the second time free.
+define need
+mkdir -p $(STAMPS); \
+if command -v dpkg-query >/dev/null; then \
+  missing=(); \
+  for package in $(1); do \
+    dpkg-query -W -f '$${db:Status-Abbrev}' "$$package" 2>/dev/null | grep -q '^ii' || missing+=("$$package"); \
+  done; \
+  if [ $${#missing[@]} -gt 0 ]; then \
+    if [ "$$(id -u)" -eq 0 ]; then \
+      echo "installing $${missing[*]}"; \
+      export DEBIAN_FRONTEND=noninteractive; \
+      apt-get install -y -qq --no-install-recommends "$${missing[@]}" >/dev/null 2>&1 || \
+        { apt-get update -qq && apt-get install -y -qq --no-install-recommends "$${missing[@]}"; }; \
+    else \
+      echo "Some packages are missing. Type this, then try again:" >&2; \
+      echo "  sudo apt-get install -y --no-install-recommends $${missing[*]}" >&2; \
+      exit 1; \
+    fi; \
+  fi; \
+else \
+  echo "not a Debian: make sure that these are there: $(1)" >&2; \
+fi; \
+touch $@
+endef
+
+$(INSTALLED): pyproject.toml | $(STAMPS)/packages
+	@echo "making $(VENV)"
+	@umask 022; [ -x $(BIN)/pip ] || $(PYTHON) -m venv --system-site-packages $(VENV)
+	@umask 022; $(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test,demo]'
+	@touch $@
+
+# egressd's processes and the sandboxes are started by root and run as other users, who must be able to read .venv.
+.PHONY: readable
+readable:
+	@[ "$$(id -u)" -eq 0 ] || exit 0; \
+	directory="$(CURDIR)/$(VENV)"; \
+	while [ "$$directory" != / ]; do \
+	  if [ $$(( 0$$(stat -c %a "$$directory") & 1 )) -eq 0 ]; then \
+	    echo "Other users may not enter $$directory, and egressd's processes give up root." >&2; \
+	    echo "Put the checkout elsewhere, or: chmod o+x $$directory" >&2; \
+	    exit 1; \
+	  fi; \
+	  directory=$$(dirname "$$directory"); \
+	done

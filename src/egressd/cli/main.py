@@ -1,0 +1,152 @@
+"""egressctl: the table of verbs, and the one that was asked for.
+
+Rules of this file: nothing is imported that the asked-for verb does not need. `egressctl run` stands
+between a caller and its sandbox, so a table of names is read here, and one module is loaded from it.
+Every verb's module has `add(subparsers)`, which describes its arguments, and `run(args)`, which returns
+the exit status.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Final, Protocol, cast
+
+from egressd import __version__
+from egressd.cli.exits import BROKEN_PIPE, INTERRUPTED, USAGE
+
+__all__ = ["DEFAULT_RUN_DIR", "VERBS", "VerbModule", "main", "parser_for", "whole_parser"]
+
+DEFAULT_RUN_DIR: Final = "/run/egressd"
+
+# verb -> (module of egressd.cli, what it does)
+VERBS: Final[dict[str, tuple[str, str]]] = {
+    "run": ("run", "run a command in a sandbox of a workspace"),
+    "status": ("status", "is egressd enforcing; which workspaces, which sandboxes"),
+    "policy": ("policy", "check, compare, apply or explain policies"),
+    "why": ("why", "why a name, an address or a sandbox is allowed or denied"),
+    "counters": ("counters", "bytes and packets per workspace and host; do the books balance"),
+    "ruleset": ("ruleset", "the gateway's nftables ruleset, as the kernel lists it"),
+}
+
+_EPILOG = """\
+examples:
+  egressctl run -w acme -- python3 infer.py    run a command that reaches only what acme allows
+  egressctl policy check acme.yaml             every problem of a policy; needs no daemon and no root
+  egressctl policy diff                        what `policy apply` would change
+  egressctl why -w acme tracker.example        why is this name denied in acme?
+  egressctl counters acme                      who was talked to, what was denied, does it add up?
+  egressctl --json status                      the same answers for programs
+
+exit status:
+  0    done, and nothing is wrong        1    problems were found, or the books do not balance
+  2    the command line is wrong         125  egressd refused, or cannot be reached
+  `run` returns the status of its command.
+
+egressctl VERB --help says more about a verb.  See also egressctl(1), egressd(8), egressd.yaml(5).
+"""
+
+
+class VerbModule(Protocol):
+    """What a verb's module offers."""
+
+    def add(self, subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> object: ...
+
+    def run(self, args: argparse.Namespace) -> int: ...
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program. Returns the exit status; argparse leaves with 2 by itself for a wrong command line."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    verb = _verb_of(words)
+    if verb is not None and verb not in VERBS:
+        return _unknown(verb)
+    parser = parser_for(() if verb is None else (verb,))
+    args = parser.parse_args(words)
+    if verb is None:
+        parser.print_help(sys.stderr)
+        return USAGE
+    return _run(_load(verb), args)
+
+
+def parser_for(verbs: Sequence[str]) -> argparse.ArgumentParser:
+    """The command line with only these verbs' arguments described, so only their modules loaded."""
+    parser = argparse.ArgumentParser(
+        prog="egressctl",
+        usage="egressctl [--run-dir DIR] [--json] VERB ...",
+        description="Ask egressd, or run a command under it.\n\nverbs:\n" + _verb_lines(),
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--run-dir", metavar="DIR", default=DEFAULT_RUN_DIR,
+        help="where egressd keeps its control socket (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
+    parser.add_argument("--version", action="version", version=f"egressctl {__version__}")
+    if verbs:
+        # The list of verbs in the description is the complete one; this one would only hold what is loaded.
+        subparsers = parser.add_subparsers(
+            dest="verb", metavar="VERB", prog="egressctl", help=argparse.SUPPRESS
+        )
+        for verb in verbs:
+            _load(verb).add(subparsers)
+    return parser
+
+
+def whole_parser() -> argparse.ArgumentParser:
+    """The command line with everything in it: what man page and completions are compared with."""
+    return parser_for(tuple(VERBS))
+
+
+def _verb_of(words: Sequence[str]) -> str | None:
+    """The first word that is neither an option nor an option's value."""
+    remaining = iter(words)
+    for word in remaining:
+        if word == "--run-dir":
+            next(remaining, None)
+        elif word == "--":
+            return next(remaining, None)
+        elif not word.startswith("-"):
+            return word
+    return None
+
+
+def _verb_lines() -> str:
+    return "\n".join(f"  {verb:<10}{summary}" for verb, (_, summary) in VERBS.items())
+
+
+def _load(verb: str) -> VerbModule:
+    return cast(VerbModule, importlib.import_module(f"egressd.cli.{VERBS[verb][0]}"))
+
+
+def _unknown(verb: str) -> int:
+    import difflib  # noqa: PLC0415
+
+    from egressd.cli.text import escape  # noqa: PLC0415
+
+    near = difflib.get_close_matches(verb, VERBS, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"the verbs are {', '.join(VERBS)}"
+    print(f"egressctl: there is no verb '{escape(verb)}': {hint}", file=sys.stderr)
+    return USAGE
+
+
+def _run(module: VerbModule, args: argparse.Namespace) -> int:
+    try:
+        status = module.run(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has seen enough. Without this the interpreter complains once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

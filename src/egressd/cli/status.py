@@ -1,0 +1,123 @@
+"""`egressctl status`: is it enforcing, for whom, and what happened."""
+
+from __future__ import annotations
+
+import argparse
+from datetime import UTC, datetime
+from time import time
+from typing import Any
+
+from egressd.cli.arguments import Subparsers, verb_parser
+from egressd.cli.daemon import Document, answer
+from egressd.cli.exits import FOUND, OK
+from egressd.cli.screen import paint
+from egressd.cli.text import Paint, duration, escape, shorten, table
+
+__all__ = ["add", "healthy", "moment", "render", "run"]
+
+_COMMAND_WIDTH = 60
+
+
+def add(subparsers: Subparsers) -> None:
+    verb_parser(
+        subparsers,
+        "status",
+        summary="is egressd enforcing; which workspaces, which sandboxes",
+        says="Is egressd enforcing, which processes, workspaces and sandboxes are there, what was noticed.\n"
+        "Exit status 1 if it does not enforce, a policy is broken or the books do not balance.",
+        examples="  egressctl status           for people\n"
+        "  egressctl status --json    for programs\n"
+        "  egressctl status >/dev/null || page-somebody",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    return answer(
+        args,
+        lambda control: control.ask("status"),
+        show=lambda document: print(render(document, paint=paint(), now=time())),
+        status=lambda document: OK if healthy(document) else FOUND,
+    )
+
+
+def healthy(document: Document) -> bool:
+    broken = any(workspace["problem"] for workspace in document["workspaces"])
+    return bool(document["enforcing"] and document["balanced"] and not broken)
+
+
+def render(document: Document, *, paint: Paint, now: float) -> str:
+    """The whole page. `now` is Unix time."""
+    parts = [
+        _headline(document, paint, now),
+        _processes(document["processes"]),
+        _workspaces(document["workspaces"]),
+        _sandboxes(document["sandboxes"], now),
+        _alarms(document["alarms"]),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _headline(document: Document, paint: Paint, now: float) -> str:
+    since = document["since"]
+    enforcing = paint.good("enforcing") if document["enforcing"] else paint.bad("NOT ENFORCING")
+    books = paint.good("books balance") if document["balanced"] else paint.bad("BOOKS DO NOT BALANCE")
+    return "\n".join(
+        [
+            f"egressd {escape(document['version'])}: {enforcing}, {books}",
+            f"since {moment(since)} ({duration(now - since)}), gateway {escape(document['gateway'])}",
+        ]
+    )
+
+
+def moment(unix: float) -> str:
+    """UTC, to the second: `2026-11-21 10:00:00Z`."""
+    return datetime.fromtimestamp(unix, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+def _processes(processes: list[dict[str, Any]]) -> str:
+    rows = [
+        [escape(p["name"]), str(p["pid"] or "-"), escape(p["state"]), str(p["restarts"])] for p in processes
+    ]
+    return table(["process", "pid", "state", "restarts"], rows, right="pid,restarts") if rows else ""
+
+
+def _workspaces(workspaces: list[dict[str, Any]]) -> str:
+    if not workspaces:
+        return "no workspaces: nobody may spawn a sandbox"
+    rows = [
+        [
+            escape(w["workspace"]),
+            escape(w["guard"] or "-"),
+            str(w["sandboxes"]),
+            shorten(escape(w["policy"] or "-"), 19),  # "sha256:" and 9 digits, for the eye
+            escape(w["problem"] or "-"),
+        ]
+        for w in workspaces
+    ]
+    return table(["workspace", "guard", "sandboxes", "policy", "problem"], rows, right="sandboxes")
+
+
+def _sandboxes(sandboxes: list[dict[str, Any]], now: float) -> str:
+    if not sandboxes:
+        return "no sandboxes"
+    rows = [
+        [
+            f"eg{s['link']}",
+            escape(s["workspace"]),
+            str(s["uid"]),
+            str(s["pid"]),
+            duration(now - s["since"]),
+            escape(s["address4"]),
+            escape(s["address6"]),
+            shorten(escape(s["command"]), _COMMAND_WIDTH),
+        ]
+        for s in sandboxes
+    ]
+    head = ["sandbox", "workspace", "uid", "pid", "age", "IPv4", "IPv6", "command"]
+    return table(head, rows, right="uid,pid,age")
+
+
+def _alarms(alarms: list[dict[str, Any]]) -> str:
+    if not alarms:
+        return ""
+    return "\n".join(["alarms", *(f"  {moment(a['time'])}  {escape(a['text'])}" for a in alarms)])

@@ -1,0 +1,111 @@
+"""What a person reads: tables, amounts and foreign text made harmless. Imports nothing but builtins.
+
+Foreign text is whatever a sandbox, a policy's author or a resolver chose: commands, host names, comments.
+It is escaped before it is aligned, so that it can neither move the cursor nor fake a line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, TextIO
+
+__all__ = ["Paint", "amount", "duration", "escape", "escape_lines", "shorten", "table"]
+
+_UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+_RED, _GREEN, _BOLD, _RESET = "\x1b[31m", "\x1b[32m", "\x1b[1m", "\x1b[0m"
+
+
+def escape(text: str) -> str:
+    r"""`text` on one line, with everything a terminal could act on written out: ESC becomes \x1b.
+
+    `str.isprintable` also excludes the invisible and the direction-changing (Unicode categories Cc, Cf,
+    Cs, Zl, Zp), so a right-to-left override cannot reorder a host name. A backslash is doubled, so that
+    the escaped form has one reading.
+    """
+    if text.isprintable() and "\\" not in text:
+        return text
+    return "".join(c if c.isprintable() and c != "\\" else _written_out(c) for c in text)
+
+
+def _written_out(character: str) -> str:
+    number = ord(character)
+    if character == "\\":
+        return "\\\\"
+    if number < 0x100:
+        return f"\\x{number:02x}"
+    return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
+
+
+def escape_lines(text: str) -> str:
+    """`escape` for text that is meant to have lines and tabs, such as a ruleset: those stay."""
+    return "\n".join("\t".join(map(_harmless, line.split("\t"))) for line in text.split("\n"))
+
+
+def _harmless(text: str) -> str:
+    # No doubling of backslashes: what is listed here must stay what `nft` would print.
+    return text if text.isprintable() else "".join(c if c.isprintable() else _written_out(c) for c in text)
+
+
+def shorten(text: str, width: int) -> str:
+    """At most `width` characters of `text`, already escaped; dots say that there is more."""
+    return text if len(text) <= width else text[: max(width - 3, 0)] + "..."
+
+
+def amount(number: int) -> str:
+    """Bytes, exactly, and in a unit a person can compare: `48201 (47.1 KiB)`."""
+    if abs(number) < 1024:
+        return str(number)
+    value, unit = float(number), 0
+    while abs(value) >= 1023.95 and unit < len(_UNITS) - 1:  # so that 1023.96 KiB reads 1.0 MiB
+        value, unit = value / 1024, unit + 1
+    return f"{number} ({value:.1f} {_UNITS[unit]})"
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `26 min`, `3 h 05 min`, `12 d 4 h`."""
+    whole = max(int(seconds), 0)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: str = "", indent: str = "") -> str:
+    """Aligned columns, two spaces apart, under `head`. `right` names the columns of numbers.
+
+    The cells must be escaped already. No line ends in a blank, and the last one has no newline.
+    """
+    flush = [name in right.split(",") for name in head]
+    cells = [list(head), *map(list, rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    return "\n".join(indent + _row(row, widths, flush) for row in cells)
+
+
+def _row(row: Sequence[str], widths: Sequence[int], flush: Sequence[bool]) -> str:
+    aligned = (
+        cell.rjust(width) if right else cell.ljust(width)
+        for cell, width, right in zip(row, widths, flush, strict=True)
+    )
+    return "  ".join(aligned).rstrip()
+
+
+class Paint:
+    """Colour where a person looks at a terminal, nothing anywhere else (https://no-color.org)."""
+
+    def __init__(self, stream: TextIO, *, no_color: bool) -> None:
+        self.on = stream.isatty() and not no_color
+
+    def good(self, text: str) -> str:
+        return self._wrap(_GREEN, text)
+
+    def bad(self, text: str) -> str:
+        return self._wrap(_RED, text)
+
+    def strong(self, text: str) -> str:
+        return self._wrap(_BOLD, text)
+
+    def _wrap(self, code: str, text: str) -> str:
+        return f"{code}{text}{_RESET}" if self.on else text

@@ -1,0 +1,194 @@
+"""One workspace's view of the DNS: a query in, a `Reply`, `Wait` or `Forward` out. Pure lookups.
+
+What may be asked for is decided by the list alone. A name on it is answered with the synthetic addresses
+of its block, never with real ones; nothing a sandbox asks about a listed name goes upstream.
+
+    asked for                      enforce                    observe, off
+    a listed name, A or AAAA       synthetic, or why not      the same
+    a listed name, ANY             HINFO (RFC 8482)           the same
+    a listed name, any other type  NODATA                     the same
+    a local service                synthetic slot 0           the same
+    localhost                      127.0.0.1, ::1             the same
+    PTR of a synthetic address     its name                   the same
+    anything else                  NXDOMAIN, Blocked (15)     A, AAAA: forwarded; other types: NODATA
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv6Address
+from typing import Annotated, Literal, Protocol, TypeAlias
+
+from msgspec import Meta, Struct
+
+from egressd.dns import replies
+from egressd.dns.keeper import Standing, State, Target, User
+from egressd.dns.replies import Extended, Reply, Type
+from egressd.dns.slots import leading
+from egressd.dns.wire import Query, reverse_address
+from egressd.model.addresses import Address
+from egressd.model.identities import WORKSPACE_PATTERN
+from egressd.model.verdicts import Reason
+from egressd.policy.compiled import Guard
+
+__all__ = [
+    "Decision", "Denied", "Forward", "Pools", "Table", "Wait", "WorkspaceNames", "answer", "users_of",
+]  # fmt: skip
+
+_Block = Annotated[int, Meta(ge=0, lt=1 << 14)]
+_Host = Annotated[str, Meta(min_length=1, max_length=253, pattern=r"^[a-z0-9._-]+$")]
+_Listed = tuple[_Block, bool]
+_MAX_NEGATIVE_TTL = 60.0  # seconds; what upstream says about absence is looked at again anyway
+
+
+class WorkspaceNames(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the resolver is to know of one workspace; a list of these is the payload of `SetNames`."""
+
+    workspace: Annotated[str, Meta(pattern=f"^(?:{WORKSPACE_PATTERN})$", max_length=32)]
+    guard: Literal["off", "observe", "enforce"]
+    hosts: dict[_Host, _Listed] = {}  # canonical names without wildcards -> their block, and `private`
+    services: dict[_Host, _Block] = {}  # `local:` rules
+
+
+class Pools(Protocol):
+    """Synthetic addresses by block and slot; ruleset.layout.Pools is one."""
+
+    def synthetic(self, block: int, slot: int = 0) -> tuple[IPv4Address, IPv6Address]: ...
+
+    def block_of(self, address: IPv4Address | IPv6Address) -> tuple[int, int] | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Nothing can be said yet; ask again when the target has settled."""
+
+    target: Target
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """The guard does not restrict: ask upstream. `unlisted` is whether to record it (observe)."""
+
+    record: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Denied:
+    """A reply that is a denial, to be recorded with its reason."""
+
+    reply: Reply
+    reason: Reason
+
+
+Decision: TypeAlias = Reply | Wait | Forward | Denied
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A workspace's names, ready to be looked up."""
+
+    names: WorkspaceNames
+    pools: Pools
+    by_block: dict[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, names: WorkspaceNames, pools: Pools) -> Table:
+        by_block = {block: host for host, (block, _) in names.hosts.items()}
+        by_block |= {block: service for service, block in names.services.items()}
+        return cls(names, pools, by_block)
+
+    @property
+    def workspace(self) -> str:
+        return self.names.workspace
+
+
+def users_of(tables: Mapping[str, Table]) -> dict[Target, frozenset[User]]:
+    """Which targets there are, and who uses each: what `Keeper.set_users` wants."""
+    users: dict[Target, set[User]] = {}
+    for table in tables.values():
+        for host, (block, private) in table.names.hosts.items():
+            if host not in table.names.services:
+                users.setdefault(Target(host, private), set()).add(User(table.workspace, block))
+    return {target: frozenset(found) for target, found in users.items()}
+
+
+def answer(table: Table, query: Query, standing: Callable[[Target], Standing]) -> Decision:
+    """What to do about a query of a sandbox of this workspace. Class and type must be ordinary ones
+    (the caller answers others, see `resolver`)."""
+    name = query.name
+    if name == "localhost" or name.endswith(".localhost"):  # RFC 6761 section 6.3
+        return _fixed(query, (IPv4Address("127.0.0.1"), IPv6Address("::1")))
+    block = table.names.services.get(name)
+    if block is not None:
+        return _fixed(query, table.pools.synthetic(block))
+    listed = table.names.hosts.get(name)
+    if listed is not None:
+        return _listed(table, query, *listed, standing)
+    address = reverse_address(name)
+    if address is not None and query.qtype in (Type.PTR, Type.ANY):
+        found = _name_of(table, address)
+        if found is not None:
+            return replies.pointer(found)
+    return _unlisted(table, query)
+
+
+def _fixed(query: Query, pair: tuple[IPv4Address, IPv6Address]) -> Reply:
+    if query.qtype == Type.ANY:
+        return replies.any_type()
+    version = {Type.A: 4, Type.AAAA: 6}.get(Type(query.qtype)) if query.qtype in _ADDRESS_TYPES else None
+    found = tuple(a for a in pair if a.version == version)
+    return replies.addresses(found) if found else replies.no_data()
+
+
+_ADDRESS_TYPES = (Type.A, Type.AAAA)
+
+
+def _name_of(table: Table, address: Address) -> str | None:
+    if address.is_loopback:
+        return "localhost"
+    found = table.pools.block_of(address)
+    return table.by_block.get(found[0]) if found else None
+
+
+def _listed(
+    table: Table, query: Query, block: int, private: bool, standing: Callable[[Target], Standing]
+) -> Decision:
+    target = Target(query.name, private)
+    known = standing(target)
+    if known.state is State.FAILED and known.failure is not None:
+        return replies.failure(known.failure.code, known.failure.text)
+    if known.state is State.PENDING or User(table.workspace, block) not in known.users:
+        return Wait(target)
+    ttl = int(min(known.ttl, _MAX_NEGATIVE_TTL))
+    if not known.exists:
+        return replies.no_name(ttl=ttl)
+    if query.qtype in _ADDRESS_TYPES:
+        return _synthetic(table, query, block, known, ttl)
+    if query.qtype == Type.ANY:
+        return replies.any_type()
+    # HTTPS and SVCB are among these on purpose: their ECH keys hide the name from the inspector, their
+    # address hints are real addresses.
+    return replies.no_data(ttl=ttl, extended=Extended.NOT_SUPPORTED, text=Reason.TYPE.text)
+
+
+def _synthetic(table: Table, query: Query, block: int, known: Standing, ttl: int) -> Reply:
+    family, which = (known.v4, 0) if query.qtype == Type.A else (known.v6, 1)
+    slots = leading(family.slots)
+    if slots:
+        return replies.addresses(tuple(table.pools.synthetic(block, slot)[which] for slot in slots))
+    if family.failure is not None:
+        return replies.no_data(extended=family.failure.code, text=family.failure.text)
+    return replies.no_data(ttl=ttl)
+
+
+def _unlisted(table: Table, query: Query) -> Decision:
+    guard = Guard(table.names.guard)
+    if guard is Guard.ENFORCE:
+        text = f"{query.name or '.'} is not on the list of workspace {table.workspace}"
+        return Denied(replies.blocked(text), Reason.NAME)
+    if query.qtype in _ADDRESS_TYPES:
+        return Forward(record=guard is Guard.OBSERVE)
+    if query.qtype == Type.ANY:
+        return replies.any_type()
+    return replies.no_data(extended=Extended.NOT_SUPPORTED, text=Reason.TYPE.text)

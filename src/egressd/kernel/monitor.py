@@ -1,0 +1,170 @@
+"""Hearing of changes in the gateway: who changed it, and what the elements that went had counted.
+
+nftables numbers its rulesets: every committed batch adds one to the generation. egressd counts its own
+batches, so a generation that is not accounted for is somebody else's, also when the notification was lost.
+The notifications tell the rest: the process that committed (NFTA_GEN_PROC_*), and each deleted element or
+named counter with its last value, which exists nowhere else any more.
+
+Formats: linux/netfilter/nf_tables.h. Notifications of one batch end with its NEWGEN.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from dataclasses import dataclass, field
+
+from egressd.kernel import netlink
+from egressd.kernel.netlink import Netlink, NetlinkError, Reply, Request, attributes
+
+__all__ = ["Batch", "Count", "GoneElement", "Monitor", "News"]
+
+_NFTABLES = 10 << 8  # NFNL_SUBSYS_NFTABLES
+_DELSET, _DELETE_ELEMENT, _NEWGEN, _GETGEN, _DELETE_OBJECT = 11, 14, 15, 16, 20
+_GROUP_NFTABLES = 7  # NFNLGRP_NFTABLES
+_ROUTE_GROUPS = (1, 3, 5, 7, 8, 9, 11, 19)  # RTNLGRP_LINK, NEIGH, IPV4_{IFADDR,ROUTE,RULE}, IPV6_*
+_COMMENT = 0  # NFTNL_UDATA_SET_ELEM_COMMENT (libnftnl/udata.h)
+_BUFFER = 32 << 20  # bytes; 100,000 deleted elements fit
+_ROUTE_BUFFER = 4 << 20
+
+Count = tuple[int, int]  # packets, bytes
+
+
+@dataclass(frozen=True, slots=True)
+class GoneElement:
+    family: int  # NFPROTO_*: 1 inet, 5 netdev
+    table: str
+    name: str  # of the set or map
+    comment: str
+    count: Count
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one committed batch removed, and who committed it."""
+
+    generation: int = 0
+    process: str = ""
+    elements: list[GoneElement] = field(default_factory=list)
+    counters: dict[str, Count] = field(default_factory=dict)  # named counters that went
+
+
+@dataclass(slots=True)
+class News:
+    """Everything heard since the last time. `lost`: there was more than the buffer held."""
+
+    batches: list[Batch] = field(default_factory=list)
+    routing: bool = False
+    lost: bool = False
+
+
+class Monitor:
+    """Listens in the namespace it is made in."""
+
+    def __init__(self, *, ignore_port: int) -> None:
+        """`ignore_port`: the netlink port of our own routing socket."""
+        self._ours = ignore_port
+        self.tables = Netlink(netlink.NETFILTER, groups=(_GROUP_NFTABLES,), buffer=_BUFFER)
+        self.routing = Netlink(netlink.ROUTE, groups=_ROUTE_GROUPS, buffer=_ROUTE_BUFFER)
+        self._asking = Netlink(netlink.NETFILTER)
+        self._open = Batch()
+
+    def close(self) -> None:
+        for sock in (self.tables, self.routing, self._asking):
+            sock.close()
+
+    def generation(self) -> int:
+        """The number of the ruleset in force."""
+        request = Request(_NFTABLES | _GETGEN, bytes(4), "read the ruleset's generation")
+        (reply,) = self._asking.ask(request)
+        return _u32(dict(attributes(reply.body[4:]))[1])
+
+    def news(self) -> News:
+        """What has arrived; never waits. The kernel queues a batch's notifications before it
+        acknowledges the batch, so those of our own last one are always here."""
+        news = News()
+        try:
+            for event in self.tables.events():
+                self._table_event(event, news)
+        except NetlinkError as error:
+            news.lost |= _overrun(error)
+        try:
+            for event in self.routing.events():
+                news.routing |= event.port != self._ours
+        except NetlinkError as error:
+            news.lost |= _overrun(error)
+            news.routing = True
+        return news
+
+    def _table_event(self, event: Reply, news: News) -> None:
+        kind = event.kind & 0xFF
+        if kind == _DELETE_ELEMENT:
+            self._open.elements += _elements(event.body)
+        elif kind == _DELETE_OBJECT:
+            self._open.counters |= _counter(event.body)
+        elif kind == _NEWGEN:
+            said = dict(attributes(event.body[4:]))
+            self._open.generation = _u32(said.get(1, bytes(4)))
+            name = said.get(3, b"").rstrip(b"\0").decode("utf-8", "replace")
+            self._open.process = f"{name} (pid {_u32(said.get(2, bytes(4)))})"
+            news.batches.append(self._open)
+            self._open = Batch()
+
+
+def _overrun(error: NetlinkError) -> bool:
+    if error.number != errno.ENOBUFS:
+        raise error
+    return True
+
+
+def _elements(body: bytes) -> list[GoneElement]:
+    said = dict(attributes(body[4:]))
+    table, name = _text(said.get(1)), _text(said.get(2))
+    return [
+        GoneElement(body[0], table, name, *_element(dict(attributes(element))))
+        for _, element in attributes(said.get(3, b""))
+    ]
+
+
+def _element(said: dict[int, bytes]) -> tuple[str, Count]:
+    """An element's comment and counter."""
+    expressions = [said[7]] if 7 in said else []  # NFTA_SET_ELEM_EXPR
+    expressions += [value for _, value in attributes(said.get(11, b""))]  # NFTA_SET_ELEM_EXPRESSIONS
+    count = (0, 0)
+    for expression in expressions:
+        parts = dict(attributes(expression))
+        if _text(parts.get(1)) == "counter":
+            count = _count(parts.get(2, b""))
+    return _comment(said.get(6, b"")), count
+
+
+def _comment(data: bytes) -> str:
+    """User data is (u8 type, u8 length, value)* (libnftnl/udata.h)."""
+    at = 0
+    while at + 2 <= len(data):
+        kind, length = data[at], data[at + 1]
+        if kind == _COMMENT:
+            return _text(data[at + 2 : at + 2 + length])
+        at += 2 + length
+    return ""
+
+
+def _counter(body: bytes) -> dict[str, Count]:
+    said = dict(attributes(body[4:]))
+    if _u32(said.get(3, bytes(4))) != 1:  # NFT_OBJECT_COUNTER
+        return {}
+    return {_text(said.get(2)): _count(said.get(4, b""))}
+
+
+def _count(data: bytes) -> Count:
+    """NFTA_COUNTER_PACKETS and NFTA_COUNTER_BYTES, 64 bits, network order."""
+    said = dict(attributes(data))
+    return tuple(struct.unpack(">Q", said.get(kind, bytes(8)))[0] for kind in (2, 1))
+
+
+def _u32(value: bytes) -> int:
+    return int(struct.unpack(">I", value)[0])
+
+
+def _text(value: bytes | None) -> str:
+    return (value or b"").rstrip(b"\0").decode("utf-8", "replace")

@@ -1,0 +1,102 @@
+"""Sockets that must be made inside the gateway, with rights that nobody keeps afterwards.
+
+A socket stays in the namespace it was made in; whoever is handed its descriptor uses it there.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+from egressd.kernel.netlink import ACK, NETFILTER, REQUEST, attribute
+from egressd.model.errors import KernelError
+from egressd.ruleset import layout
+
+__all__ = ["open_all"]
+
+DNS_PORT = 53
+_BACKLOG = 1024
+_IP_TRANSPARENT, _IPV6_TRANSPARENT = 19, 75  # linux/in.h, linux/in6.h
+_CONFIG = 4 << 8 | 1  # NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_CONFIG
+_BIND, _COPY_PACKET = 1, 2  # NFULNL_CFG_CMD_BIND, NFULNL_COPY_PACKET (linux/netfilter/nfnetlink_log.h)
+_CFG_CMD, _CFG_MODE, _CFG_TIMEOUT, _CFG_THRESHOLD = 1, 2, 4, 5
+_COPY_BYTES = 256  # headers and the beginning of the payload
+_LOG_BUFFER = 8 << 20
+_SO_RCVBUFFORCE = 33
+
+
+def open_all() -> dict[str, socket.socket]:
+    """All of them by name, or none. KernelError names the one that failed."""
+    with ExitStack() as stack:
+        found = {}
+        for name, sock in _each():
+            found[name] = stack.enter_context(sock)
+        stack.pop_all()
+        return found
+
+
+def _each() -> Iterator[tuple[str, socket.socket]]:
+    resolver = {4: str(layout.RESOLVER4), 6: str(layout.RESOLVER6)}
+    loopback = {4: "127.0.0.1", 6: "::1"}
+    for version in (4, 6):
+        yield f"udp{version}", _bound(version, socket.SOCK_DGRAM, (resolver[version], DNS_PORT))
+        yield f"tcp{version}", _bound(version, socket.SOCK_STREAM, (resolver[version], DNS_PORT))
+        place = (loopback[version], layout.INSPECTOR_PORT)
+        yield f"tproxy{version}", _bound(version, socket.SOCK_STREAM, place, transparent=True)
+    yield "nflog", _log()
+
+
+def _bound(version: int, kind: int, place: tuple[str, int], *, transparent: bool = False) -> socket.socket:
+    family = socket.AF_INET if version == 4 else socket.AF_INET6
+    sock = socket.socket(family, kind | socket.SOCK_CLOEXEC)
+    try:
+        if version == 6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if transparent and version == 4:
+            sock.setsockopt(socket.IPPROTO_IP, _IP_TRANSPARENT, 1)
+        elif transparent:
+            sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_TRANSPARENT, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(place)
+        if kind == socket.SOCK_STREAM:
+            sock.listen(_BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise KernelError(
+            f"{place[0]} port {place[1]} cannot be had in the gateway: {error.strerror}"
+        ) from error
+    return sock
+
+
+def _log() -> socket.socket:
+    """A netlink socket bound to our group of the kernel's packet log; the binding ends with the socket."""
+    sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETFILTER)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _LOG_BUFFER)
+        sock.bind((0, 0))
+        sock.send(_log_configuration())
+        _acknowledged(sock.recv(4096))
+    except OSError as error:
+        sock.close()
+        raise KernelError(
+            f"log group {layout.NFLOG_GROUP} cannot be bound in the gateway: {error.strerror};"
+            " another process may hold it (see /proc/net/netfilter/nfnetlink_log)"
+        ) from error
+    return sock
+
+
+def _log_configuration() -> bytes:
+    mode = struct.pack(">IBB", _COPY_BYTES, _COPY_PACKET, 0)  # struct nfulnl_msg_config_mode
+    body = struct.pack(">BBH", 0, 0, layout.NFLOG_GROUP)  # struct nfgenmsg; the group is its res_id
+    body += attribute(_CFG_CMD, struct.pack("=B", _BIND)) + attribute(_CFG_MODE, mode)
+    body += attribute(_CFG_TIMEOUT, struct.pack(">I", 10))  # hundredths of a second
+    body += attribute(_CFG_THRESHOLD, struct.pack(">I", 16))  # packets in one message
+    return struct.pack("=IHHII", 16 + len(body), _CONFIG, REQUEST | ACK, 1, 0) + body
+
+
+def _acknowledged(data: bytes) -> None:
+    (code,) = struct.unpack_from("=i", data, 16)
+    if code:
+        raise OSError(-code, f"errno {-code}")

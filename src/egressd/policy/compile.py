@@ -1,0 +1,215 @@
+"""Rules that are each well formed, made into one policy; what is wrong only in their company is found here.
+
+`document` reads a file into a `Draft`. `conflicts` says what keeps the draft from being a policy;
+`compile` refuses a draft that has any. Rules for the same host, network or service become one rule, so
+that every key of a `Policy` is unique: a key owns a block of synthetic addresses, and its elements in
+the kernel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
+
+from egressd.policy.compiled import (
+    CidrRule,
+    Guard,
+    HostRule,
+    Limits,
+    LocalRule,
+    Member,
+    Policy,
+    Port,
+    Rule,
+)
+
+__all__ = ["MAX_RULES", "Draft", "Drafted", "Finding", "compile", "conflicts", "digest"]
+
+# Blocks a workspace can own: 2**14 less the resolver's and the one for unlisted traffic (ruleset/layout.py).
+MAX_RULES = (1 << 14) - 2
+T = TypeVar("T")
+
+
+class Drafted(NamedTuple):
+    """A rule and where it stands: `allow[place]`."""
+
+    place: int
+    rule: Rule
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A document whose every part is well formed on its own."""
+
+    workspace: str
+    guard: Guard
+    members: tuple[Member, ...]
+    residency: tuple[str, ...]
+    rules: tuple[Drafted, ...]
+    limits: Limits
+
+
+class Finding(NamedTuple):
+    """What two or more rules do to each other. `path` is inside the document."""
+
+    path: tuple[str | int, ...]
+    text: str
+    remedy: str
+
+
+def compile(draft: Draft) -> Policy:
+    """The policy. ValueError if `conflicts` has anything to say: half a policy is none."""
+    found = conflicts(draft)
+    if found:
+        raise ValueError(found[0].text)
+    policy = Policy(
+        workspace=draft.workspace,
+        guard=draft.guard,
+        members=tuple(sorted(draft.members)),
+        residency=tuple(sorted(draft.residency)),
+        rules=_merged(draft.rules),
+        limits=draft.limits,
+        digest="",
+    )
+    return replace(policy, digest=digest(policy))
+
+
+def conflicts(draft: Draft) -> tuple[Finding, ...]:
+    """Everything wrong between the rules, in no particular order."""
+    checks: tuple[Callable[[Draft], Iterator[Finding]], ...] = (
+        _repeated_ports,
+        _disagreeing_hosts,
+        _overlapping_networks,
+        _shared_loopback_ports,
+        _repeated_members,
+        _repeated_jurisdictions,
+    )
+    return tuple(finding for check in checks for finding in check(draft))
+
+
+def digest(policy: Policy) -> str:
+    """`sha256:` and 64 hex digits over what the policy means: not over comments, lines or order."""
+    meaning = {
+        "format": 1,
+        "workspace": policy.workspace,
+        "guard": str(policy.guard),
+        "members": sorted(map(str, policy.members)),
+        "residency": sorted(policy.residency),
+        "rules": sorted((_meaning(rule) for rule in policy.rules), key=lambda rule: str(rule["key"])),
+        "limits": {name: getattr(policy.limits, name) for name in Limits.__slots__},
+    }
+    text = json.dumps(meaning, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def _meaning(rule: Rule) -> dict[str, object]:
+    meaning: dict[str, object] = {"key": rule.key, "ports": [str(port) for port in sorted(rule.ports)]}
+    match rule:
+        case HostRule():
+            return meaning | {"kind": "host", "verify": str(rule.verify), "private": rule.private}
+        case CidrRule():
+            return meaning | {"kind": "cidr"}
+        case LocalRule():
+            return meaning | {"kind": "local"}
+
+
+def _merged(drafted: tuple[Drafted, ...]) -> tuple[Rule, ...]:
+    """One rule per key, in the order the keys first appear, ports sorted."""
+    rules: dict[str, Rule] = {}
+    for _, rule in drafted:
+        known = rules.get(rule.key, rule)
+        rules[rule.key] = replace(known, ports=tuple(sorted({*known.ports, *rule.ports})))
+    return tuple(rules.values())
+
+
+# ---- the checks. Each is at most n log n in the number of (rule, port) pairs.
+
+
+def _repeated_ports(draft: Draft) -> Iterator[Finding]:
+    first: dict[tuple[str, Port], int] = {}
+    for place, rule in draft.rules:
+        for number, port in enumerate(rule.ports):
+            if (rule.key, port) in first:
+                yield Finding(
+                    ("allow", place, "ports", number),
+                    f"{rule.key} is allowed on {port} twice, first on line {first[rule.key, port]}",
+                    "remove one of them",
+                )
+            first.setdefault((rule.key, port), rule.line)
+
+
+def _disagreeing_hosts(draft: Draft) -> Iterator[Finding]:
+    first: dict[str, HostRule] = {}
+    for place, rule in draft.rules:
+        if not isinstance(rule, HostRule):
+            continue
+        known = first.setdefault(rule.host, rule)
+        for name in ("private", "verify"):
+            if getattr(known, name) != getattr(rule, name):
+                yield Finding(
+                    ("allow", place, name),
+                    f"{rule.host} has another value for {name} on line {known.line}",
+                    "a host has one value for it, whatever the port",
+                )
+
+
+def _overlapping_networks(draft: Draft) -> Iterator[Finding]:
+    """The kernel's interval map cannot hold overlapping keys, and a packet must have one rule."""
+    by_port: dict[tuple[Port, int], list[tuple[int, CidrRule]]] = {}
+    for place, rule in draft.rules:
+        if isinstance(rule, CidrRule):
+            for port in rule.ports:
+                by_port.setdefault((port, rule.network.version), []).append((place, rule))
+    for (port, _), entries in by_port.items():
+        yield from _overlaps(port, entries)
+
+
+def _overlaps(port: Port, entries: list[tuple[int, CidrRule]]) -> Iterator[Finding]:
+    """Networks nest or are apart; sorted, the ones inside a network follow it directly."""
+    entries.sort(key=lambda entry: (int(entry[1].network.network_address), entry[1].network.prefixlen))
+    outer = entries[0][1]
+    for place, rule in entries[1:]:
+        if int(rule.network.network_address) > int(outer.network.broadcast_address):
+            outer = rule
+        elif rule.network != outer.network:  # the same network twice is told by _repeated_ports
+            yield Finding(
+                ("allow", place),
+                f"{rule.network} lies inside {outer.network} (line {outer.line}), both on {port}",
+                "keep one of them",
+            )
+
+
+def _shared_loopback_ports(draft: Draft) -> Iterator[Finding]:
+    owners: dict[Port, LocalRule] = {}
+    for place, rule in draft.rules:
+        if not isinstance(rule, LocalRule):
+            continue
+        for number, port in enumerate(rule.ports):
+            owner = owners.setdefault(port, rule)
+            if owner.service != rule.service:
+                yield Finding(
+                    ("allow", place, "ports", number),
+                    f"port {port} of the loopback is already {owner.service}'s (line {owner.line})",
+                    "a port of this machine is one service",
+                )
+
+
+def _repeated_members(draft: Draft) -> Iterator[Finding]:
+    for place, member in _repeats(draft.members):
+        yield Finding(("members", place), f"{member} is a member twice", "remove one of them")
+
+
+def _repeated_jurisdictions(draft: Draft) -> Iterator[Finding]:
+    for place, code in _repeats(draft.residency):
+        yield Finding(("residency", "jurisdictions", place), f"{code} is listed twice", "remove one of them")
+
+
+def _repeats(items: tuple[T, ...]) -> Iterator[tuple[int, T]]:
+    seen: set[T] = set()
+    for place, item in enumerate(items):
+        if item in seen:
+            yield place, item
+        seen.add(item)

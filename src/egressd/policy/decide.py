@@ -1,0 +1,199 @@
+"""What a policy says about a name, an address or a flow. The same answers as the kernel and the resolver.
+
+Nothing enforces by calling this: the guard's maps and the resolver's table are compiled from the same
+policy. It is what `egressctl why` and the tests ask, and so must be the plainest statement of the rules:
+a list of what is allowed, and denial for the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from ipaddress import ip_address
+
+from egressd.model.addresses import Address, AddressClass, Network, classes, classify, usable
+from egressd.model.errors import Unfit
+from egressd.model.names import MAX_LABEL, MAX_NAME, canonical, matches
+from egressd.model.verdicts import Reason, Verdict
+from egressd.policy.compiled import CidrRule, Guard, HostRule, LocalRule, Policy, Port, Protocol, Rule
+
+__all__ = ["Decision", "decide_address", "decide_flow", "decide_name"]
+
+# Refused in every mode: they would mean the gateway or the sandbox itself, or nobody in particular.
+_NEVER_FORWARDED = frozenset(
+    {
+        AddressClass.LOOPBACK,
+        AddressClass.MULTICAST,
+        AddressClass.BROADCAST,
+        AddressClass.UNSPECIFIED,
+        AddressClass.THIS_NETWORK,
+        AddressClass.OWN,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The verdict and why. One that nobody filled in denies.
+
+    `rule` is the rule that allows, or the one that nearly did. Under `off` and `observe`, `enforced` is
+    what the list alone says: what `guard: enforce` would do.
+    """
+
+    verdict: Verdict = Verdict.DENIED
+    reason: Reason = Reason.UNKNOWN
+    rule: Rule | None = None
+    text: str = Reason.UNKNOWN.text
+    enforced: Decision | None = None
+
+    @property
+    def allowed(self) -> bool:
+        return self.verdict is Verdict.ALLOWED
+
+
+def decide_name(policy: Policy, name: str) -> Decision:
+    """May the resolver answer for `name`, in any spelling?"""
+    listed = _listed_name(policy, name)
+    if policy.guard is Guard.ENFORCE:
+        return listed
+    return _unrestricted(policy, listed) if _is_wire_name(name) else listed
+
+
+def decide_address(policy: Policy, address: Address, *, own: Iterable[Network] = ()) -> Decision:
+    """May anything be sent to this address at all? Says on which ports."""
+    own = tuple(own)
+    rules = [rule for rule in policy.cidrs if address in rule.network]
+    if not rules or not usable(address, private=True, own=own):
+        return _guarded(policy, _unlisted_address(address, own), address, own)
+    ports = ", ".join(str(port) for rule in rules for port in rule.ports)
+    return _guarded(policy, _allow(rules[0], f"{rules[0].network} is allowed on {ports}"), address, own)
+
+
+def decide_flow(
+    policy: Policy, destination: Address | str, *, port: int, protocol: Protocol, own: Iterable[Network] = ()
+) -> Decision:
+    """May a sandbox send to `port` of a host name, or of a real address?
+
+    Synthetic addresses stand for names: whoever has one turns it into the name first.
+    """
+    if not 1 <= port <= 65535:
+        return Decision(Verdict.DENIED, Reason.PORT, None, f"{port} is not a port")
+    wanted = Port(port, protocol)
+    own = tuple(own)
+    if isinstance(destination, str):
+        address = _address(destination)
+        if address is None:
+            return _decide_host(policy, destination, wanted)
+        destination = address
+    return _guarded(policy, _listed_address(policy, destination, wanted, own), destination, own)
+
+
+def _address(text: str) -> Address | None:
+    try:
+        return ip_address(text)
+    except ValueError:
+        return None
+
+
+# ---- names
+
+
+def _listed_name(policy: Policy, name: str) -> Decision:
+    try:
+        wanted = canonical(name)
+    except Unfit as error:
+        return Decision(Verdict.DENIED, Reason.NAME, None, error.text)
+    rules = _rules_for(policy, wanted)
+    if not rules:
+        return Decision(
+            Verdict.DENIED, Reason.NAME, None, f"{wanted} is not on the list of {policy.workspace}"
+        )
+    ports = ", ".join(str(port) for rule in rules for port in rule.ports)
+    return _allow(rules[0], f"{_spelt(rules[0])} is allowed on {ports}")
+
+
+def _decide_host(policy: Policy, name: str, wanted: Port) -> Decision:
+    listed = _listed_name(policy, name)
+    if listed.allowed:
+        listed = _on_port(_rules_for(policy, canonical(name)), wanted)
+    if policy.guard is Guard.ENFORCE or not _is_wire_name(name):
+        return listed
+    return _unrestricted(policy, listed)
+
+
+def _rules_for(policy: Policy, name: str) -> list[Rule]:
+    """Exact rules first, then the most specific wildcard."""
+    exact: list[Rule] = [rule for rule in policy.rules if not isinstance(rule, CidrRule) and rule.key == name]
+    wild = [rule for rule in policy.hosts if rule.wildcard and matches(rule.host, name)]
+    return [*exact, *sorted(wild, key=lambda rule: (-rule.host.count("."), rule.host))]
+
+
+def _on_port(rules: list[Rule], wanted: Port) -> Decision:
+    for rule in rules:
+        if wanted in rule.ports:
+            return _allow(rule, f"{_spelt(rule)} is allowed on {wanted}")
+    ports = ", ".join(str(port) for rule in rules for port in rule.ports)
+    text = f"{_spelt(rules[0])} is allowed on {ports}, not on {wanted}"
+    return Decision(Verdict.DENIED, Reason.PORT, rules[0], text)
+
+
+def _is_wire_name(name: str) -> bool:
+    """Could a DNS question carry it? All that is asked of a name when nothing is restricted."""
+    labels = name.removesuffix(".").split(".")
+    return (
+        len(name) <= MAX_NAME + 1
+        and name.isascii()
+        and name.isprintable()
+        and " " not in name
+        and all(1 <= len(label) <= MAX_LABEL for label in labels)
+    )
+
+
+# ---- addresses
+
+
+def _listed_address(policy: Policy, address: Address, wanted: Port, own: tuple[Network, ...]) -> Decision:
+    rules: list[Rule] = [rule for rule in policy.cidrs if address in rule.network]
+    if not rules or not usable(address, private=True, own=own):
+        return _unlisted_address(address, own)
+    return _on_port(rules, wanted)
+
+
+def _unlisted_address(address: Address, own: tuple[Network, ...]) -> Decision:
+    if not usable(address, private=True, own=own):
+        kind = AddressClass.OWN if _is_own(address, own) else classify(address)
+        text = f"{address} is {kind}, which no rule may reach"
+        return Decision(Verdict.DENIED, Reason.ADDRESS, None, text)
+    text = f"no cidr rule contains {address}; hosts are reached by name, not by their addresses"
+    return Decision(Verdict.DENIED, Reason.UNLISTED, None, text)
+
+
+def _guarded(policy: Policy, listed: Decision, address: Address, own: tuple[Network, ...]) -> Decision:
+    """The list's decision, or what becomes of it when the guard does not enforce."""
+    never = _is_own(address, own) or bool(classes(address) & _NEVER_FORWARDED)
+    return listed if policy.guard is Guard.ENFORCE or never else _unrestricted(policy, listed)
+
+
+def _is_own(address: Address, own: tuple[Network, ...]) -> bool:
+    return any(address in network for network in own if network.version == address.version)
+
+
+# ---- both
+
+
+def _unrestricted(policy: Policy, listed: Decision) -> Decision:
+    """Allowed because the guard does not enforce; what the list says stays on record."""
+    text = f"guard: {policy.guard} counts and does not restrict"
+    return Decision(Verdict.ALLOWED, Reason.UNRESTRICTED, listed.rule, text, listed)
+
+
+def _allow(rule: Rule, text: str) -> Decision:
+    return Decision(Verdict.ALLOWED, Reason.ALLOWED, rule, f"{text} (line {rule.line})")
+
+
+def _spelt(rule: Rule) -> str:
+    match rule:
+        case HostRule() | CidrRule():
+            return rule.key
+        case LocalRule():
+            return f"the local service {rule.service}"

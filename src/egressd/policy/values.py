@@ -1,0 +1,229 @@
+"""The values of a policy document: each function takes what the YAML said and returns what the policy holds.
+
+`Unfit` for anything else, with what to write instead. Used by the parts in `document`; what a value needs
+from outside (the public suffix list, egressd's own pools) comes in the validation context.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from ipaddress import ip_address, ip_network
+
+from pydantic import ValidationInfo
+
+from egressd.model.addresses import Network, check_network
+from egressd.model.errors import Unfit
+from egressd.model.identities import check_workspace
+from egressd.model.names import Pattern, canonical, is_pattern, quoted, service_label
+from egressd.policy import jurisdictions, units
+from egressd.policy.compiled import Guard, Member, MemberKind, Port, Protocol, Verify
+
+# What this version cannot do yet. Each is parsed and checked in full, then refused by this one switch.
+WILDCARDS_AVAILABLE: bool = False
+VERIFY_AVAILABLE: frozenset[Verify] = frozenset({Verify.ADDRESS})
+
+MAX_CONNECTIONS = 1_000_000  # what the kernel message can say (ruleset/wants.py)
+MAX_PROCESSES = 4_194_304  # PID_MAX_LIMIT, linux/threads.h
+MAX_WALL = 366 * 86400
+MIN_MEMORY = 1 << 20
+MAX_BYTE_COUNT = 1 << 62  # a named quota's range, with room to spare
+
+_PORT = re.compile(r"([1-9][0-9]{0,9}|0)(?:/([A-Za-z0-9]+))?")
+_RANGE = re.compile(r"[0-9]+ ?[-:] ?[0-9]+(?:/[a-z]+)?")
+_NETWORK = re.compile(r"[0-9A-Fa-f:.]+/[0-9]{1,3}")
+_USER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.@-]{0,62}\$?")
+_USER_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+MAX_USER_ID = 0xFFFF_FFFE  # (uid_t)-1 means "no change" to the kernel
+
+
+def kind(value: object) -> str:
+    match value:
+        case None:
+            return "empty"
+        case bool():
+            return "a truth value"
+        case int():
+            return "a number"
+        case str():
+            return "text"
+        case list():
+            return "a list"
+        case _:
+            return "a mapping"
+
+
+def _text(value: object, wanted: str) -> str:
+    if isinstance(value, str):
+        return value
+    raise Unfit(f"this is {kind(value)}", f"write {wanted}")
+
+
+def workspace(value: object) -> str:
+    text = _text(value, "the workspace's name, as text")
+    if is_workspace(text):
+        return text
+    raise Unfit(
+        f"{quoted(text)} is not a workspace name",
+        "use 1 to 32 lower-case letters, digits and inner hyphens, beginning with a letter",
+    )
+
+
+def is_workspace(value: object) -> bool:
+    try:
+        return isinstance(value, str) and check_workspace(value) == value
+    except ValueError:
+        return False
+
+
+def guard(value: object) -> Guard:
+    wanted = "one of off, observe, enforce"
+    text = _text(value, wanted)
+    try:
+        return Guard(text)
+    except ValueError:
+        raise Unfit(f"{quoted(text)} is not a guard", f"write {wanted}") from None
+
+
+def member(value: object) -> Member:
+    wanted = "user:NAME, user:NUMBER, group:NAME or group:NUMBER"
+    if isinstance(value, dict):
+        raise Unfit("this is a mapping", "leave no space after the colon: user:NAME")
+    text = _text(value, wanted)
+    kind, _, name = text.partition(":")
+    if kind not in tuple(MemberKind):
+        raise Unfit(f"{quoted(text)} is not a member", f"write {wanted}")
+    if not _is_account(name):
+        raise Unfit(f"{quoted(text)} does not name an account", f"write {wanted}")
+    return Member(MemberKind(kind), name)
+
+
+def _is_account(name: str) -> bool:
+    if _USER_ID.fullmatch(name):
+        return int(name) <= MAX_USER_ID
+    return _USER_NAME.fullmatch(name) is not None
+
+
+def host(value: object, info: ValidationInfo) -> str:
+    text = _text(value, "a host name")
+    assert info.context is not None
+    if is_pattern(text):
+        pattern = Pattern.of(text, is_public_suffix=info.context["is_public_suffix"])
+        if not WILDCARDS_AVAILABLE:
+            raise Unfit(
+                f"{quoted(text)}: wildcards are not available in this version", "list the names one by one"
+            )
+        return str(pattern)
+    name = canonical(text)
+    if name == "localhost" or name.endswith(".localhost"):
+        raise Unfit(f"{quoted(name)} is this machine itself", "for a service on it write a local rule")
+    if "." not in name:
+        raise Unfit(
+            f"{quoted(name)} is a single label",
+            "write the full name; for a service on this machine write a local rule",
+        )
+    return name
+
+
+def network(value: object, info: ValidationInfo) -> Network:
+    wanted = "a network such as 10.20.0.0/16 or 2001:db8:1::/48"
+    text = _text(value, wanted)
+    if not _NETWORK.fullmatch(text):
+        raise Unfit(f"{quoted(text)} is not a network", _as_network(text) or f"write {wanted}")
+    try:
+        network = ip_network(text, strict=False)
+    except ValueError:
+        raise Unfit(f"{quoted(text)} is not a network", f"write {wanted}") from None
+    if ip_address(text.partition("/")[0]) != network.network_address:
+        raise Unfit(f"{quoted(text)} has bits set beyond its prefix", f"write {network}")
+    assert info.context is not None
+    check_network(network, own=info.context["own"])
+    return network
+
+
+def _as_network(text: str) -> str:
+    """What a lone address would be as a network, for the remedy."""
+    try:
+        return f"write {ip_network(ip_address(text))}"
+    except ValueError:
+        return ""
+
+
+def port(value: object) -> Port:
+    if not isinstance(value, str) and (not isinstance(value, int) or isinstance(value, bool)):
+        raise Unfit(f"this is {kind(value)}", "write a port such as 443/tcp")
+    text = str(value)
+    match = _PORT.fullmatch(text)
+    if match is None:
+        remedy = "list each port" if _RANGE.fullmatch(text) else "write a port such as 443/tcp"
+        raise Unfit(f"{quoted(text)} is not a port", remedy)
+    if not 1 <= int(match[1]) <= 65535:
+        raise Unfit(f"{quoted(text)} is not a port", "ports are 1 to 65535")
+    protocol = match[2] or "tcp"
+    if protocol not in tuple(Protocol):
+        raise Unfit(f"{quoted(text)} has an unknown protocol", "write tcp or udp, in lower case")
+    return Port(int(match[1]), Protocol(protocol))
+
+
+def tcp_port(value: object) -> Port:
+    found = port(value)
+    if found.protocol is not Protocol.TCP:
+        raise Unfit(f"{found} is not TCP", "local services are reached over TCP only")
+    return found
+
+
+def verify(value: object) -> Verify:
+    text = _text(value, "address")
+    try:
+        verify = Verify(text)
+    except ValueError:
+        raise Unfit(f"{quoted(text)} is not a way to verify", "write address") from None
+    if verify not in VERIFY_AVAILABLE:
+        raise Unfit(f"verify: {verify} is not available in this version", "write verify: address")
+    return verify
+
+
+def truth(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise Unfit(f"this is {kind(value)}", "write true or false")
+
+
+def service(value: object) -> str:
+    return service_label(_text(value, "a service's name, such as ollama"))
+
+
+def jurisdiction(value: object) -> str:
+    return jurisdictions.jurisdiction(_text(value, "EU, EEA, UK or a country's two letters, such as CH"))
+
+
+def wall(value: object) -> float:
+    seconds = units.duration(_text(value, "a whole number and its unit: 120s"))
+    if seconds > MAX_WALL:
+        raise Unfit(f"{quoted(str(value))} is too long", f"{units.duration_text(MAX_WALL)} is the most")
+    return seconds
+
+
+def memory(value: object) -> int:
+    count = byte_count(value)
+    if count < MIN_MEMORY:
+        raise Unfit(f"{quoted(str(value))} is too little", f"{units.size_text(MIN_MEMORY)} is the least")
+    return count
+
+
+def byte_count(value: object) -> int:
+    count = units.size(_text(value, "a whole number and its unit: 50MiB"))
+    if count > MAX_BYTE_COUNT:
+        raise Unfit(f"{quoted(str(value))} is too much", f"{units.size_text(MAX_BYTE_COUNT)} is the most")
+    return count
+
+
+def count(most: int) -> Callable[[object], int]:
+    def check(value: object) -> int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise Unfit(f"this is {kind(value)}", "write a whole number")
+        if not 1 <= value <= most:
+            raise Unfit(f"{value} is out of range", f"1 to {most} are allowed")
+        return value
+
+    return check

@@ -1,0 +1,181 @@
+"""The daemon's configuration: one YAML file, read once by the supervisor, handed to the others as JSON.
+
+A file with anything wrong in it is refused whole; egressd does not start on half a configuration.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import pwd
+import re
+from collections.abc import Callable, Iterator
+from ipaddress import IPv4Network, IPv6Network
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from egressd.dns.exchange import Server
+from egressd.model.errors import PolicyError, Problem
+from egressd.policy import tree
+from egressd.ruleset import layout
+
+__all__ = ["Account", "Config", "PoolsConfig", "load"]
+
+_ACCOUNTS = ("daemon", "warden", "audit")
+
+
+class Account(Struct, frozen=True, forbid_unknown_fields=True):
+    """Numbers, looked up once while names can still be looked up."""
+
+    uid: int
+    gid: int
+
+
+class PoolsConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """Address ranges egressd hands out, as text; see ruleset.layout.Pools."""
+
+    synthetic4: str = "198.18.0.0/16"
+    synthetic6: str = "fd53:e9::/64"
+    sandbox4: str = "198.19.0.0/16"
+    sandbox6: str = "fd53:1::/64"
+
+    def pools(self) -> layout.Pools:
+        """ValueError for a range of the wrong size or kind."""
+        return layout.Pools(
+            synthetic4=IPv4Network(self.synthetic4),
+            synthetic6=IPv6Network(self.synthetic6),
+            sandbox4=IPv4Network(self.sandbox4),
+            sandbox6=IPv6Network(self.sandbox6),
+        )
+
+
+class Config(Struct, frozen=True, forbid_unknown_fields=True):
+    """Every field of egressd.yaml(5). Paths are absolute."""
+
+    workspaces_dir: str = "/etc/egressd/workspaces"
+    run_dir: str = "/run/egressd"
+    state_dir: str = "/var/lib/egressd"
+    upstream: tuple[Annotated[str, Meta(max_length=512)], ...] = ()
+    upstream_ca: str | None = None
+    hosts: dict[str, tuple[str, ...]] = {}
+    pools: PoolsConfig = PoolsConfig()
+    user: str | dict[Literal["daemon", "warden", "audit"], str] = "egressd"
+    metrics: str | None = None
+    gateway: Annotated[str, Meta(pattern=r"^[a-z][a-z0-9-]{0,31}$")] = layout.GATEWAY
+    uplinks: tuple[Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,15}$")], ...] = ()
+
+    def encode(self) -> str:
+        return msgspec.json.encode(self).decode()
+
+    @staticmethod
+    def decode(text: str) -> Config:
+        return msgspec.json.decode(text, type=Config)
+
+    @property
+    def control_socket(self) -> Path:
+        return Path(self.run_dir, "control.sock")
+
+    def accounts(self) -> dict[str, Account]:
+        """Who each process runs as: keys "daemon", "warden" and "audit". KeyError names a missing account.
+
+        `user: same` keeps the invoking user for all of them: for a lab without subordinate ids, where
+        the processes are then kept apart by capabilities alone.
+        """
+        if self.user == "same":
+            return dict.fromkeys(_ACCOUNTS, Account(os.getuid(), os.getgid()))
+        if isinstance(self.user, str):
+            names = {"daemon": self.user, "warden": f"{self.user}-warden", "audit": f"{self.user}-audit"}
+        else:
+            names = {role: self.user.get(role, "") for role in _ACCOUNTS}  # type: ignore[call-overload]
+        return {role: _account(name) for role, name in names.items()}
+
+
+def _account(name: str) -> Account:
+    if re.fullmatch(r"[0-9]{1,10}", name):
+        return Account(int(name), int(name))
+    entry = pwd.getpwnam(name)
+    return Account(entry.pw_uid, entry.pw_gid)
+
+
+def load(path: Path) -> Config:
+    """Read and check a configuration file. PolicyError lists everything wrong with it."""
+    source = str(path)
+    try:
+        with path.open("rb") as stream:
+            found = tree.read(stream.read(tree.MAX_BYTES + 1), source=source)
+    except OSError as error:
+        text = error.strerror or str(error)
+        raise PolicyError([Problem(source, 0, "", text, "see egressd.yaml(5) for an example")]) from error
+    if not found.readable:
+        raise PolicyError(found.problems)
+    document = {} if found.value is None else found.value
+    if not isinstance(document, dict):
+        raise PolicyError([found.problem((), "the file is not a mapping", "see egressd.yaml(5)")])
+    problems = [*found.problems, *_problems(document, found)]
+    if problems:
+        raise PolicyError(problems)
+    return _convert(document)
+
+
+def _convert(document: Any) -> Config:
+    return msgspec.convert(document, type=Config, strict=True)
+
+
+def _problems(document: dict[str, Any], found: tree.Tree) -> Iterator[Problem]:
+    """Each key alone, so that one mistake does not hide another."""
+    for key, value in document.items():
+        try:
+            config = _convert({key: value})
+            check = _CHECKS.get(key)
+            if check is not None:
+                check(config)
+        except (msgspec.ValidationError, ValueError) as error:
+            yield found.problem((key,), str(error), "see egressd.yaml(5)")
+
+
+def _absolute(*fields: str) -> Callable[[Config], None]:
+    def check(config: Config) -> None:
+        for field in fields:
+            value = getattr(config, field)
+            if value is not None and not value.startswith("/"):
+                raise ValueError(f"{value!r} is not an absolute path")
+
+    return check
+
+
+def _check_hosts(config: Config) -> None:
+    for name, addresses in config.hosts.items():
+        if not addresses:
+            raise ValueError(f"{name!r} has no address")
+        for address in addresses:
+            ipaddress.ip_address(address)
+
+
+def _check_user(config: Config) -> None:
+    try:
+        config.accounts()
+    except KeyError as error:
+        raise ValueError(
+            f"there is no account {error.args[0]!r}; create it (systemd-sysusers egressd.conf),"
+            " or name numbers: user: {daemon: '900', warden: '901', audit: '902'}"
+        ) from error
+
+
+def _check_upstream(config: Config) -> None:
+    for server in config.upstream:
+        Server.parse(server)
+
+
+_CHECKS: dict[str, Callable[[Config], None]] = {
+    "workspaces_dir": _absolute("workspaces_dir"),
+    "run_dir": _absolute("run_dir"),
+    "state_dir": _absolute("state_dir"),
+    "upstream_ca": _absolute("upstream_ca"),
+    "hosts": _check_hosts,
+    "pools": lambda config: (config.pools.pools(), None)[1],
+    "upstream": _check_upstream,
+    "user": _check_user,
+}

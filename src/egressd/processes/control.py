@@ -1,0 +1,290 @@
+"""The control socket: where brokers and egressctl come in.
+
+Anyone may connect. Each connection is one client, known by its peer credentials alone; it holds at most one
+lease, and the lease ends with it. Whatever is not a well-formed message ends the connection, and with it
+only that client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import logging
+import os
+import socket
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from egressd.ipc import messages
+from egressd.ipc.channel import Received
+from egressd.ipc.peer import Peer, PeerGone
+from egressd.model.errors import EgressdError, Refused
+from egressd.model.identities import Link, check_workspace
+from egressd.model.verdicts import Reason
+from egressd.policy.compiled import Policy
+from egressd.processes import reports
+from egressd.processes.leases import Sandbox
+from egressd.processes.members import Caller, caller_of, is_member
+
+if TYPE_CHECKING:
+    from egressd.processes.controller import Controller
+
+__all__ = ["ControlSocket"]
+
+log = logging.getLogger("controller")
+
+MAX_CLIENTS = 8192
+MAX_CLIENTS_PER_USER = 4096
+MAX_PENDING = 64  # requests of one client waiting for their turn
+
+
+@dataclass(slots=True, eq=False)
+class Client:
+    caller: Caller
+    policy: Policy | None = None  # entered
+    sandbox: Sandbox | None = None  # attached
+    pending: int = 0
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class ControlSocket:
+    def __init__(self, controller: Controller, listener: socket.socket) -> None:
+        self.controller = controller
+        self.clients: dict[Peer, Client] = {}
+        self._per_user: collections.Counter[int] = collections.Counter()
+        self._listener = listener
+        self._admins = {0, os.getuid()}
+        listener.setblocking(False)
+
+    def listen(self) -> None:
+        asyncio.get_running_loop().add_reader(self._listener, self._accept)
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except OSError:  # the client gave up, or descriptors ran out: the next one may succeed
+            return
+        try:
+            caller = caller_of(sock)
+        except OSError:
+            sock.close()
+            return
+        if len(self.clients) >= MAX_CLIENTS or self._per_user[caller.uid] >= MAX_CLIENTS_PER_USER:
+            _turn_away(sock)
+            return
+        peer = Peer(sock, messages.FROM_CLIENT, handler=self._handle, gone=self._gone)
+        self.clients[peer] = Client(caller)
+        self._per_user[caller.uid] += 1
+
+    def _gone(self, peer: Peer, why: str) -> None:
+        client = self.clients.pop(peer, None)
+        if client is None:
+            return
+        self._per_user[client.caller.uid] -= 1
+        if client.sandbox is not None:
+            self.controller.background(
+                self.controller.close(client.sandbox), f"closing {client.sandbox.link.device}"
+            )
+
+    # ---- requests
+
+    async def _handle(self, peer: Peer, received: Received[Any]) -> None:
+        client = self.clients[peer]
+        client.pending += 1
+        try:
+            if client.pending > MAX_PENDING:
+                peer.close("it sends faster than it reads")
+                return
+            async with client.turn:
+                if not peer.closed:
+                    await self._answer(peer, client, received)
+        finally:
+            client.pending -= 1
+            received.close()
+
+    async def _answer(self, peer: Peer, client: Client, received: Received[Any]) -> None:
+        try:
+            await _HANDLERS[type(received.message)](self, peer, client, received)
+        except Refused as refused:
+            self._refuse(peer, client, received.message, refused)
+        except PeerGone as gone:
+            self._refuse(peer, client, received.message, Refused(Reason.UNAVAILABLE, str(gone)))
+        except (EgressdError, OSError, ValueError) as error:
+            log.exception("%s", type(received.message).__name__)
+            self._refuse(peer, client, received.message, Refused(Reason.UNKNOWN, f"it failed: {error}"))
+
+    def _refuse(self, peer: Peer, client: Client, message: Any, refused: Refused) -> None:
+        if isinstance(message, messages.Enter | messages.Attach):
+            self.controller.auditing.record(
+                "spawn-refused",
+                {
+                    "uid": client.caller.uid,
+                    "pid": client.caller.pid,
+                    "workspace": getattr(message, "workspace", None)
+                    or (client.policy.workspace if client.policy else ""),
+                    "reason": refused.reason.value,
+                    "text": str(refused),
+                },
+            )
+        with contextlib.suppress(PeerGone):
+            peer.send(messages.Refusal(reason=refused.reason.value, text=str(refused)[:4096]))
+
+    async def enter(self, peer: Peer, client: Client, received: Received[messages.Enter]) -> None:
+        if client.sandbox is not None:
+            raise Refused(Reason.PROTOCOL, "this connection holds a sandbox already; make another one")
+        policy = self._policy_for(client.caller, received.message.workspace)
+        if not self.controller.settled.is_set():
+            raise Refused(Reason.UNAVAILABLE, "the warden has just started; try again in a moment")
+        client.policy = policy
+        peer.send(self._terms(policy))
+
+    def _policy_for(self, caller: Caller, workspace: str) -> Policy:
+        """The policy of a workspace the caller is a member of. One answer for "there is none" and for
+        "not yours", except to those who may see everything."""
+        policy = self.controller.policies.get(workspace)
+        if policy is not None and is_member(caller, policy.members):
+            return policy
+        shown = repr(workspace[:64])
+        if policy is None and self._may_see_all(caller):
+            raise Refused(Reason.WORKSPACE, self._why_absent(workspace))
+        raise Refused(
+            Reason.MEMBER,
+            f"uid {caller.uid} is not a member of a workspace {shown};"
+            " members are listed under `members:` in its policy",
+        )
+
+    def _why_absent(self, workspace: str) -> str:
+        try:
+            check_workspace(workspace)
+        except ValueError as error:
+            return str(error)
+        broken = [str(p) for p in self.controller.problems if reports.stem(p) == workspace]
+        if broken:
+            return f"the policy of workspace {workspace} is broken: " + "; ".join(broken[:5])
+        directory = self.controller.config.workspaces_dir
+        return f"there is no workspace {workspace}: no {workspace}.yaml in {directory}"
+
+    def _may_see_all(self, caller: Caller) -> bool:
+        return caller.uid in self._admins
+
+    def _terms(self, policy: Policy) -> messages.Terms:
+        limits = policy.limits
+        return messages.Terms(
+            workspace=policy.workspace,
+            guard=policy.guard.value,
+            policy=policy.digest,
+            wall=limits.wall,
+            memory=limits.memory,
+            processes=limits.processes,
+            services=tuple(self.controller.services(policy)),
+        )
+
+    async def attach(self, peer: Peer, client: Client, received: Received[messages.Attach]) -> None:
+        if client.policy is None or client.sandbox is not None:
+            raise Refused(Reason.PROTOCOL, "a namespace is attached once, after entering a workspace")
+        # Asked again: the policy may have changed since.
+        policy = self._policy_for(client.caller, client.policy.workspace)
+        sandbox = self.controller.leases.open(
+            workspace=policy.workspace,
+            caller=client.caller,
+            command=received.message.command,
+            since=time.time(),
+            quota=policy.limits.egress_bytes,
+        )
+        descriptor = received.take()
+        try:
+            await self.controller.open(sandbox, descriptor)
+        except BaseException:
+            await self.controller.close(sandbox)
+            raise
+        finally:
+            os.close(descriptor)
+        if peer.closed:  # the broker died while we worked: nobody holds this lease
+            await self.controller.close(sandbox)
+            return
+        client.sandbox = sandbox
+        peer.send(
+            messages.Lease(link=sandbox.link.number, address4=sandbox.address4, address6=sandbox.address6)
+        )
+
+    async def ask(self, peer: Peer, client: Client, received: Received[messages.Ask]) -> None:
+        message = received.message
+        visible = self._visible(client.caller, message.workspace)
+        document = await reports.answer(
+            self.controller, message.what, visible, everything=self._may_see_all(client.caller)
+        )
+        self._send(peer, document)
+
+    def _visible(self, caller: Caller, workspace: str | None) -> dict[str, Policy]:
+        if workspace is not None and not self._may_see_all(caller):
+            return {workspace: self._policy_for(caller, workspace)}
+        if workspace is not None:
+            policy = self.controller.policies.get(workspace)
+            if policy is None:
+                raise Refused(Reason.WORKSPACE, self._why_absent(workspace))
+            return {workspace: policy}
+        if self._may_see_all(caller):
+            return self.controller.policies
+        return {n: p for n, p in self.controller.policies.items() if is_member(caller, p.members)}
+
+    async def why(self, peer: Peer, client: Client, received: Received[messages.Why]) -> None:
+        message = received.message
+        link = Link.of_device(message.subject)
+        sandbox = self.controller.leases.by_link.get(link) if link else None
+        workspace = sandbox.workspace if sandbox else message.workspace
+        policy = self._visible(client.caller, workspace)[workspace]
+        if sandbox is not None:
+            self._send(peer, reports.why_sandbox(sandbox, policy))
+        else:
+            self._send(peer, reports.why(self.controller, policy, message.subject))
+
+    async def apply(self, peer: Peer, client: Client, received: Received[messages.Apply]) -> None:
+        if not self._may_see_all(client.caller):
+            raise Refused(Reason.MEMBER, "only root and the daemon's own user apply policies: use sudo")
+        document = await self.controller.apply(
+            dry_run=received.message.dry_run, by=f"uid {client.caller.uid}"
+        )
+        self._send(peer, document)
+
+    def _send(self, peer: Peer, document: Any) -> None:
+        data = msgspec.json.encode(document)
+        peer.send_payload(messages.Answer(payload_length=len(data)), data)
+
+    # ---- endings
+
+    async def revoke(self, sandbox: Sandbox, text: str) -> None:
+        """End a lease from our side: permission first, then the word to the broker."""
+        await self.controller.close(sandbox)
+        for peer, client in list(self.clients.items()):
+            if client.sandbox is sandbox:
+                client.sandbox = None
+                with contextlib.suppress(PeerGone):
+                    peer.send(messages.Revoked(text=text))
+                peer.close("revoked")
+
+    async def close_all(self, text: str) -> None:
+        asyncio.get_running_loop().remove_reader(self._listener)
+        for sandbox in list(self.controller.leases.by_link.values()):
+            await self.revoke(sandbox, text)
+
+
+def _turn_away(sock: socket.socket) -> None:
+    data = msgspec.json.encode(
+        messages.Refusal(reason=Reason.LIMIT.value, text="too many connections to egressd; end some first")
+    )
+    with sock, contextlib.suppress(OSError):
+        sock.setblocking(False)
+        sock.send(data)
+
+
+_HANDLERS: dict[type, Any] = {
+    messages.Enter: ControlSocket.enter,
+    messages.Attach: ControlSocket.attach,
+    messages.Ask: ControlSocket.ask,
+    messages.Why: ControlSocket.why,
+    messages.Apply: ControlSocket.apply,
+}

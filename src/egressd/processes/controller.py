@@ -1,0 +1,535 @@
+"""The controller: compiles policy, keeps the sandbox table, decides who may spawn where.
+
+It holds no right over the kernel. What it wants, it asks of the warden in typed messages; what the warden
+has not acknowledged has not happened. The order of every grant is *record, then admit, then answer*.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from egressd.dns.table import WorkspaceNames
+from egressd.ipc import messages
+from egressd.ipc.channel import Channel, Received
+from egressd.ipc.peer import Peer, PeerGone
+from egressd.model.errors import EgressdError, PolicyError, Problem, ProtocolError, Refused
+from egressd.model.verdicts import Reason
+from egressd.policy import diff
+from egressd.policy.compiled import HostRule, Policy
+from egressd.processes import names, ritual
+from egressd.processes.control import ControlSocket
+from egressd.processes.leases import Leases, LinkNumbers, Sandbox
+from egressd.processes.reports import sum_links
+from egressd.processes.workspaces import broken_workspaces, public_suffixes, read_workspaces
+from egressd.ruleset import allocate, plan
+from egressd.ruleset.observe import Counters, LinkCounts, Tally
+from egressd.ruleset.wants import NatEntry, WorkspaceWant
+
+__all__ = ["Controller", "main"]
+
+log = logging.getLogger("controller")
+
+_NAT_BATCH = 512  # messages.SetNat's bound
+_REPLIES = (messages.Done, messages.Failed, messages.Payload, messages.LinkClosed)
+Totals = dict[str, tuple[int, int]]
+
+
+@dataclass(slots=True)
+class Ended:
+    """What the links of a workspace that are gone had counted."""
+
+    links: int = 0
+    counts: LinkCounts = field(default_factory=LinkCounts)
+
+    def add(self, counters: Totals) -> None:
+        self.links += 1
+        last = {key: Tally(*pair) for key, pair in counters.items()}
+        none = Tally()
+        more = LinkCounts(
+            in_=last.get("in", none),
+            ok=last.get("ok", none),
+            denied=last.get("denied", none),
+            other=last.get("other", none),
+        )
+        self.counts = sum_links([self.counts, more])
+
+
+class Controller:
+    """State and the decisions over it. The control socket (control.py) is where clients come in."""
+
+    def __init__(self, start: ritual.Start) -> None:
+        self.config = start.config
+        self.pools = start.config.pools.pools()
+        self.auditing = ritual.Auditing.over("controller", start.take("audit"))
+        self.policies: dict[str, Policy] = {}
+        self.problems: list[Problem] = []
+        self.allocation: allocate.Allocation | None = None
+        self.wants: dict[str, WorkspaceWant] = {}
+        self.addresses = names.Addresses(self.pools)
+        self.leases = Leases(self.pools, LinkNumbers(Path(self.config.run_dir, "controller", "next-link")))
+        self.ended: dict[str, Ended] = {}
+        self.retired: dict[str, dict[str, tuple[int, int]]] = {}
+        self.processes: tuple[messages.ProcessState, ...] = ()
+        self.alarms: collections.deque[tuple[float, str]] = collections.deque(maxlen=100)
+        self.since = time.time()
+        self.peers: dict[str, Peer | None] = {"warden": None, "resolver": None, "inspector": None}
+        self.settled = asyncio.Event()  # the warden enforces what we last said
+        self._changing = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._admitting = names.Admitting(self._set_nat, self.addresses.acknowledged)
+        self.control: ControlSocket | None = None
+
+    # ---- the other processes
+
+    def connect(self, name: str, sock: Any) -> None:
+        """A channel to a process that has just started, or started again: bring it up to date."""
+        old = self.peers.get(name)
+        if old is not None:
+            old.close("replaced")
+        bring_up = {
+            "warden": self._warden_came,
+            "resolver": self._resolver_came,
+            "inspector": self._inspector_came,
+        }
+        receives = {
+            "warden": messages.FROM_WARDEN,
+            "resolver": messages.FROM_RESOLVER,
+            "inspector": messages.FROM_INSPECTOR,
+        }[name]
+        handler = {"warden": self._from_warden, "resolver": self._from_resolver}.get(name, _unexpected)
+        peer = Peer(
+            sock, receives, handler=handler, gone=lambda peer, why: self._lost(name, peer), replies=_REPLIES
+        )
+        self.peers[name] = peer
+        self.background(bring_up[name](), f"bringing the {name} up to date")
+
+    def _lost(self, name: str, peer: Peer) -> None:
+        if self.peers.get(name) is peer:
+            self.peers[name] = None
+            if name == "warden":
+                self.settled.clear()
+
+    def peer(self, name: str) -> Peer:
+        found = self.peers[name]
+        if found is None:
+            raise Refused(Reason.UNAVAILABLE, f"the {name} is not running; it is being started again")
+        return found
+
+    def background(self, work: Coroutine[Any, Any, Any], what: str) -> None:
+        """Run without waiting; a failure is logged and nothing is granted by it."""
+
+        async def guarded() -> None:
+            try:
+                await work
+            except (EgressdError, OSError) as error:
+                log.error("%s: %s", what, error)  # noqa: TRY400 -- the text says it; a traceback helps nobody
+
+        task = asyncio.create_task(guarded())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _warden_came(self) -> None:
+        async with self._changing:
+            warden = self.peer("warden")
+            await self._set_workspaces(self.wants)
+            for sandbox in list(self.leases.by_link.values()):
+                await warden.ask(_keep(warden, sandbox))
+            for batch in _batches(self.addresses.entries()):
+                await warden.ask(messages.SetNat(request=warden.next_request(), entries=batch))
+            await warden.ask(messages.Settle(request=warden.next_request()))
+            self.settled.set()
+
+    async def _resolver_came(self) -> None:
+        await self._set_names()
+        await self._bind_all("resolver")
+
+    async def _inspector_came(self) -> None:
+        await self._bind_all("inspector")
+        await self._set_relays()
+
+    async def _bind_all(self, name: str) -> None:
+        peer = self.peer(name)
+        for sandbox in list(self.leases.by_link.values()):
+            await peer.ask(_bind(peer.next_request(), sandbox))
+
+    def _from_warden(self, peer: Peer, received: Received[Any]) -> None:
+        message = received.message
+        if isinstance(message, messages.Tampered):
+            self.alarm(
+                "tampered",
+                f"the gateway was changed by {message.process or 'somebody else'}: {message.what}"
+                f" ({'restored' if message.restored else 'NOT restored'})",
+                {"what": message.what, "restored": message.restored, "by": message.process},
+            )
+        elif isinstance(message, messages.Retired):
+            self._retire(message.workspace, message.elements)
+
+    def _retire(self, workspace: str, elements: Totals) -> None:
+        kept = self.retired.setdefault(workspace, {})
+        for key, (packets, octets) in elements.items():
+            before = kept.get(key, (0, 0))
+            kept[key] = (before[0] + packets, before[1] + octets)
+            self.auditing.record(
+                "host-retired", {"workspace": workspace, "host": key, "packets": packets, "bytes": octets}
+            )
+
+    def alarm(self, event: str, text: str, fields: dict[str, Any]) -> None:
+        self.alarms.append((time.time(), text))
+        log.error("%s", text)
+        self.auditing.record(event, fields)
+
+    # ---- names
+
+    async def _from_resolver(self, peer: Peer, received: Received[Any]) -> None:
+        message = received.message
+        if not isinstance(message, messages.Resolved):
+            raise ProtocolError(f"the resolver may not say {type(message).__name__}")
+        reply: messages.Done | messages.Failed
+        try:
+            await self._admitting.admit(self.addresses.learn(message))
+            reply = messages.Done(request=message.request)
+        except (Refused, PeerGone) as error:
+            reason = error.reason if isinstance(error, Refused) else Reason.UNAVAILABLE
+            reply = messages.Failed(request=message.request, reason=reason, text=str(error))
+        with contextlib.suppress(PeerGone):
+            peer.send(reply)
+
+    async def _set_nat(self, entries: tuple[NatEntry, ...]) -> None:
+        warden = self.peer("warden")
+        await warden.ask(messages.SetNat(request=warden.next_request(), entries=entries))
+
+    async def _set_names(self) -> None:
+        peer = self.peer("resolver")
+        document = msgspec.json.encode([self._names_of(policy) for policy in self.policies.values()])
+        message = messages.SetNames(request=peer.next_request(), payload_length=len(document))
+        await peer.ask(message, data=document, timeout=30.0)
+
+    def _names_of(self, policy: Policy) -> WorkspaceNames:
+        return names.names_of(policy, self._blocks(policy.workspace))
+
+    def _blocks(self, workspace: str) -> Any:
+        assert self.allocation is not None
+        return self.allocation.blocks.get(workspace, {})
+
+    def services(self, policy: Policy) -> Iterable[messages.LocalService]:
+        """The local services of a workspace, and where they lie inside its sandboxes."""
+        for rule in policy.locals:
+            address4, address6 = self.pools.synthetic(self._blocks(policy.workspace)[rule.key])
+            for port in rule.ports:
+                yield messages.LocalService(
+                    service=rule.service, port=port.number, address4=address4, address6=address6
+                )
+
+    async def _set_relays(self) -> None:
+        peer = self.peer("inspector")
+        relays = tuple(
+            messages.Relay(
+                workspace=p.workspace,
+                service=r.service,
+                block=self._blocks(p.workspace)[r.key],
+                port=port.number,
+            )
+            for p in self.policies.values()
+            for r in p.locals
+            for port in r.ports
+        )
+        await peer.ask(messages.SetRelays(request=peer.next_request(), relays=relays))
+
+    # ---- policy
+
+    async def apply(self, *, dry_run: bool = False, by: str = "start") -> dict[str, Any]:
+        """Read the directory again and make it true, as one change. The answer of `policy apply`."""
+        async with self._changing:
+            began = time.monotonic()
+            wanted, problems = await self._read()
+            changes = _changes(self.policies, wanted)
+            if not dry_run:
+                await self._become(wanted)
+                self.problems = problems
+                self._record_changes(changes, problems, by)
+            return {
+                "changes": [_change_document(workspace, change) for workspace, change in changes],
+                "problems": [str(problem) for problem in problems],
+                "applied": not dry_run,
+                "milliseconds": round((time.monotonic() - began) * 1000, 3),
+            }
+
+    async def _read(self) -> tuple[dict[str, Policy], list[Problem]]:
+        """What the directory says. If it cannot be read at all, what was last good stays: at the start,
+        nothing, so that every workspace is unknown and denied."""
+        try:
+            found, problems = await asyncio.to_thread(read_workspaces, Path(self.config.workspaces_dir))
+        except PolicyError as error:
+            return dict(self.policies), list(error.problems)
+        return {**self._last_good(problems), **found}, problems
+
+    def _last_good(self, problems: Iterable[Problem]) -> dict[str, Policy]:
+        """A file that broke keeps its last good policy; a file that was never good gives none."""
+        broken = broken_workspaces(problems)
+        return {name: policy for name, policy in self.policies.items() if name in broken}
+
+    async def _become(self, wanted: dict[str, Policy]) -> None:
+        allocation = allocate.allocate(wanted.values(), self.allocation)
+        wants = {name: plan.want(policy, allocation, self.pools) for name, policy in wanted.items()}
+        for name in self.policies.keys() - wanted.keys():
+            await self._revoke_workspace(name)
+        await self._set_workspaces(wants)
+        self.policies, self.allocation, self.wants = wanted, allocation, wants
+        await self._admitting.admit(self.addresses.use(_host_rules(wanted, allocation)))
+        await self._tell_the_others()
+
+    async def _tell_the_others(self) -> None:
+        """The resolver and the inspector, if they run; one that does not is told when it comes back.
+
+        For the inspector we wait: a revocation is complete only when it has closed the flows."""
+        for name, tell in (("inspector", self._set_relays), ("resolver", self._set_names)):
+            try:
+                await tell()
+            except (Refused, PeerGone) as error:
+                log.warning("the %s will be told later: %s", name, error)
+
+    async def _set_workspaces(self, wants: dict[str, WorkspaceWant]) -> None:
+        warden = self.peer("warden")
+        document = msgspec.json.encode(list(wants.values()))
+        message = messages.SetWorkspaces(request=warden.next_request(), payload_length=len(document))
+        await warden.ask(message, data=document, timeout=60.0)
+
+    def _record_changes(self, changes: Any, problems: Iterable[Problem], by: str) -> None:
+        for workspace, change in changes:
+            self.auditing.record(
+                "policy-changed",
+                {"workspace": workspace, "change": change.describe(), "widens": change.widens, "by": by},
+            )
+        for problem in problems:
+            log.error("%s", problem)
+            self.auditing.record("policy-refused", {"problem": str(problem), "by": by})
+
+    async def _revoke_workspace(self, name: str) -> None:
+        assert self.control is not None
+        for sandbox in self.leases.of_workspace(name):
+            await self.control.revoke(sandbox, f"workspace {name} was removed from the policy")
+
+    # ---- sandboxes
+
+    async def open(self, sandbox: Sandbox, descriptor: int) -> None:
+        """Admit a sandbox: recorded first, then known to those who serve it, then linked."""
+        if not self.settled.is_set():
+            raise Refused(Reason.UNAVAILABLE, "the warden has just started; try again in a moment")
+        self.auditing.pass_on(_bind(1, sandbox))
+        self.auditing.record("sandbox-opening", _facts(sandbox))
+        warden = self.peer("warden")
+        request = _open(warden, sandbox)
+        served = [self._bound(name, sandbox) for name in ("resolver", "inspector")]
+        linked = asyncio.ensure_future(warden.ask(request, descriptor=descriptor))
+        await asyncio.gather(*served)
+        await linked
+
+    async def _bound(self, name: str, sandbox: Sandbox) -> None:
+        """Make the sandbox known. A process that is down learns of it when it comes back; until then
+        its part of the world stays denied."""
+        peer = self.peers[name]
+        if peer is not None:
+            with contextlib.suppress(PeerGone):
+                await peer.ask(_bind(peer.next_request(), sandbox))
+
+    async def close(self, sandbox: Sandbox) -> None:
+        """Take link, chain and elements away; keep the last counters for the books."""
+        self.leases.close(sandbox)
+        counters: Totals = {}
+        warden = self.peers["warden"]
+        if warden is not None:
+            with contextlib.suppress(PeerGone, Refused):
+                message = messages.CloseLink(request=warden.next_request(), link=sandbox.link.number)
+                counters = (await warden.ask(message)).message.counters
+        for name in ("resolver", "inspector"):
+            peer = self.peers[name]
+            if peer is not None:
+                with contextlib.suppress(PeerGone):
+                    peer.send(messages.UnbindSource(request=peer.next_request(), link=sandbox.link.number))
+        self.auditing.pass_on(messages.UnbindSource(request=1, link=sandbox.link.number))
+        self._account(sandbox, counters)
+
+    def _account(self, sandbox: Sandbox, counters: Totals) -> None:
+        self.ended.setdefault(sandbox.workspace, Ended()).add(counters)
+        facts = _facts(sandbox)
+        for key, (packets, octets) in counters.items():
+            facts |= {f"{key}_packets": packets, f"{key}_bytes": octets}
+        facts["seconds"] = round(time.time() - sandbox.since, 3)
+        self.auditing.record("sandbox-closed", facts)
+
+    # ---- reading
+
+    async def counters(self) -> Counters:
+        warden = self.peer("warden")
+        received = await warden.ask(messages.ReadCounters(request=warden.next_request()), timeout=30.0)
+        return msgspec.json.decode(received.payload(), type=Counters)
+
+    async def ruleset(self) -> str:
+        warden = self.peer("warden")
+        received = await warden.ask(messages.ReadRuleset(request=warden.next_request()), timeout=30.0)
+        return received.payload().decode()
+
+
+def _unexpected(peer: Peer, received: Received[Any]) -> None:
+    received.close()
+    peer.close(f"{type(received.message).__name__} was not expected")
+
+
+def _facts(sandbox: Sandbox) -> dict[str, Any]:
+    return {
+        "link": sandbox.link.number,
+        "workspace": sandbox.workspace,
+        "uid": sandbox.caller.uid,
+        "pid": sandbox.caller.pid,
+        "command": sandbox.command,
+        "address4": str(sandbox.address4),
+        "address6": str(sandbox.address6),
+    }
+
+
+def _bind(request: int, sandbox: Sandbox) -> messages.BindSource:
+    return messages.BindSource(
+        request=request,
+        link=sandbox.link.number,
+        workspace=sandbox.workspace,
+        source4=sandbox.address4,
+        source6=sandbox.address6,
+    )
+
+
+def _open(warden: Peer, sandbox: Sandbox) -> messages.OpenLink:
+    return messages.OpenLink(request=warden.next_request(), **_link(sandbox))
+
+
+def _keep(warden: Peer, sandbox: Sandbox) -> messages.KeepLink:
+    return messages.KeepLink(request=warden.next_request(), **_link(sandbox))
+
+
+def _link(sandbox: Sandbox) -> dict[str, Any]:
+    return {
+        "link": sandbox.link.number,
+        "workspace": sandbox.workspace,
+        "owner": sandbox.caller.uid,
+        "quota": sandbox.quota,
+    }
+
+
+def _batches(entries: Iterable[NatEntry]) -> Iterable[tuple[NatEntry, ...]]:
+    listed = tuple(entries)
+    return (listed[at : at + _NAT_BATCH] for at in range(0, len(listed), _NAT_BATCH))
+
+
+def _host_rules(
+    policies: dict[str, Policy], allocation: allocate.Allocation
+) -> Iterable[tuple[int, int, HostRule]]:
+    """(workspace index, block, rule) of every exact host rule."""
+    for name, policy in policies.items():
+        for rule in policy.hosts:
+            if not rule.wildcard:
+                yield allocation.workspaces[name], allocation.blocks[name][rule.key], rule
+
+
+def _changes(before: dict[str, Policy], after: dict[str, Policy]) -> list[tuple[str, diff.Change]]:
+    return [
+        (name, change)
+        for name in sorted(before.keys() | after.keys())
+        for change in diff.diff(before.get(name), after.get(name))
+    ]
+
+
+def _change_document(workspace: str, change: diff.Change) -> dict[str, Any]:
+    return {"workspace": workspace, "text": change.describe(), "widens": change.widens}
+
+
+# ---- the process
+
+
+async def _serve(start: ritual.Start) -> None:
+    controller = Controller(start)
+    controller.control = ControlSocket(controller, start.take("control"))
+    supervisor: Channel[Any] = Channel(start.take("supervisor"), messages.TO_CHILD)
+    stop = asyncio.Event()
+    _watch_signals(controller, stop)
+    came = asyncio.Event()
+    asyncio.get_running_loop().add_reader(
+        supervisor.socket, _from_supervisor, controller, supervisor, came, stop
+    )
+    for name in ("warden", "resolver", "inspector"):
+        controller.connect(name, start.take(name))
+    await controller.settled.wait()
+    await controller.apply()
+    controller.control.listen()
+    supervisor.send(messages.Ready())
+    await _beat_until(stop, supervisor)
+    await controller.control.close_all("egressd is stopping")
+
+
+async def _beat_until(stop: asyncio.Event, supervisor: Channel[Any]) -> None:
+    while not stop.is_set():
+        with contextlib.suppress(OSError):
+            supervisor.send(messages.Heartbeat())
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), messages.HEARTBEAT)
+
+
+def _from_supervisor(
+    controller: Controller, channel: Channel[Any], came: asyncio.Event, stop: asyncio.Event
+) -> None:
+    try:
+        received = channel.receive()
+    except BlockingIOError:
+        return
+    except (EOFError, OSError, ProtocolError):
+        asyncio.get_running_loop().remove_reader(channel.socket)
+        stop.set()  # no supervisor, no daemon: leases end rather than outlive their keeper
+        return
+    if isinstance(received.message, messages.ProcessTable):
+        controller.processes = received.message.processes
+    elif isinstance(received.message, messages.NewPeer):
+        _new_peer(controller, received)
+
+
+def _new_peer(controller: Controller, received: Received[Any]) -> None:
+    sock = socket.socket(fileno=received.take())
+    if received.message.name == "audit":
+        controller.auditing.connect(sock)
+    else:
+        controller.connect(received.message.name, sock)
+
+
+def _watch_signals(controller: Controller, stop: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+
+    def reload() -> None:
+        controller.background(controller.apply(by="SIGHUP"), "applying the policy")
+
+    handlers: dict[int, Callable[[], None]] = {
+        signal.SIGHUP: reload,
+        signal.SIGTERM: stop.set,
+        signal.SIGINT: stop.set,
+    }
+    for number, handler in handlers.items():
+        loop.add_signal_handler(number, handler)
+
+
+def main() -> int:
+    public_suffixes()  # a file: read while everything may still be read
+    asyncio.run(_serve(ritual.begin("controller")))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

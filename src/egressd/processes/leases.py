@@ -1,0 +1,99 @@
+"""The sandbox table: who holds which link. Plain data; the controller does what it says."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
+
+from egressd.model.errors import Refused
+from egressd.model.identities import Link
+from egressd.model.verdicts import Reason
+from egressd.processes.members import Caller
+from egressd.ruleset.layout import Pools
+
+__all__ = ["Leases", "LinkNumbers", "Sandbox"]
+
+_RESERVE = 64  # numbers written ahead, so that one spawn in 64 touches the disk
+
+
+@dataclass(frozen=True, slots=True)
+class Sandbox:
+    """One lease: it lasts as long as the broker's connection."""
+
+    link: Link
+    workspace: str
+    caller: Caller
+    command: str  # recorded, never interpreted
+    since: float  # seconds since the epoch
+    address4: IPv4Address
+    address6: IPv6Address
+    quota: int | None  # bytes
+
+
+@dataclass(slots=True)
+class LinkNumbers:
+    """Never the same number twice while the gateway exists, also across restarts of the controller.
+
+    The file lies in the run directory, which the machine clears together with the gateway. What it holds
+    is the first number that has not been reserved yet.
+    """
+
+    path: Path
+    _next: int = 0
+    _limit: int = 0
+
+    def take(self) -> Link:
+        if self._next >= self._limit:
+            self._reserve()
+        link = Link(self._next)
+        self._next += 1
+        return link
+
+    def _reserve(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._next = max(self._next, int(self.path.read_text() or 1))
+        self._next = max(self._next, 1)
+        self._limit = self._next + _RESERVE
+        fresh = self.path.with_suffix(".new")
+        fresh.write_text(str(self._limit))
+        os.replace(fresh, self.path)  # noqa: PTH105 -- atomic: a crash leaves the old reservation
+
+
+@dataclass(slots=True)
+class Leases:
+    pools: Pools
+    numbers: LinkNumbers
+    by_link: dict[Link, Sandbox] = field(default_factory=dict)
+    _addresses: set[IPv4Address] = field(default_factory=set)
+
+    def open(
+        self, *, workspace: str, caller: Caller, command: str, since: float, quota: int | None
+    ) -> Sandbox:
+        """Enter a new sandbox into the table. Refused when every address is taken."""
+        link, address4, address6 = self._free()
+        sandbox = Sandbox(link, workspace, caller, command, since, address4, address6, quota)
+        self.by_link[link] = sandbox
+        self._addresses.add(address4)
+        return sandbox
+
+    def _free(self) -> tuple[Link, IPv4Address, IPv6Address]:
+        for _ in range(65_536):
+            link = self.numbers.take()
+            address4, address6 = self.pools.sandbox(link)
+            if address4 not in self._addresses:
+                return link, address4, address6
+        raise Refused(Reason.LIMIT, "every sandbox address is in use")
+
+    def close(self, sandbox: Sandbox) -> None:
+        if self.by_link.pop(sandbox.link, None) is not None:
+            self._addresses.discard(sandbox.address4)
+
+    def of_workspace(self, workspace: str) -> Iterator[Sandbox]:
+        return (s for s in list(self.by_link.values()) if s.workspace == workspace)
+
+    def count(self, workspace: str) -> int:
+        return sum(1 for _ in self.of_workspace(workspace))

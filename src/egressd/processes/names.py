@@ -1,0 +1,156 @@
+"""Where names lead: the controller's knowledge of real addresses, and how it reaches the kernel."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv6Address
+from typing import TypeAlias
+
+from egressd.dns.table import WorkspaceNames
+from egressd.ipc import messages
+from egressd.model.errors import EgressdError
+from egressd.policy.compiled import HostRule, Policy
+from egressd.ruleset.layout import SLOTS, Kind, Mark, Pools
+from egressd.ruleset.plan import comment
+from egressd.ruleset.wants import NatEntry
+
+__all__ = ["Addresses", "Admitting", "names_of"]
+
+Slots4: TypeAlias = tuple[IPv4Address | None, ...]
+Slots6: TypeAlias = tuple[IPv6Address | None, ...]
+Key: TypeAlias = tuple[str, bool]  # host, private
+_BATCH = 512  # messages.SetNat's bound
+
+
+@dataclass(slots=True)
+class Addresses:
+    """What each name resolved to, who uses the name, and what the kernel has acknowledged of it."""
+
+    pools: Pools
+    learned: dict[Key, tuple[Slots4, Slots6]] = field(default_factory=dict)
+    _users: dict[Key, list[tuple[int, int]]] = field(default_factory=dict)  # (workspace index, block)
+    _kernel: dict[tuple[int, str], NatEntry] = field(default_factory=dict)
+
+    def learn(self, resolved: messages.Resolved) -> tuple[NatEntry, ...]:
+        """Remember where a name leads; returns what has to change in the kernel."""
+        key = (resolved.host, resolved.private)
+        self.learned[key] = (resolved.slots4, resolved.slots6)
+        return tuple(self._missing(key, self._users.get(key, ())))
+
+    def use(self, rules: Iterable[tuple[int, int, HostRule]]) -> tuple[NatEntry, ...]:
+        """The policy changed: these rules use names now. Returns what has to change in the kernel:
+        ways of rules that are gone are taken away, ways of new rules with known names are opened."""
+        self._users = {}
+        for index, block, rule in rules:
+            self._users.setdefault((rule.host, rule.private), []).append((index, block))
+        self.learned = {key: slots for key, slots in self.learned.items() if key in self._users}
+        wanted = {
+            (entry.mark, entry.synthetic)
+            for key in self.learned
+            for user in self._users[key]
+            for entry in self._entries(key, user)
+        }
+        gone = [
+            NatEntry(e.mark, e.synthetic, None, e.comment)
+            for place, e in self._kernel.items()
+            if place not in wanted
+        ]
+        fresh = [e for key in self.learned for e in self._missing(key, self._users[key])]
+        return (*gone, *fresh)
+
+    def acknowledged(self, entries: Iterable[NatEntry]) -> None:
+        """The kernel now leads there."""
+        for entry in entries:
+            if entry.real is None:
+                self._kernel.pop((entry.mark, entry.synthetic), None)
+            else:
+                self._kernel[entry.mark, entry.synthetic] = entry
+
+    def entries(self) -> tuple[NatEntry, ...]:
+        """Everything the kernel was told, for a warden that starts again."""
+        return tuple(self._kernel.values())
+
+    def of(self, rule: HostRule) -> list[str]:
+        """The real addresses of a rule's name, each once, in slot order."""
+        slots4, slots6 = self.learned.get((rule.host, rule.private), ((), ()))
+        return list(dict.fromkeys(str(a) for a in (*slots4, *slots6) if a is not None))
+
+    def _missing(self, key: Key, users: Iterable[tuple[int, int]]) -> Iterable[NatEntry]:
+        for user in users:
+            for entry in self._entries(key, user):
+                known = self._kernel.get((entry.mark, entry.synthetic))
+                if (known.real if known else None) != entry.real:
+                    yield entry
+
+    def _entries(self, key: Key, user: tuple[int, int]) -> Iterable[NatEntry]:
+        index, block = user
+        mark = int(Mark(kind=Kind.FORWARD, workspace=index, block=block))
+        slots4, slots6 = self.learned[key]
+        for slot in range(SLOTS):
+            for synthetic, real in zip(
+                self.pools.synthetic(block, slot), (slots4[slot], slots6[slot]), strict=True
+            ):
+                yield NatEntry(mark, str(synthetic), None if real is None else str(real), comment(key[0]))
+
+
+class Admitting:
+    """Gathers changes that arrive together into few kernel batches; each waiter is told the truth.
+
+    Ten thousand names resolving at once are some dozens of batches instead of ten thousand.
+    """
+
+    def __init__(
+        self,
+        write: Callable[[tuple[NatEntry, ...]], Awaitable[None]],
+        done: Callable[[Iterable[NatEntry]], None],
+    ) -> None:
+        self._write, self._done = write, done
+        self._queue: list[tuple[tuple[NatEntry, ...], asyncio.Future[None]]] = []
+        self._flushing: asyncio.Task[None] | None = None
+
+    async def admit(self, entries: tuple[NatEntry, ...]) -> None:
+        """Returns once the kernel has acknowledged every entry; raises what the warden said if not."""
+        if not entries:
+            return
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queue.append((entries, future))
+        if self._flushing is None or self._flushing.done():
+            self._flushing = asyncio.create_task(self._flush())
+        await future
+
+    async def _flush(self) -> None:
+        while self._queue:
+            batch, waiters = self._next_batch()
+            try:
+                for at in range(0, len(batch), _BATCH):
+                    await self._write(batch[at : at + _BATCH])
+                self._done(batch)
+            except EgressdError as error:
+                for waiter in waiters:
+                    if not waiter.done():
+                        waiter.set_exception(error)
+            else:
+                for waiter in waiters:
+                    if not waiter.done():
+                        waiter.set_result(None)
+
+    def _next_batch(self) -> tuple[tuple[NatEntry, ...], list[asyncio.Future[None]]]:
+        batch: dict[tuple[int, str], NatEntry] = {}
+        waiters = []
+        while self._queue and len(batch) < _BATCH:
+            entries, future = self._queue.pop(0)
+            batch.update({(entry.mark, entry.synthetic): entry for entry in entries})
+            waiters.append(future)
+        return tuple(batch.values()), waiters
+
+
+def names_of(policy: Policy, blocks: Mapping[str, int]) -> WorkspaceNames:
+    """What the resolver has to know of a workspace."""
+    return WorkspaceNames(
+        workspace=policy.workspace,
+        guard=policy.guard.value,
+        hosts={rule.host: (blocks[rule.key], rule.private) for rule in policy.hosts if not rule.wildcard},
+        services={rule.service: blocks[rule.key] for rule in policy.locals},
+    )

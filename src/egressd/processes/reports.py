@@ -1,0 +1,373 @@
+"""The JSON documents that egressctl shows: what is asked, from what the controller and the kernel know."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from egressd import __version__
+from egressd.model.errors import Problem, Refused, Unfit
+from egressd.model.verdicts import Reason
+from egressd.policy.compiled import CidrRule, HostRule, LocalRule, Policy, Rule
+from egressd.policy.explain import Subject, explain_policy
+from egressd.policy.explain import why as explain
+from egressd.ruleset.books import Books, books
+from egressd.ruleset.layout import RESOLVER_BLOCK, UNLISTED_BLOCK, Mark
+from egressd.ruleset.observe import Counters, ElementCount, LinkCounts, Tally
+
+if TYPE_CHECKING:
+    from egressd.processes.controller import Controller
+    from egressd.processes.leases import Sandbox
+
+__all__ = ["answer", "read_books", "stem", "sum_links", "why", "why_sandbox"]
+
+Document = dict[str, Any]
+Visible = Mapping[str, Policy]
+
+
+def stem(problem: Problem) -> str:
+    """The workspace whose file the problem is in."""
+    return Path(problem.source).stem
+
+
+async def answer(controller: Controller, what: str, visible: Visible, *, everything: bool) -> Document:
+    """The document for one `Ask`; Refused for what the asker may not see."""
+    if what in ("ruleset", "diff") and not everything:
+        raise Refused(Reason.MEMBER, "only root and the daemon's own user may see this: use sudo")
+    return await _DOCUMENTS[what](controller, visible)
+
+
+# ---- status
+
+
+async def _status(controller: Controller, visible: Visible) -> Document:
+    problems = controller.problems if visible is controller.policies else []
+    shown = [s for s in controller.leases.by_link.values() if s.workspace in visible]
+    _, found = await read_books(controller)
+    return {
+        "version": __version__,
+        "enforcing": controller.settled.is_set(),
+        "since": controller.since,
+        "gateway": controller.config.gateway,
+        "processes": [
+            {"name": p.name, "pid": p.pid, "state": p.state, "restarts": p.restarts}
+            for p in controller.processes
+        ],
+        "workspaces": [_workspace(controller, policy, problems) for policy in visible.values()]
+        + [_never_good(name, problems) for name in sorted({stem(p) for p in problems} - visible.keys())],
+        "sandboxes": [_sandbox(sandbox) for sandbox in shown],
+        "alarms": [{"time": at, "text": text} for at, text in controller.alarms],
+        "balanced": found.balanced,
+    }
+
+
+def _workspace(controller: Controller, policy: Policy, problems: list[Problem]) -> Document:
+    return {
+        "workspace": policy.workspace,
+        "guard": policy.guard.value,
+        "policy": policy.digest,
+        "sandboxes": controller.leases.count(policy.workspace),
+        "problem": _problem_text(policy.workspace, problems),
+    }
+
+
+def _never_good(name: str, problems: list[Problem]) -> Document:
+    return {
+        "workspace": name,
+        "guard": None,
+        "policy": None,
+        "sandboxes": 0,
+        "problem": _problem_text(name, problems),
+    }
+
+
+def _problem_text(workspace: str, problems: list[Problem]) -> str | None:
+    return "; ".join(str(p) for p in problems if stem(p) == workspace) or None
+
+
+def _sandbox(sandbox: Sandbox) -> Document:
+    return {
+        "link": sandbox.link.number,
+        "workspace": sandbox.workspace,
+        "uid": sandbox.caller.uid,
+        "pid": sandbox.caller.pid,
+        "since": sandbox.since,
+        "address4": str(sandbox.address4),
+        "address6": str(sandbox.address6),
+        "command": sandbox.command,
+    }
+
+
+# ---- counters
+
+
+async def read_books(controller: Controller, *, attempts: int = 5) -> tuple[Counters, Books]:
+    """The kernel's counters and whether they add up.
+
+    The kernel lists counters one after the other while packets go on, so an equation may be off by what
+    passed meanwhile: read again, a few times, until it holds. Books that never balance are an alarm.
+    """
+    for left in reversed(range(attempts)):
+        counters = await controller.counters()
+        found = _books(controller, counters)
+        if found.balanced or not left:
+            return counters, found
+    raise AssertionError("unreachable")
+
+
+def _books(controller: Controller, counters: Counters) -> Books:
+    retired = {
+        name: sum_tallies(Tally(*pair) for pair in hosts.values())
+        for name, hosts in controller.retired.items()
+    }
+    ended = {name: (total.counts,) for name, total in controller.ended.items()}
+    workspace_of = {s.link.device: s.workspace for s in controller.leases.by_link.values()}
+    found = books(counters, retired, ended, workspace_of=workspace_of)
+    # Without a workspace there is nothing to account for; that much is in balance.
+    return msgspec.structs.replace(found, balanced=True) if not found.equations else found
+
+
+async def _counters(controller: Controller, visible: Visible) -> Document:
+    counters, found = await read_books(controller)
+    return {
+        "time": time.time(),
+        "balanced": found.balanced,
+        "differences": [f"{d.what}: {d.packets} packets, {d.bytes} bytes" for d in found.differences],
+        "workspaces": [_account(controller, counters, found, policy) for policy in visible.values()],
+        "late": {reason: _pair(tally) for reason, tally in counters.late.items()},
+    }
+
+
+def _account(controller: Controller, counters: Counters, found: Books, policy: Policy) -> Document:
+    name = policy.workspace
+    links = {
+        s.link.number: counters.links.get(s.link.device, LinkCounts())
+        for s in controller.leases.of_workspace(name)
+    }
+    ended = controller.ended.get(name)
+    total = sum_links([*links.values(), *([ended.counts] if ended else [])])
+    elements = [e for e in counters.elements if e.workspace == name]
+    retired = controller.retired.get(name, {})
+    counted = sum_tallies(
+        [
+            *(Tally(e.packets, e.bytes) for e in elements),
+            *(Tally(*pair) for pair in retired.values()),
+            counters.unlisted.get(name, Tally()),
+        ]
+    )
+    return {
+        "workspace": name,
+        "guard": policy.guard.value,
+        "hosts": _hosts(controller, counters, policy, elements) + _retired(retired),
+        "denied": {reason: _pair(tally) for reason, tally in counters.denied.get(name, {}).items()},
+        "links": [{"link": number, **_link(counts)} for number, counts in links.items()],
+        "ended": {"links": ended.links if ended else 0, **_link(ended.counts if ended else LinkCounts())},
+        "balance": {
+            "balanced": found.balanced or not any(name in d.what for d in found.differences),
+            **_link(total, admitted="admitted"),
+            "elements": _pair(counted),
+            "difference": [
+                total.in_.packets - total.ok.packets - total.denied.packets - total.other.packets,
+                total.in_.bytes - total.ok.bytes - total.denied.bytes - total.other.bytes,
+            ],
+        },
+    }
+
+
+def _hosts(
+    controller: Controller, counters: Counters, policy: Policy, elements: list[ElementCount]
+) -> list[Document]:
+    """One row per rule, in the policy's order; then the resolver and, unrestricted, everything else."""
+    by_block: dict[int, list[ElementCount]] = {}
+    for element in elements:
+        by_block.setdefault(Mark.of(element.mark).block, []).append(element)
+    blocks = controller.allocation.blocks.get(policy.workspace, {}) if controller.allocation else {}
+    documents = [
+        {
+            **_host(counters, rule.key, _kind(rule), by_block.get(blocks.get(rule.key, -1), [])),
+            "addresses": controller.addresses.of(rule) if isinstance(rule, HostRule) else [],
+        }
+        for rule in _each_key_once(policy)
+    ]
+    documents.append(_host(counters, "(resolver)", "resolver", by_block.get(RESOLVER_BLOCK, [])))
+    if policy.workspace in counters.unlisted:
+        documents.append(_unlisted(controller, counters, policy.workspace))
+    return documents
+
+
+def _each_key_once(policy: Policy) -> list[Rule]:
+    """Two rules may name one host with different ports; they share its block and its counters."""
+    return list({rule.key: rule for rule in policy.rules}.values())
+
+
+def _host(counters: Counters, host: str, kind: str, elements: list[ElementCount]) -> Document:
+    marks = {element.mark for element in elements}
+    return {
+        "host": host,
+        "kind": kind,
+        "ports": sorted({f"{e.port}/{e.protocol}" for e in elements}),
+        "addresses": [],
+        "out": _pair(sum_tallies(Tally(e.packets, e.bytes) for e in elements)),
+        "in": _pair(sum_tallies(counters.replies.get(mark, Tally()) for mark in marks)),
+        "connections": sum(counters.opened.get(mark, Tally()).packets for mark in marks),
+    }
+
+
+def _unlisted(controller: Controller, counters: Counters, workspace: str) -> Document:
+    index = controller.allocation.workspaces[workspace] if controller.allocation else 0
+    marks = [
+        m for m in counters.replies if (Mark.of(m).workspace, Mark.of(m).block) == (index, UNLISTED_BLOCK)
+    ]
+    return {
+        "host": "(unlisted)",
+        "kind": "unlisted",
+        "ports": [],
+        "addresses": [],
+        "out": _pair(counters.unlisted[workspace]),
+        "in": _pair(sum_tallies(counters.replies[mark] for mark in marks)),
+        "connections": sum(counters.opened.get(mark, Tally()).packets for mark in marks),
+    }
+
+
+def _retired(retired: Mapping[str, tuple[int, int]]) -> list[Document]:
+    return [
+        {
+            "host": host,
+            "kind": "removed",
+            "ports": [],
+            "addresses": [],
+            "out": list(pair),
+            "in": [0, 0],
+            "connections": 0,
+        }
+        for host, pair in retired.items()
+    ]
+
+
+def _kind(rule: HostRule | CidrRule | LocalRule) -> str:
+    return {HostRule: "host", CidrRule: "cidr", LocalRule: "local"}[type(rule)]
+
+
+def sum_links(counts: Iterable[LinkCounts]) -> LinkCounts:
+    listed = list(counts)
+    return LinkCounts(
+        in_=sum_tallies(c.in_ for c in listed),
+        ok=sum_tallies(c.ok for c in listed),
+        denied=sum_tallies(c.denied for c in listed),
+        other=sum_tallies(c.other for c in listed),
+    )
+
+
+def sum_tallies(tallies: Iterable[Tally]) -> Tally:
+    listed = list(tallies)
+    return Tally(sum(t.packets for t in listed), sum(t.bytes for t in listed))
+
+
+def _link(counts: LinkCounts, *, admitted: str = "ok") -> Document:
+    return {
+        "in": _pair(counts.in_),
+        admitted: _pair(counts.ok),
+        "denied": _pair(counts.denied),
+        "other": _pair(counts.other),
+    }
+
+
+def _pair(tally: Tally) -> list[int]:
+    return [tally.packets, tally.bytes]
+
+
+# ---- the rest
+
+
+async def _ruleset(controller: Controller, visible: Visible) -> Document:
+    return {"text": await controller.ruleset()}
+
+
+async def _policy(controller: Controller, visible: Visible) -> Document:
+    if len(visible) != 1:
+        raise Refused(Reason.WORKSPACE, "name one workspace: egressctl policy explain WORKSPACE")
+    (policy,) = visible.values()
+    return {"workspace": policy.workspace, "digest": policy.digest, "text": explain_policy(policy)}
+
+
+async def _diff(controller: Controller, visible: Visible) -> Document:
+    return await controller.apply(dry_run=True, by="diff")
+
+
+# ---- why
+
+
+def why(controller: Controller, policy: Policy, subject: str) -> Document:
+    """Why a name or address is allowed or denied; a synthetic address stands for its name. Refused if
+    the subject cannot be read."""
+    try:
+        meant = _meant(controller, policy, subject)
+        found = explain(policy, meant, own=controller.pools.all)
+    except Unfit as error:
+        raise Refused(Reason.PROTOCOL, str(error)) from error
+    details = list(found.sentences[1:])
+    if meant != subject:
+        details.insert(0, f"{subject} is a synthetic address of {meant}")
+    details += _leads(controller, policy, found.subject)
+    return {
+        "subject": subject,
+        "workspace": policy.workspace,
+        "verdict": str(found.decision.verdict),
+        "reason": found.decision.reason.value,
+        "text": found.decision.text,
+        "details": details,
+    }
+
+
+def _meant(controller: Controller, policy: Policy, subject: str) -> str:
+    asked = Subject.of(subject)
+    if isinstance(asked.destination, str):
+        return subject
+    place = controller.pools.block_of(asked.destination)
+    blocks = controller.allocation.blocks.get(policy.workspace, {}) if controller.allocation else {}
+    for key, block in blocks.items():
+        if place is not None and place[0] == block:
+            return key if asked.port is None else f"{key}:{asked.port}/{asked.protocol}"
+    return subject
+
+
+def _leads(controller: Controller, policy: Policy, subject: Subject) -> Iterator[str]:
+    """Where the name leads at present."""
+    for rule in policy.hosts:
+        if rule.host == subject.destination:
+            addresses = controller.addresses.of(rule)
+            yield (
+                f"it leads to {', '.join(addresses)}"
+                if addresses
+                else "it has not resolved to any usable address"
+            )
+            return
+
+
+def why_sandbox(sandbox: Sandbox, policy: Policy) -> Document:
+    """Why a sandbox is there."""
+    return {
+        "subject": sandbox.link.device,
+        "workspace": sandbox.workspace,
+        "verdict": "allowed",
+        "reason": Reason.ALLOWED.value,
+        "text": f"uid {sandbox.caller.uid} is a member of {sandbox.workspace}; its pid {sandbox.caller.pid} holds it",
+        "details": [
+            f"its addresses are {sandbox.address4} and {sandbox.address6}",
+            f"it runs {sandbox.command or 'a command that was not named'}",
+            f"it is held to policy {policy.digest}",
+        ],
+    }
+
+
+_DOCUMENTS: dict[str, Callable[[Controller, Visible], Awaitable[Document]]] = {
+    "status": _status,
+    "counters": _counters,
+    "ruleset": _ruleset,
+    "policy": _policy,
+    "diff": _diff,
+}

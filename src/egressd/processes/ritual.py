@@ -1,0 +1,117 @@
+"""The start-up ritual, the same in every process, so that a missing step is visible.
+
+    python -m egressd.processes.NAME --fd ROLE=N ... --uid N --gid N --config-json '{...}'
+
+1. exec'd by the supervisor, with every socket open;  2. imports done (by reaching `begin`);
+3. `begin` parses the command line and closes all other descriptors;  4. `isolation.become`;
+5. the program builds its loop;  6. `Ready`, then a heartbeat for as long as the loop turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from egressd.ipc import messages
+from egressd.ipc.channel import Channel
+from egressd.model.errors import ProtocolError
+from egressd.processes import isolation
+from egressd.processes.cards import CARDS, Card
+from egressd.processes.config import Config
+
+__all__ = ["Auditing", "Start", "begin"]
+
+
+@dataclass(slots=True)
+class Start:
+    """What a process was started with. Sockets are taken out by name, once."""
+
+    card: Card
+    config: Config
+    sockets: dict[str, socket.socket]
+
+    def take(self, name: str) -> socket.socket:
+        try:
+            return self.sockets.pop(name)
+        except KeyError:
+            raise ProtocolError(f"{self.card.name} was started without --fd {name}=N") from None
+
+
+def begin(name: str, arguments: list[str] | None = None) -> Start:
+    """Steps 3 and 4. Everything the process will import must be imported by now."""
+    options = _parse(name, arguments)
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format=f"egressd[{name}]: %(levelname)s: %(message)s"
+    )
+    isolation.close_other_descriptors(options.fd.values())
+    card = CARDS[name]
+    sockets = {role: socket.socket(fileno=number) for role, number in options.fd.items()}
+    for sock in sockets.values():
+        sock.set_inheritable(False)
+    isolation.become(card, uid=options.uid, gid=options.gid)
+    return Start(card, Config.decode(options.config_json), sockets)
+
+
+def _parse(name: str, arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=f"egressd-{name}")
+    parser.add_argument("--fd", action=_Descriptors, default={}, metavar="ROLE=N")
+    parser.add_argument("--uid", type=int, required=True)
+    parser.add_argument("--gid", type=int, required=True)
+    parser.add_argument("--config-json", required=True)
+    return parser.parse_args(arguments)
+
+
+class _Descriptors(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
+        role, _, number = str(values).partition("=")
+        try:
+            os.fstat(int(number))
+        except (ValueError, OSError):
+            parser.error(f"{values!r} does not name an open descriptor")
+        namespace.fd = {**namespace.fd, role: int(number)}
+
+
+@dataclass(slots=True)
+class Auditing:
+    """Hands events to the auditor. Never waits: what does not fit is counted, and the count is sent
+    when there is room again."""
+
+    process: str
+    channel: Channel[None] | None = None
+    lost: int = 0
+
+    @classmethod
+    def over(cls, process: str, sock: socket.socket) -> Auditing:
+        auditing = cls(process)
+        auditing.connect(sock)
+        return auditing
+
+    def connect(self, sock: socket.socket) -> None:
+        """Begin, or after a restart of the auditor begin again, to use this socket."""
+        if self.channel is not None:
+            self.channel.close()
+        sock.setblocking(False)
+        self.channel = Channel(sock, None)
+
+    def record(self, event: str, fields: Mapping[str, str | int | float | bool | None]) -> None:
+        self.pass_on(messages.Event(process=self.process, event=event, fields=dict(fields)))
+
+    def pass_on(self, message: messages.TO_AUDITOR) -> None:
+        if self.lost and self._sent(messages.Losses(process=self.process, count=self.lost)):
+            self.lost = 0
+        if not self._sent(message):
+            self.lost += 1
+
+    def _sent(self, message: messages.TO_AUDITOR) -> bool:
+        if self.channel is None:
+            return False
+        try:
+            self.channel.send(message)
+        except (OSError, ProtocolError):
+            return False
+        return True

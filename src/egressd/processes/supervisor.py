@@ -1,0 +1,478 @@
+"""egressd: starts the processes, each with its sockets open, and starts again what dies.
+
+While still root it has `foundation` (a one-shot process, gone before the first stranger's byte arrives)
+make and pin the gateway and open the sockets that live there. Then it gives up all but what cards.py
+says and never regains it: NET_ADMIN stays permitted but not effective, to be handed to a warden it starts
+again. It reads two messages, `Ready` and `Heartbeat`, and nothing from any stranger.
+
+A network namespace belongs to a thread (setns(2)), so one thread of this process enters the gateway before
+the rights are given up, and every warden is forked from that thread: no CAP_SYS_ADMIN is ever needed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import ctypes
+import json
+import logging
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from egressd import __version__
+from egressd.ipc import messages
+from egressd.ipc.channel import Channel, pair
+from egressd.model.errors import EgressdError, KernelError, PolicyError, ProtocolError
+from egressd.processes import isolation
+from egressd.processes.cards import CARDS, Capability, Card, Namespace
+from egressd.processes.config import Account, Config, load
+from egressd.processes.ritual import Auditing
+
+__all__ = ["main"]
+
+log = logging.getLogger("egressd")
+
+# The order of starting: what denies and records before what grants and answers.
+ORDER = ("auditor", "warden", "inspector", "resolver", "controller")
+# Who talks to whom: (asker, its name for the other, the other, its name for the asker).
+RELATIONS = (
+    ("controller", "warden", "warden", "controller"),
+    ("controller", "resolver", "resolver", "controller"),
+    ("controller", "inspector", "inspector", "controller"),
+    *(
+        (name, "audit", "auditor", f"audit-{name}")
+        for name in ("warden", "inspector", "resolver", "controller")
+    ),
+)
+# Sockets that live as long as the supervisor, so that a restarted process finds them open, queue and all.
+HELD = {
+    "auditor": ("nflog",),
+    "warden": (),
+    "inspector": ("tproxy4", "tproxy6"),
+    "resolver": ("udp4", "udp6", "tcp4", "tcp6"),
+    "controller": ("control",),
+}
+HUNG_AFTER = 10.0  # seconds without a heartbeat
+START_WITHIN = 30.0  # seconds for a process to say that it is ready
+_CLONE_NEWNET = 0x4000_0000  # linux/sched.h
+
+
+@dataclass(slots=True)
+class Child:
+    """One process, through all its lives."""
+
+    card: Card
+    process: subprocess.Popen[bytes] | None = None
+    pidfd: int = -1
+    channel: Channel[messages.FROM_CHILD] | None = None
+    ready: bool = False
+    heard: float = 0.0  # monotonic seconds
+    started: list[float] = field(default_factory=list)
+    start_at: float = 0.0  # not before; monotonic seconds
+    restarts: int = 0
+
+    @property
+    def state(self) -> messages.ProcessState:
+        running = self.process is not None
+        word = "running" if running and self.ready else "starting" if running else "down"
+        pid = self.process.pid if self.process else 0
+        return messages.ProcessState(name=self.card.name, pid=pid, state=word, restarts=self.restarts)  # type: ignore[arg-type]
+
+
+class Supervisor:
+    def __init__(self, config: Config, sockets: dict[str, socket.socket], gateway: int) -> None:
+        self.config, self.sockets = config, sockets
+        self.accounts = {"root": Account(os.getuid(), os.getgid()), **config.accounts()}
+        self.children = {name: Child(CARDS[name]) for name in ORDER}
+        self.selector = selectors.DefaultSelector()
+        self.auditing = Auditing("supervisor")
+        self.stopping = self.announced = False
+        self._gateway = _thread_in(gateway)
+        self._here = concurrent.futures.ThreadPoolExecutor(1)
+
+    # ---- rights
+
+    def give_up_rights(self) -> None:
+        """Both threads: capabilities belong to a thread (capabilities(7))."""
+        give_up = _Rights(CARDS["supervisor"])
+        self._gateway.submit(give_up).result()
+        give_up()
+
+    # ---- running
+
+    def run(self) -> None:
+        self._watch_signals()
+        for name in ORDER:
+            self.start(self.children[name])
+            self._serve_until(lambda name=name: self.children[name].ready or self.stopping)  # type: ignore[misc]
+        self._serve_until(lambda: self.stopping)
+        self._stop()
+
+    def _serve_until(self, done: Callable[[], bool]) -> None:
+        while not done():
+            for key, _ in self.selector.select(timeout=1.0):
+                key.data()
+            self._look_after()
+
+    def _look_after(self) -> None:
+        now = time.monotonic()
+        for child in self.children.values():
+            if child.process is None and not self.stopping and child.started and now >= child.start_at:
+                self.start(child)
+            allowed = HUNG_AFTER if child.ready else START_WITHIN
+            if child.process is not None and now - child.heard > allowed:
+                log.error("%s (pid %d) hangs: killed", child.card.name, child.process.pid)
+                child.process.kill()
+                child.heard = now
+        if all(child.ready for child in self.children.values()):
+            self._announce()
+
+    def _announce(self) -> None:
+        if not self.announced:
+            self.announced = True
+            log.info("enforcing; control socket %s", self.config.control_socket)
+            print("ready", flush=True)
+            _notify("READY=1\nSTATUS=enforcing")
+        _notify("WATCHDOG=1")
+
+    # ---- one child
+
+    def start(self, child: Child) -> None:
+        """Exec it with its sockets; tell its neighbours where to reach it."""
+        name = child.card.name
+        now = time.monotonic()
+        mine, its = pair()
+        ends = {"supervisor": its, **{role: self.sockets[role] for role in HELD[name]}}
+        neighbours = dict(self._relate(name, ends))
+        child.process = self._spawn(child.card, ends)
+        child.pidfd = os.pidfd_open(child.process.pid)
+        child.channel, child.ready, child.heard = Channel(mine, messages.FROM_CHILD), False, now
+        child.started = [*child.started[-9:], now]
+        mine.setblocking(False)
+        self.selector.register(mine, selectors.EVENT_READ, lambda: self._hear(child))
+        self.selector.register(child.pidfd, selectors.EVENT_READ, lambda: self._bury(child))
+        for role, sock in ends.items():
+            if role not in HELD[name]:
+                sock.close()
+        for (neighbour, role), sock in neighbours.items():
+            self._introduce(neighbour, role, sock)
+        log.info("%s started, pid %d", name, child.process.pid)
+        self.auditing.record(
+            "process-started", {"name": name, "pid": child.process.pid, "restarts": child.restarts}
+        )
+        self._tell_states()
+
+    def _relate(
+        self, name: str, ends: dict[str, socket.socket]
+    ) -> Iterator[tuple[tuple[str, str], socket.socket]]:
+        """New channels between `name` and each neighbour; fills `ends`, yields the neighbours' ends."""
+        for left, left_name, right, right_name in RELATIONS:
+            if name not in (left, right):
+                continue
+            one, other = pair()
+            if name == left:
+                ends[left_name] = one
+                yield (right, right_name), other
+            else:
+                ends[right_name] = one
+                yield (left, left_name), other
+        if name == "auditor":
+            ends["audit-supervisor"], mine = pair()
+            self.auditing.connect(mine)
+
+    def _introduce(self, neighbour: str, role: str, sock: socket.socket) -> None:
+        """Hand a running neighbour its new end; one that is down gets a fresh pair when it starts."""
+        channel = self.children[neighbour].channel
+        with sock, contextlib.suppress(OSError):
+            if channel is not None:
+                channel.send(messages.NewPeer(name=role), descriptor=sock.fileno())
+
+    def _spawn(self, card: Card, ends: dict[str, socket.socket]) -> subprocess.Popen[bytes]:
+        account = self.accounts[card.user]
+        command = [sys.executable, "-I", "-m", f"egressd.processes.{card.name}"]
+        for role, sock in ends.items():
+            command += ["--fd", f"{role}={sock.fileno()}"]
+        command += ["--uid", str(account.uid), "--gid", str(account.gid)]
+        command += ["--config-json", self.config.encode()]
+        thread = self._gateway if card.namespace is Namespace.GATEWAY else self._here
+        descriptors = [sock.fileno() for sock in ends.values()]
+        # The parent-death signal follows the thread that forked (prctl(2)): both threads live as long as we.
+        return thread.submit(_popen, command, descriptors).result()
+
+    def _hear(self, child: Child) -> None:
+        try:
+            if child.channel is None:
+                return
+            message = child.channel.receive().message
+        except BlockingIOError:
+            return
+        except (EOFError, OSError):
+            self._forget_channel(child)
+            return
+        except ProtocolError as error:
+            log.error("%s said something unexpected: %s", child.card.name, error)  # noqa: TRY400
+            self._kill(child)
+            return
+        child.heard = time.monotonic()
+        if isinstance(message, messages.Ready) and not child.ready:
+            child.ready = True
+            self._tell_states()
+
+    def _bury(self, child: Child) -> None:
+        if child.process is None:
+            return
+        status = child.process.wait()
+        log.log(
+            logging.INFO if self.stopping else logging.ERROR, "%s ended, %s", child.card.name, _ending(status)
+        )
+        self.auditing.record(
+            "process-ended", {"name": child.card.name, "pid": child.process.pid, "status": status}
+        )
+        self.selector.unregister(child.pidfd)
+        os.close(child.pidfd)
+        self._forget_channel(child)
+        child.process, child.pidfd, child.ready = None, -1, False
+        child.restarts += 1
+        child.start_at = time.monotonic() + _backoff(child.started)
+        self._tell_states()
+
+    def _forget_channel(self, child: Child) -> None:
+        if child.channel is not None:
+            self.selector.unregister(child.channel.socket)
+            child.channel.close()
+            child.channel = None
+
+    def _kill(self, child: Child) -> None:
+        if child.process is not None:
+            child.process.kill()
+
+    def _tell_states(self) -> None:
+        channel = self.children["controller"].channel
+        if channel is not None:
+            states = tuple(child.state for child in self.children.values())
+            with contextlib.suppress(OSError):
+                channel.send(messages.ProcessTable(processes=states))
+
+    # ---- signals and the end
+
+    def _watch_signals(self) -> None:
+        reader, writer = socket.socketpair()
+        for end in (reader, writer):
+            end.setblocking(False)
+        signal.set_wakeup_fd(writer.fileno())
+        self._wakeup = writer
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: None)
+        self.selector.register(reader, selectors.EVENT_READ, lambda: self._signalled(reader))
+
+    def _signalled(self, reader: socket.socket) -> None:
+        numbers = reader.recv(64)
+        if signal.SIGHUP in numbers:
+            controller = self.children["controller"].process
+            if controller is not None:
+                controller.send_signal(signal.SIGHUP)
+        if {signal.SIGTERM, signal.SIGINT} & set(numbers):
+            self.stopping = True
+
+    def _stop(self) -> None:
+        """Permission shrinks first: the controller ends the leases, then the rest goes. The gateway, with
+        its denial, stays."""
+        log.info("stopping; the gateway keeps denying until `egressd --dismantle`")
+        _notify("STOPPING=1")
+        for name in reversed(ORDER):
+            child = self.children[name]
+            if child.process is None:
+                continue
+            child.process.terminate()
+            deadline = time.monotonic() + 5
+            while child.process is not None and time.monotonic() < deadline:
+                for key, _ in self.selector.select(timeout=0.5):
+                    key.data()
+            self._kill(child)
+        for child in self.children.values():
+            if child.process is not None:
+                child.process.wait(timeout=5)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rights:
+    """What the supervisor keeps, applied to the calling thread."""
+
+    card: Card
+
+    def __call__(self) -> None:
+        effective = self.card.capabilities - {Capability.NET_ADMIN, Capability.SETPCAP}
+        isolation.drop_bounding(self.card.capabilities)
+        isolation.limit_to(effective=effective, permitted=self.card.capabilities)
+        isolation.no_new_privileges()
+
+
+def _thread_in(namespace: int) -> concurrent.futures.ThreadPoolExecutor:
+    """A pool of one thread that lives in the network namespace `namespace` (setns(2))."""
+    executor = concurrent.futures.ThreadPoolExecutor(1)
+
+    def enter() -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.setns(namespace, _CLONE_NEWNET) != 0:
+            raise KernelError(f"cannot enter the gateway: {os.strerror(ctypes.get_errno())}")
+
+    executor.submit(enter).result()
+    return executor
+
+
+def _popen(command: list[str], descriptors: Sequence[int]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command, pass_fds=descriptors, stdin=subprocess.DEVNULL, stdout=2, env=_environment()
+    )
+
+
+def _environment() -> dict[str, str]:
+    kept = ("PATH", "LANG", "LC_ALL", "TZ", "JOURNAL_STREAM", "INVOCATION_ID")
+    return {name: os.environ[name] for name in kept if name in os.environ}
+
+
+def _backoff(started: Sequence[float]) -> float:
+    """At once the first times; a process that cannot live is tried ever more slowly, up to 10 s."""
+    recent = sum(1 for at in started if time.monotonic() - at < 10)
+    return 0.0 if recent <= 3 else min(10.0, 0.5 * 2 ** (recent - 4))
+
+
+def _ending(status: int) -> str:
+    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+
+
+def _notify(state: str) -> None:
+    """sd_notify(3); nothing happens without systemd. Imported once, before the rights go."""
+    if "NOTIFY_SOCKET" in os.environ:
+        from systemd import daemon  # noqa: PLC0415
+
+        daemon.notify(state)
+
+
+# ---- start, while still root
+
+
+def lay_foundation(config: Config) -> tuple[dict[str, socket.socket], int]:
+    """Run the one-shot; returns the gateway's sockets by name, and its namespace descriptor."""
+    mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    command = [sys.executable, "-I", "-m", "egressd.processes.foundation"]
+    command += ["--config-json", config.encode(), "--fd", f"reply={its.fileno()}"]
+    process = subprocess.Popen(command, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL, stdout=2)
+    its.close()
+    with mine:
+        data, descriptors, _, _ = socket.recv_fds(mine, 1 << 16, 64)
+    status = process.wait()
+    if status != 0 or not data:
+        raise KernelError(f"the foundation could not be laid ({_ending(status)}); the reason stands above")
+    names = json.loads(data)
+    found = dict(zip(names, descriptors, strict=True))
+    gateway = found.pop("gateway")
+    return {name: socket.socket(fileno=number) for name, number in found.items()}, gateway
+
+
+def open_control_socket(config: Config) -> socket.socket:
+    """Anyone may connect; who may do what is decided by peer credentials."""
+    directory = Path(config.run_dir)
+    directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+    path = config.control_socket
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    control.bind(str(path))
+    path.chmod(0o666)
+    control.listen(128)
+    return control
+
+
+def prepare_state(config: Config) -> None:
+    state, journal = Path(config.state_dir), Path(config.state_dir, "journal")
+    state.mkdir(mode=0o755, parents=True, exist_ok=True)
+    journal.mkdir(mode=0o750, exist_ok=True)
+    own = Path(config.run_dir, "controller")
+    own.mkdir(mode=0o700, exist_ok=True)
+    accounts = config.accounts()
+    os.chown(journal, accounts["audit"].uid, accounts["audit"].gid)
+    os.chown(own, accounts["daemon"].uid, accounts["daemon"].gid)
+
+
+def serve(config: Config) -> int:
+    _check_accounts(config)
+    held, gateway = lay_foundation(config)
+    held["control"] = open_control_socket(config)
+    prepare_state(config)
+    supervisor = Supervisor(config, held, gateway)
+    _notify("STATUS=starting")
+    supervisor.give_up_rights()
+    supervisor.run()
+    return 0
+
+
+def _check_accounts(config: Config) -> None:
+    try:
+        accounts = config.accounts()
+    except KeyError as error:
+        raise KernelError(
+            f"{error.args[0]}; create the accounts with `systemd-sysusers egressd.conf`"
+        ) from error
+    uids = [account.uid for account in accounts.values()]
+    if len(set(uids)) < len(uids) or os.getuid() in uids:
+        log.warning(
+            "user: %s -- the processes share a user id and are kept apart by capabilities alone", config.user
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="egressd",
+        description="Keeps sandboxed inferences from reaching hosts their workspace did not approve.",
+        epilog="See egressd(8) and egressd.yaml(5).",
+    )
+    parser.add_argument("--config", type=Path, default=Path("/etc/egressd/egressd.yaml"), metavar="FILE")
+    verbs = parser.add_mutually_exclusive_group()
+    verbs.add_argument("--check", action="store_true", help="check the configuration and exit")
+    verbs.add_argument("--foundation", action="store_true", help="make and pin the gateway, then exit")
+    verbs.add_argument(
+        "--dismantle",
+        action="store_true",
+        help="remove the gateway and everything else egressd made, then exit",
+    )
+    parser.add_argument("--version", action="version", version=f"egressd {__version__}")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The program `egressd`."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="egressd: %(levelname)s: %(message)s")
+    try:
+        config = load(options.config)
+        if options.check:
+            print(f"{options.config}: ok")
+            return 0
+        if options.foundation or options.dismantle:
+            return _one_shot(config, "--dismantle" if options.dismantle else "--foundation")
+        return serve(config)
+    except PolicyError as error:
+        for problem in error.problems:
+            print(f"egressd: {problem}", file=sys.stderr)
+    except (EgressdError, isolation.IsolationError, OSError) as error:
+        print(f"egressd: {error}", file=sys.stderr)
+    return 1
+
+
+def _one_shot(config: Config, verb: str) -> int:
+    command = [sys.executable, "-I", "-m", "egressd.processes.foundation", verb]
+    return subprocess.run([*command, "--config-json", config.encode()], check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,645 @@
+"""warden: the one process that may change the gateway, and the list of what it can be asked.
+
+It lives in the gateway's namespace with CAP_NET_ADMIN and nothing else, never enters another, and reads
+typed messages from the controller, one at a time (HANDLERS is the whole list; ipc/messages.py says why
+each is safe though the asker be hostile). A message ends in Done, Failed, Payload or LinkClosed; one that
+is no message ends its sender's connection. An error of the kernel is an answer, never the end.
+
+It keeps in memory what should stand. When somebody else changes the ruleset, the rules or the routes, it
+hears of it (kernel/monitor.py), reads back, restores, and tells. After its own restart it knows nothing:
+it leaves what stands as it stands, takes the controller's account of it (SetWorkspaces, KeepLink, SetNat),
+and with Settle removes what was not named.
+
+The loop is one thread, without timers finer than its tick: the kernel's events wake it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import selectors
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from typing import Any
+
+import msgspec
+
+from egressd.ipc import messages
+from egressd.ipc.channel import Channel, Received, payload
+from egressd.kernel import gateway, namespaces, netlink, sysctl
+from egressd.kernel.conntrack import Conntrack
+from egressd.kernel.ledger import Ledger
+from egressd.kernel.links import Links
+from egressd.kernel.monitor import Batch, Count, Monitor
+from egressd.kernel.namespaces import Identity
+from egressd.kernel.netlink import Netlink
+from egressd.kernel.nft import Nft
+from egressd.model.errors import EgressdError, KernelError, ProtocolError, Refused
+from egressd.model.identities import Link
+from egressd.model.verdicts import Reason
+from egressd.processes.ritual import Auditing, begin
+from egressd.ruleset import build, diff, observe
+from egressd.ruleset.build import Desired, LinkWant
+from egressd.ruleset.layout import Mark, Pools
+from egressd.ruleset.objects import Chain, Key, Objects, Set
+from egressd.ruleset.observe import Observed
+from egressd.ruleset.wants import NatEntry, WorkspaceWant
+
+__all__ = ["HANDLERS", "Warden", "main"]
+
+log = logging.getLogger("egressd")
+
+_TICK = 1.0  # seconds: how often everything cheap is looked at, heard of or not
+_PATIENCE = 0.2  # seconds between two looks at the routing tables, which our own work changes too
+_SEND_WITHIN = 2.0  # seconds; a controller that does not read its answers for so long is gone
+_TEXT = 4000  # characters of messages.Text
+
+NatKey = tuple[int, str]  # mark, synthetic address
+Reply = messages.Done | messages.Failed | messages.LinkClosed | tuple[messages.Payload, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    want: LinkWant
+    namespace: Identity | None  # None: kept over a restart; its eth0 is still there and bars a second link
+
+
+@dataclass(slots=True)
+class Standing:
+    """What should be in the kernel."""
+
+    wants: dict[str, WorkspaceWant] = field(default_factory=dict)
+    nat: dict[NatKey, NatEntry] = field(default_factory=dict)
+    leases: dict[Link, Lease] = field(default_factory=dict)
+
+    def desired(self, pools: Pools) -> Desired:
+        links = tuple(lease.want for lease in self.leases.values())
+        return Desired(pools=pools, wants=self.wants, links=links, nat=self.nat)
+
+    def links_of(self, workspace: str) -> list[LinkWant]:
+        return [lease.want for lease in self.leases.values() if lease.want.workspace == workspace]
+
+
+class Warden:
+    """Must be made inside the gateway's namespace."""
+
+    def __init__(
+        self, *, pools: Pools, auditing: Auditing | None = None, forbidden: Iterable[Identity] = ()
+    ) -> None:
+        """`forbidden`: namespaces that are nobody's sandbox, beside the gateway itself."""
+        self.pools, self.auditing = pools, auditing or Auditing("warden")
+        self._forbidden = frozenset(forbidden)
+        self._route = Netlink(netlink.ROUTE)
+        self._nft, self._conntrack = Nft(), Conntrack()
+        self.monitor = Monitor(ignore_port=self._route.port)
+        self._ledger = Ledger(self._nft, self.monitor)
+        self._links = Links(self._route, self._ledger, self._conntrack, pools)
+        self.standing = Standing()
+        self.adopted = False  # does `standing` describe the whole gateway?
+        self._named: set[Link] = set()  # links and addresses this controller has spoken of
+        self._named_nat: set[NatKey] = set()
+        self.controller: Channel[messages.TO_WARDEN] | None = None
+        self._looked = 0.0  # monotonic seconds
+        self._told = ""  # the last fault that could not be mended, said once
+        self._translations_found = False
+
+    # ---- the controller's connection
+
+    def connect(self, sock: socket.socket) -> None:
+        """A controller, at the start or after its restart: it must name again what it keeps."""
+        self.disconnect()
+        sock.settimeout(_SEND_WITHIN)
+        self.controller = Channel(sock, messages.TO_WARDEN)
+        self._named, self._named_nat = set(), set()
+
+    def disconnect(self) -> None:
+        if self.controller is not None:
+            self.controller.close()
+            self.controller = None
+
+    def hear(self) -> None:
+        """One message, answered."""
+        assert self.controller is not None
+        try:
+            received = self.controller.receive()
+        except (EOFError, ProtocolError, OSError) as error:
+            log.warning("the controller's connection ends: %s", error or "closed")
+            self.disconnect()
+            return
+        try:
+            self._answer(self.handle(received))
+        finally:
+            received.close()
+
+    def handle(self, received: Received[Any]) -> Reply:
+        """The reply to one message; never an exception, since nothing may stop the warden."""
+        request = received.message.request
+        try:
+            return HANDLERS[type(received.message)](self, received)
+        except Refused as refusal:
+            return _failed(request, refusal.reason, str(refusal))
+        except ProtocolError as error:
+            return _failed(request, Reason.PROTOCOL, str(error))
+        except (KernelError, OSError) as error:
+            log.error("%s: %s", type(received.message).__name__, error)  # noqa: TRY400
+            return _failed(request, Reason.UNAVAILABLE, str(error))
+        except Exception as error:
+            log.exception("%s", type(received.message).__name__)
+            return _failed(request, Reason.UNAVAILABLE, f"{type(error).__name__}: {error}")
+
+    def _answer(self, reply: Reply) -> None:
+        if isinstance(reply, tuple):
+            message, data = reply
+            with payload(data) as descriptor:
+                self._send(message, descriptor=descriptor)
+        else:
+            self._send(reply)
+
+    def _send(self, message: Any, *, descriptor: int | None = None) -> None:
+        """EPIPE and a full buffer alike mean that this controller is gone."""
+        if self.controller is None:
+            return
+        try:
+            self.controller.send(message, descriptor=descriptor)
+        except (OSError, ProtocolError) as error:
+            log.warning("the controller cannot be answered: %s", error)
+            self.disconnect()
+
+    # ---- workspaces
+
+    def set_workspaces(self, received: Received[messages.SetWorkspaces]) -> messages.Done:
+        began = time.monotonic()
+        request = received.message.request
+        wants = _decode(received.payload())
+        self._check_workspaces(wants)
+        operations = self._operations(wants)
+        removed = self._removed_marks(wants)
+        nat = [self.standing.nat[key] for key in self.standing.nat if key[0] in removed]
+        taken = [NatEntry(e.mark, e.synthetic, None, e.comment) for e in nat]
+        commands = [*build.nat(taken, self._translations()), *diff.commands(operations)]
+        batch = self._ledger.run(commands) if commands else Batch()
+        self.standing.wants = wants
+        for entry in nat:
+            del self.standing.nat[_key(entry)]
+        self._conntrack.forget_marks(removed)
+        self._retire(batch)
+        return messages.Done(request=request, changes=len(operations), microseconds=_since(began))
+
+    def _check_workspaces(self, wants: Mapping[str, WorkspaceWant]) -> None:
+        """Marks and addresses are checked one by one where commands are made of them (ruleset.build)."""
+        indexes = {want.index for want in wants.values()}
+        if len(indexes) < len(wants):
+            raise ProtocolError("two workspaces share an index")
+        for link, lease in self.standing.leases.items():
+            if lease.want.workspace not in wants:
+                raise Refused(
+                    Reason.WORKSPACE, f"workspace {lease.want.workspace} cannot go: {link.device} is in it"
+                )
+
+    def _operations(self, wants: Mapping[str, WorkspaceWant]) -> list[diff.Operation]:
+        try:
+            if not self.adopted:
+                return self._adopting(wants)
+            before = self.standing.wants
+            return [
+                operation
+                for name in sorted(before.keys() | wants.keys())
+                if before.get(name) != wants.get(name)
+                for operation in diff.changes(
+                    before.get(name), wants.get(name), pools=self.pools, links=self.standing.links_of(name)
+                )
+            ]
+        except ValueError as error:
+            raise ProtocolError(str(error)) from error
+
+    def _adopting(self, wants: Mapping[str, WorkspaceWant]) -> list[diff.Operation]:
+        """Against what stands, leaving links, translations and workspaces in use for `settle`."""
+        desired = Desired(pools=self.pools, wants=dict(wants))
+        return list(diff.plan(_without_links(self._observe(), wants), desired))
+
+    def _removed_marks(self, wants: Mapping[str, WorkspaceWant]) -> set[int]:
+        if self.adopted:
+            before = {element.mark for want in self.standing.wants.values() for element in want.elements}
+        else:
+            before = _marks(self._observe().things)
+        return before - {element.mark for want in wants.values() for element in want.elements}
+
+    def _retire(self, batch: Batch) -> None:
+        """Elements that left the maps, with their last counters."""
+        sums: dict[str, dict[str, Count]] = {}
+        for element in batch.elements:
+            workspace, _, name = element.name.rpartition("_")
+            if name in _MAPS and element.count != (0, 0):
+                kept = sums.setdefault(workspace, {})
+                kept[element.comment] = _add(kept.get(element.comment, (0, 0)), element.count)
+        for workspace, elements in sums.items():
+            for part in _parts(elements):
+                self._send(messages.Retired(workspace=workspace, elements=part))
+
+    # ---- where names lead
+
+    def set_nat(self, received: Received[messages.SetNat]) -> messages.Done:
+        began = time.monotonic()
+        entries = [self._checked(entry) for entry in received.message.entries]
+        commands = build.nat(entries, self._translations())
+        if commands:
+            self._ledger.run(commands)
+        for entry in entries:
+            self._note(entry)
+        return messages.Done(
+            request=received.message.request, changes=len(commands), microseconds=_since(began)
+        )
+
+    def _note(self, entry: NatEntry) -> None:
+        key = _key(entry)
+        if entry.real is None:
+            self.standing.nat.pop(key, None)
+        else:
+            self.standing.nat[key] = entry
+        self._named_nat.add(key)
+
+    def _checked(self, entry: NatEntry) -> NatEntry:
+        """The entry in canonical spelling. ProtocolError if it leads where no rule may lead."""
+        try:
+            mark, synthetic = Mark.of(entry.mark), ip_address(entry.synthetic)
+            real = None if entry.real is None else ip_address(entry.real)
+        except ValueError as error:
+            raise ProtocolError(str(error)) from error
+        place = self.pools.block_of(synthetic)
+        if place is None or place[0] != mark.block:
+            raise ProtocolError(f"{synthetic} is not an address of mark {entry.mark:#010x}")
+        if real is not None and (real.version != synthetic.version or self._unreachable(real)):
+            raise Refused(Reason.ADDRESS, f"{real} ({entry.comment}): {Reason.ADDRESS.text}")
+        return NatEntry(entry.mark, str(synthetic), None if real is None else str(real), entry.comment)
+
+    def _unreachable(self, address: IPv4Address | IPv6Address) -> bool:
+        networks: tuple[IPv4Network | IPv6Network, ...]
+        four, six = build.unreachable(self.pools)
+        networks = four if address.version == 4 else six
+        return any(address in network for network in networks)
+
+    def _translations(self) -> dict[NatKey, str]:
+        """(mark, synthetic) -> real as it stands; asked of the kernel once after a start."""
+        if not self.adopted and not self._translations_found:
+            for entry in _translations(self._observe().things):
+                self.standing.nat.setdefault(_key(entry), entry)
+            self._translations_found = True
+        return {key: entry.real for key, entry in self.standing.nat.items() if entry.real is not None}
+
+    # ---- links
+
+    def open_link(self, received: Received[messages.OpenLink]) -> messages.Done:
+        began = time.monotonic()
+        message = received.message
+        link = Link(message.link)
+        descriptor = received.take()
+        try:
+            want = self._check_link(link, message.workspace)
+            leased = {lease.namespace for lease in self.standing.leases.values() if lease.namespace}
+            identity = namespaces.verify(descriptor, owner=message.owner, forbidden=self._forbidden | leased)
+            self._links.open(link, want, namespace=descriptor, quota=message.quota)
+        finally:
+            os.close(descriptor)
+        lease = LinkWant(link=link, workspace=message.workspace, quota=message.quota)
+        self.standing.leases[link] = Lease(lease, identity)
+        self._named.add(link)
+        return messages.Done(request=message.request, changes=1, microseconds=_since(began))
+
+    def _check_link(self, link: Link, workspace: str) -> WorkspaceWant:
+        want = self.standing.wants.get(workspace)
+        if want is None:
+            raise Refused(Reason.WORKSPACE, Reason.WORKSPACE.text)
+        addresses = self.pools.sandbox(link)
+        if any(self.pools.sandbox(other) == addresses for other in self.standing.leases):
+            raise Refused(Reason.LIMIT, f"{link.device} or its addresses are in use")
+        return want
+
+    def keep_link(self, received: Received[messages.KeepLink]) -> messages.Done:
+        message = received.message
+        link = Link(message.link)
+        known = self.standing.leases.get(link)
+        if message.workspace not in self.standing.wants:
+            raise Refused(Reason.WORKSPACE, Reason.WORKSPACE.text)
+        if link not in self._links.present():
+            raise Refused(Reason.NAMESPACE, f"{link.device} is gone, and its sandbox with it")
+        lease = LinkWant(link=link, workspace=message.workspace, quota=message.quota)
+        self.standing.leases[link] = Lease(lease, known.namespace if known else None)
+        self._named.add(link)
+        return messages.Done(request=message.request)
+
+    def close_link(self, received: Received[messages.CloseLink]) -> messages.LinkClosed:
+        link = Link(received.message.link)
+        counters = self._links.close(link)
+        self.standing.leases.pop(link, None)
+        self._named.discard(link)
+        return messages.LinkClosed(request=received.message.request, link=link.number, counters=counters)
+
+    def settle(self, received: Received[messages.Settle]) -> messages.Done:
+        """Remove what this controller did not name; from now on `standing` is the whole truth."""
+        began = time.monotonic()
+        things = self._observe().things
+        stale = {*self._links.present(), *_link_chains(things), *self.standing.leases} - self._named
+        for link in sorted(stale):
+            self._links.close(link)
+            self.standing.leases.pop(link, None)
+        for key in self.standing.nat.keys() - self._named_nat:
+            del self.standing.nat[key]
+        self.adopted = True
+        operations = self._restore()
+        self._ledger.settled()
+        return messages.Done(
+            request=received.message.request, changes=len(stale) + len(operations), microseconds=_since(began)
+        )
+
+    # ---- reading
+
+    def read_counters(self, received: Received[messages.ReadCounters]) -> Reply:
+        counters = observe.counters(self._nft.list_json())
+        return _payload(received.message.request, msgspec.json.encode(counters))
+
+    def read_ruleset(self, received: Received[messages.ReadRuleset]) -> Reply:
+        if received.message.json:
+            return _payload(received.message.request, msgspec.json.encode(self._nft.list_json()))
+        return _payload(received.message.request, self._nft.list_text().encode())
+
+    def _observe(self) -> Observed:
+        return observe.parse(self._nft.list_json(), self._nft.list_chains())
+
+    # ---- what others change
+
+    def watch(self, *, tick: bool) -> None:
+        """Take in the kernel's events; read back and restore when something is not ours. `tick`: look
+        even if nothing was heard. Never raises: what cannot be mended is told, and tried again."""
+        try:
+            self._watch_ruleset(tick=tick)
+            self._watch_routing(tick=tick)
+        except (EgressdError, OSError, ValueError) as error:
+            self._fault(f"the gateway cannot be put right: {error}")
+        else:
+            self._told = ""
+
+    def _fault(self, text: str) -> None:
+        if text != self._told:
+            log.error("%s", text)
+            self._tell(text, restored=False)
+        self._told = text
+
+    def _watch_ruleset(self, *, tick: bool) -> None:
+        if not self._ledger.look() or not self.adopted:
+            return
+        operations = self._restore()
+        foreign = self._ledger.settled()
+        if operations:
+            what = "; ".join(operation.describe() for operation in operations)
+            self._tell(what, process=_authors(foreign), lost=_lost(foreign))
+
+    def _restore(self) -> tuple[diff.Operation, ...]:
+        """Make the ruleset the desired one, in one batch."""
+        operations = diff.plan(self._observe(), self.standing.desired(self.pools))
+        if operations:
+            self._ledger.run(diff.commands(operations))
+        return operations
+
+    def _watch_routing(self, *, tick: bool) -> None:
+        now = time.monotonic()
+        if not tick and (not self._ledger.routing or now - self._looked < _PATIENCE):
+            return
+        done = []
+        if tick:
+            settings = (*gateway.GATEWAY_SETTINGS, *gateway.UPLINK_SETTINGS)
+            done += [f"{key} was {before}" for key, (before, _) in sysctl.ensure(settings).items()]
+        if self._ledger.routing:
+            self._ledger.routing, self._looked = False, now
+            live = self.standing.leases if self.adopted else self._links.present()
+            done += gateway.run(self._route, gateway.gateway_steps(self._route, links=self._links, live=live))
+        if done:
+            self._tell("; ".join(done))
+
+    def _tell(
+        self, what: str, *, restored: bool = True, process: str = "", lost: dict[str, Count] | None = None
+    ) -> None:
+        log.warning("changed by %s: %s", process or "somebody else", what[:_TEXT])
+        parts = list(_parts(lost or {})) or [{}]
+        for part in parts:
+            self._send(
+                messages.Tampered(what=what[:_TEXT], restored=restored, process=process[:_TEXT], lost=part)
+            )
+
+
+# Everything this process can be asked to do.
+HANDLERS: dict[type, Callable[[Warden, Received[Any]], Reply]] = {
+    messages.SetWorkspaces: Warden.set_workspaces,
+    messages.SetNat: Warden.set_nat,
+    messages.OpenLink: Warden.open_link,
+    messages.KeepLink: Warden.keep_link,
+    messages.CloseLink: Warden.close_link,
+    messages.Settle: Warden.settle,
+    messages.ReadCounters: Warden.read_counters,
+    messages.ReadRuleset: Warden.read_ruleset,
+}
+
+_MAPS = ("out4", "out6", "cidr4", "cidr6")
+_ELEMENTS_PER_MESSAGE = 300  # MAX_MESSAGE holds that many comments of the largest size
+
+
+def _decode(data: bytes) -> dict[str, WorkspaceWant]:
+    """ProtocolError for anything but a list of wants, each workspace once."""
+    try:
+        wants = msgspec.json.decode(data, type=list[WorkspaceWant])
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ProtocolError(f"not a list of workspaces: {error}") from error
+    found = {want.workspace: want for want in wants}
+    if len(found) < len(wants):
+        raise ProtocolError("a workspace is named twice")
+    return found
+
+
+def _key(entry: NatEntry) -> NatKey:
+    return entry.mark, entry.synthetic
+
+
+def _since(began: float) -> int:
+    return round((time.monotonic() - began) * 1e6)
+
+
+def _failed(request: int, reason: Reason, text: str) -> messages.Failed:
+    return messages.Failed(request=request, reason=str(reason), text=text[:_TEXT])
+
+
+def _payload(request: int, data: bytes) -> tuple[messages.Payload, bytes]:
+    return messages.Payload(request=request, payload_length=len(data)), data
+
+
+def _add(one: Count, other: Count) -> Count:
+    return one[0] + other[0], one[1] + other[1]
+
+
+def _parts(counts: dict[str, Count]) -> Iterable[dict[str, Count]]:
+    items = list(counts.items())
+    for start in range(0, len(items), _ELEMENTS_PER_MESSAGE):
+        yield dict(items[start : start + _ELEMENTS_PER_MESSAGE])
+
+
+def _authors(batches: Iterable[Batch]) -> str:
+    return ", ".join(sorted({batch.process for batch in batches if batch.process}))
+
+
+def _lost(batches: Iterable[Batch]) -> dict[str, Count]:
+    """Last counters of what others deleted: map and comment, or the counter's name."""
+    lost: dict[str, Count] = {}
+    for batch in batches:
+        lost |= batch.counters
+        for element in batch.elements:
+            key = f"{element.name} {element.comment}".strip()
+            lost[key] = _add(lost.get(key, (0, 0)), element.count)
+    return {key: count for key, count in lost.items() if count != (0, 0)}
+
+
+# ---- what stands, before the controller has said what should
+
+
+def _link_chains(things: Objects) -> set[Link]:
+    """Links whose guard chain stands, device or not."""
+    named = (Link.of_device(key.name) for key in things if key.family == "netdev" and key.sort == "chain")
+    return {link for link in named if link is not None}
+
+
+def _translations(things: Objects) -> Iterable[NatEntry]:
+    for name in ("real4", "real6"):
+        found = things.get(Key("inet", "set", name))
+        for text, entry in found.elements.items() if isinstance(found, Set) else ():
+            mark, _, synthetic = text.partition(" . ")
+            yield NatEntry(int(mark, 16), synthetic, entry.data, entry.comment)
+
+
+def _marks(things: Objects) -> set[int]:
+    """Every mark that some workspace admits."""
+    found = things.get(Key("inet", "set", "in"))
+    return {int(text, 16) for text in found.elements} if isinstance(found, Set) else set()
+
+
+def _without_links(observed: Observed, wants: Mapping[str, WorkspaceWant]) -> Observed:
+    """What stands, less links, their parts of shared sets, translations, and workspaces that links still
+    jump to though nobody wants them."""
+    guards = [thing for key, thing in observed.things.items() if _of_link(key) and isinstance(thing, Chain)]
+    things: Objects = {}
+    for key, thing in observed.things.items():
+        workspace = key.name.partition("_")[0]
+        used = any(guard.mentions(f"{workspace}_{digit}") for guard in guards for digit in "46")
+        if _of_link(key) or (key.family == "netdev" and used and workspace not in wants):
+            continue
+        if isinstance(thing, Set) and key.name in ("real4", "real6", "connections"):
+            things[key] = dataclasses.replace(thing, elements={})
+        else:
+            things[key] = thing
+    return Observed(tables=observed.tables, things=things)
+
+
+def _of_link(key: Key) -> bool:
+    return key.family == "netdev" and Link.of_device(key.name.partition("_")[0]) is not None
+
+
+# ---- the process
+
+
+@dataclass(slots=True)
+class Loop:
+    """select(2) over the controller, the supervisor and the kernel's events."""
+
+    warden: Warden
+    supervisor: Channel[messages.TO_CHILD]
+    beat: float = 0.0
+    ticked: float = 0.0
+
+    def run(self) -> None:
+        self.supervisor.send(messages.Ready())
+        while self.turn():
+            pass
+
+    def turn(self) -> bool:
+        """Wait for something and deal with it; False when the supervisor is gone."""
+        ready = self._wait()
+        if self.supervisor in ready and not self._supervised():
+            return False
+        if self.warden.controller in ready:
+            self.warden.hear()
+        now = time.monotonic()
+        tick = now - self.ticked >= _TICK
+        self.warden.watch(tick=tick)
+        if tick:
+            self.ticked = now
+        if now - self.beat >= messages.HEARTBEAT:
+            self.beat = now
+            with suppress(OSError):
+                self.supervisor.send(messages.Heartbeat())
+        return True
+
+    def _wait(self) -> list[Any]:
+        with selectors.DefaultSelector() as selector:
+            things = (
+                self.supervisor,
+                self.warden.controller,
+                self.warden.monitor.tables,
+                self.warden.monitor.routing,
+            )
+            for thing in things:
+                if thing is not None:
+                    selector.register(thing, selectors.EVENT_READ)
+            return [key.fileobj for key, _ in selector.select(timeout=_PATIENCE)]
+
+    def _supervised(self) -> bool:
+        try:
+            received = self.supervisor.receive()
+        except BlockingIOError:
+            return True
+        except (EOFError, ProtocolError, OSError):
+            return False
+        message = received.message
+        if isinstance(message, messages.NewPeer):
+            self._introduced(message.name, socket.socket(fileno=received.take()))
+        received.close()
+        return True
+
+    def _introduced(self, name: str, sock: socket.socket) -> None:
+        match name:
+            case "controller":
+                self.warden.connect(sock)
+            case "audit":
+                self.warden.auditing.connect(sock)
+            case _:
+                sock.close()
+
+
+def _others() -> set[Identity]:
+    """Namespaces of the processes we come from: the host's. Asked while still root; where that is not
+    allowed, their user namespace refuses them all the same."""
+    found = set()
+    for process in (1, os.getppid()):
+        with suppress(OSError):
+            status = os.stat(f"/proc/{process}/ns/net")  # noqa: PTH116 -- a magic link, not a path
+            found.add((status.st_dev, status.st_ino))
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    forbidden = _others()
+    start = begin("warden", arguments)
+    auditing = Auditing.over("warden", start.take("audit"))
+    try:
+        warden = Warden(pools=start.config.pools.pools(), auditing=auditing, forbidden=forbidden)
+    except EgressdError as error:
+        log.error("%s", error)  # noqa: TRY400
+        return 1
+    warden.connect(start.take("controller"))
+    Loop(warden, Channel(start.take("supervisor"), messages.TO_CHILD)).run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,709 @@
+"""The firewall as data, and as nft commands. Pure: the same arguments give the same text.
+
+A frame that leaves a sandbox takes this way; each `late` counter is for what was admitted and then lost.
+
+    netdev ingress, chain egN        in; not plain IP -> other; quota; source exact;
+        acme_4 / acme_6              shape; the one lookup: destination, protocol, port -> mark
+        acme_unlisted, _source, ...  denied: counted by reason, logged, refused at once
+    inet prerouting, chain steer     unmarked, invalid -> dropped; connection limit; inspector (TPROXY)
+    inet prerouting, chain translate (mark, synthetic address) -> real address
+    inet forward / local_in          only what was marked, and translated if it had to be
+    inet local_out / forward         back: only replies, only of marks in @in
+
+Until the lookup gives it a mark of a kind, a packet carries a number below 16 that says how far it got:
+what remains is the reason for its denial.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+
+from egressd.model.identities import Link, check_workspace
+from egressd.ruleset import objects
+from egressd.ruleset.layout import (
+    ADMITTED,
+    HOST_LINK,
+    HOST_TABLE,
+    INSPECTOR_PORT,
+    LINK_GROUP,
+    NFLOG_GROUP,
+    RESOLVER4,
+    RESOLVER6,
+    RESOLVER_BLOCK,
+    TABLE,
+    UNLISTED_BLOCK,
+    UPLINK,
+    UPLINK_GATEWAY4,
+    UPLINK_GATEWAY6,
+    Kind,
+    Mark,
+    Pools,
+)
+from egressd.ruleset.objects import (
+    Chain,
+    Counter,
+    Entry,
+    Hook,
+    Key,
+    Objects,
+    Quota,
+    Set,
+    address_text,
+    identifier,
+    mark_text,
+    network_text,
+    string,
+)
+from egressd.ruleset.plan import comment
+from egressd.ruleset.wants import Element, NatEntry, WorkspaceWant
+
+__all__ = [
+    "DENIALS", "LATE", "Desired", "LinkWant", "base", "desired", "drop_workspace", "host", "link", "nat",
+    "unlink", "unreachable", "workspace",
+]  # fmt: skip
+
+# Reasons the guard itself denies for. Each has a counter `W_REASON_denied` and a chain `W_REASON`.
+DENIALS = ("unlisted", "shape", "source", "quota")
+# Reasons for which an admitted packet is lost later, counted as `late_REASON` over all workspaces.
+LATE = {
+    "unmarked": "came over a link without having passed a guard",
+    "invalid": "conntrack knows no connection it belongs to; NAT would not translate it",
+    "reply": "a sandbox answering: nobody may connect to one",
+    "connections": "above the limit of open connections",
+    "inspector": "to be inspected, and no inspector listens",
+    "unresolved": "the name has no address in this slot",
+    "misrouted": "its way does not lead to where its mark permits",
+}
+_LOG_LIMIT = "limit rate 200/second burst 50 packets"  # per reason and workspace; counters see the rest
+_MARK_SHAPE, _MARK_UNLISTED = 1, 2  # a packet on its way through the guard; 0 is "source"
+_FORWARD, _INSPECT = mark_text(Kind.FORWARD), mark_text(Kind.INSPECT)
+_DIRECT = mark_text(Kind.DIRECT)
+_ZERO, _LEAST_ADMITTED = mark_text(0), mark_text(ADMITTED & -ADMITTED)
+_BLOCK4, _BLOCK6 = "255.255.255.252", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:fffc"
+_MAP4, _MAP6 = "ipv4_addr . inet_proto . inet_service", "ipv6_addr . inet_proto . inet_service"
+
+
+@dataclass(frozen=True, slots=True)
+class LinkWant:
+    """A leased link: which workspace, and how many bytes it may send (None: no bound)."""
+
+    link: Link
+    workspace: str
+    quota: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Desired:
+    """Everything the gateway's two tables are to hold. `nat`: (mark, synthetic address) -> entry."""
+
+    pools: Pools
+    wants: Mapping[str, WorkspaceWant]  # by workspace name
+    links: tuple[LinkWant, ...] = ()
+    nat: Mapping[tuple[int, str], NatEntry] = field(default_factory=dict)
+
+
+# --------------------------------------------------------------------------------------------------
+# commands
+
+
+def base(pools: Pools) -> list[str]:
+    """Commands that make both tables of the gateway with everything static in them.
+
+    For a gateway without them: on one that has them the rules would be there twice (`diff.plan` adopts).
+    """
+    return [*tables(), *_commands(_static(pools), TABLE)]
+
+
+def workspace(want: WorkspaceWant, pools: Pools) -> list[str]:
+    """Commands that make a workspace that is not there yet. ValueError for an element that cannot be its."""
+    return _commands(fragment(want, pools), TABLE)
+
+
+def link(link: Link, want: WorkspaceWant, pools: Pools, quota: int | None) -> list[str]:
+    """Commands that make a link's counters, quota, connection limit and guard chain.
+
+    Before its device is up, so that no packet ever passes unjudged. The workspace must be there.
+    """
+    return _commands(_link(LinkWant(link=link, workspace=want.workspace, quota=quota), want, pools), TABLE)
+
+
+def unlink(link: Link) -> list[str]:
+    """Commands that remove all of a link's objects; what is gone already does not matter.
+
+    nft 1.0.6 has no `destroy`; `add` without a definition is accepted whether the object is there or not,
+    and what is certainly there can be deleted. Read the counters before.
+    """
+    name = identifier(link.device)
+    chain, element = f"netdev {TABLE} {name}", f"inet {TABLE} connections {{ {string(link.device)} }}"
+    counters = [f"counter netdev {TABLE} {name}_{part}" for part in ("in", "ok", "denied", "other")]
+    quota = f"quota netdev {TABLE} {name}_quota"
+    return [
+        *(f"add {counter}" for counter in counters),
+        f"add {quota} {{ over 1 bytes; }}",
+        f"add element inet {TABLE} connections {{ {string(link.device)} ct count over 1 }}",
+        f"add chain {chain}",
+        f"flush chain {chain}",
+        f"delete chain {chain}",
+        f"delete element {element}",
+        f"delete {quota}",
+        *(f"delete {counter}" for counter in counters),
+    ]
+
+
+def drop_workspace(want: WorkspaceWant) -> list[str]:
+    """Commands that remove a workspace. The kernel refuses (EBUSY) while a link still jumps there."""
+    things = fragment(want, Pools(), checked=False)
+    gone = [key for key, thing in things.items() if key.name not in ("in", "opened")]
+    chains = [key for key in gone if key.sort == "chain"]
+    lines = [f"flush chain {key.path(TABLE)}" for key in chains]
+    lines += [f"delete chain {key.path(TABLE)}" for key in chains]
+    for key, thing in things.items():
+        if isinstance(thing, Set) and key.name in ("in", "opened"):
+            lines += objects.delete_elements(key, thing.elements, TABLE)
+        elif isinstance(thing, Set):
+            lines.append(f"delete {thing.word} {key.path(TABLE)}")
+        elif isinstance(thing, Counter):
+            lines.append(f"delete counter {key.path(TABLE)}")
+    return lines
+
+
+def nat(entries: Iterable[NatEntry], current: Mapping[tuple[int, str], str]) -> list[str]:
+    """Commands that make `entries` true where `current` ((mark, synthetic) -> real) is; [] if it is so.
+
+    Open connections keep the address they have: conntrack asks the map once per connection.
+    """
+    old: dict[Key, list[str]] = {}
+    new: dict[Key, dict[str, Entry]] = {}
+    for entry in entries:
+        now = current.get((entry.mark, entry.synthetic))
+        if now == entry.real:
+            continue
+        key, name, value = _nat_element(entry)
+        if now is not None:
+            old.setdefault(key, []).append(name)
+        if entry.real is not None:
+            new.setdefault(key, {})[name] = value
+    lines = [line for key, names in old.items() for line in objects.delete_elements(key, names, TABLE)]
+    return lines + [line for key, added in new.items() for line in objects.add_elements(key, added, TABLE)]
+
+
+def host(pools: Pools) -> list[str]:
+    """Commands that make `table inet egressd_host` exactly so, in the host's namespace. Idempotent:
+    one transaction removes the table, if there, and makes it again."""
+    table = f"table inet {HOST_TABLE}"
+    note = 'comment "egressd: the gateway may go out through the host, and nowhere else"'
+    return [
+        f"add {table}",
+        f"delete {table}",
+        f"add {table} {{ {note}; }}",
+        *_commands(_host(pools), HOST_TABLE),
+    ]
+
+
+def tables() -> list[str]:
+    """Commands that make the gateway's two tables; and wake them, should somebody have put them to sleep
+    (`flags dormant`)."""
+    return [
+        f'add table netdev {TABLE} {{ comment "egressd: what may leave a sandbox, link by link"; }}',
+        f'add table inet {TABLE} {{ comment "egressd: where it may go, and what may return"; }}',
+    ]
+
+
+def _commands(things: Objects, table: str) -> list[str]:
+    """Declarations, then elements, then rules: each may refer to what comes before."""
+    lines = [line for key, thing in things.items() for line in objects.make(key, thing, table)]
+    for key, thing in things.items():
+        if isinstance(thing, Set):
+            lines += objects.add_elements(key, thing.elements, table)
+    for key, thing in things.items():
+        lines += objects.fill(key, thing, table)
+    return lines
+
+
+# --------------------------------------------------------------------------------------------------
+# the whole
+
+
+def desired(wanted: Desired) -> Objects:
+    """Both tables as they are to be. ValueError when a link's workspace is not among the wants."""
+    things = _static(wanted.pools)
+    parts = [fragment(want, wanted.pools) for want in wanted.wants.values()]
+    for lease in wanted.links:
+        if lease.workspace not in wanted.wants:
+            raise ValueError(f"{lease.link.device}: no workspace {lease.workspace!r}")
+        parts.append(_link(lease, wanted.wants[lease.workspace], wanted.pools))
+    return _together(things, [*parts, _nat(wanted.nat.values())])
+
+
+def _together(things: Objects, parts: Iterable[Objects]) -> Objects:
+    """All of it; what several parts put into one set is gathered there."""
+    gathered: dict[Key, dict[str, Entry]] = {}
+    for part in parts:
+        for key, thing in part.items():
+            if isinstance(thing, Set) and thing.partial:
+                gathered.setdefault(key, {}).update(thing.elements)
+            elif key in things:
+                raise ValueError(f"{key.sort} {key.name} is wanted twice")
+            else:
+                things[key] = thing
+    for key, elements in gathered.items():
+        shared = things[key]
+        assert isinstance(shared, Set)
+        things[key] = replace(shared, elements=elements)
+    return things
+
+
+# --------------------------------------------------------------------------------------------------
+# what is always there
+
+
+def unreachable(pools: Pools) -> tuple[tuple[IPv4Network, ...], tuple[IPv6Network, ...]]:
+    """Networks that no rule reaches as they are, whatever the guard: this host, a link, many at once,
+    egressd's own. (RFC 1122 3.2.1.3; RFC 3927 2.7: a router must not forward link-local; RFC 4291.)"""
+    four = [pools.synthetic4, pools.sandbox4]
+    four += map(IPv4Network, ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3"))
+    six = [pools.synthetic6, pools.sandbox6, IPv6Network((int(RESOLVER6) >> 64 << 64, 64))]
+    six.append(IPv6Network((int(UPLINK_GATEWAY6) >> 64 << 64, 64)))
+    six += map(IPv6Network, ("::/127", "::ffff:0.0.0.0/96", "fe80::/10", "ff00::/8"))
+    return tuple(sorted(four)), tuple(sorted(six))
+
+
+def _static(pools: Pools) -> Objects:
+    return {**_static_netdev(pools), **_static_inet()}
+
+
+def _static_netdev(pools: Pools) -> Objects:
+    four, six = unreachable(pools)
+    return {
+        Key("netdev", "set", "unreachable4"): _networks(four, "ipv4_addr"),
+        Key("netdev", "set", "unreachable6"): _networks(six, "ipv6_addr"),
+        Key("netdev", "chain", "refuse"): Chain(rules=_REFUSE, comment="says no at once"),
+    }
+
+
+def _networks(networks: Iterable[IPv4Network | IPv6Network], kind: str) -> Set:
+    return Set(
+        type=kind,
+        flags=("interval",),
+        comment="whatever the guard mode",
+        elements={network_text(network): Entry() for network in networks},
+    )
+
+
+_REFUSE = ("meta l4proto tcp reject with tcp reset", "reject with icmpx port-unreachable")
+
+
+def _static_inet() -> Objects:
+    things: Objects = {
+        _inet("counter", f"late_{reason}"): Counter(comment=text) for reason, text in LATE.items()
+    }
+    things[_inet("counter", "stray")] = Counter(comment="not of a sandbox, or a reply to a revoked host")
+    things |= {
+        _inet("set", "in"): Set(type="mark", counter=True, comment="what may be answered; counts replies"),
+        _inet("set", "opened"): Set(type="mark", counter=True, comment="counts connections"),
+        _inet("set", "connections"): Set(
+            type="ifname", flags=("dynamic",), size=65535, comment="limits of open connections"
+        ),
+        _inet("set", "real4"): Set(type="mark . ipv4_addr", data="ipv4_addr", comment="names lead here"),
+        _inet("set", "real6"): Set(type="mark . ipv6_addr", data="ipv6_addr", comment="names lead here"),
+        _inet("chain", "refuse"): Chain(rules=_REFUSE, comment="says no at once"),
+    }
+    for reason in LATE:
+        things[_inet("chain", f"late_{reason}")] = _late(reason)
+    return {**things, **_static_chains()}
+
+
+def _late(reason: str) -> Chain:
+    """Counted, logged with "-" for the workspace (the link tells it), and refused where that is safe:
+    a reset for a packet that conntrack finds out of window would cut a live connection."""
+    silent = reason in ("unmarked", "invalid", "reply")
+    end = "drop" if silent else "goto refuse"
+    rules = (
+        f'counter name "late_{reason}"',
+        f"{_LOG_LIMIT} log prefix {string(f'- {reason}')} group {NFLOG_GROUP} snaplen 128",
+        end,
+    )
+    return Chain(rules=rules, comment=LATE[reason])
+
+
+def _inet(sort: str, name: str) -> Key:
+    return Key("inet", sort, name)  # type: ignore[arg-type]
+
+
+def _static_chains() -> Objects:
+    return {
+        _inet("chain", name): Chain(rules=rules, hook=Hook(kind, hook, priority, policy), comment=text)
+        for name, kind, hook, priority, policy, text, rules in (
+            ("steer", "filter", "prerouting", -150, "accept", "only what a guard has marked goes on", _STEER),
+            ("translate", "nat", "prerouting", -100, "accept", "synthetic address to real one", _TRANSLATE),
+            (
+                "forwarding",
+                "filter",
+                "forward",
+                0,
+                "drop",
+                "out: marked, translated; back: replies",
+                _PASS,
+            ),
+            ("local_in", "filter", "input", 0, "drop", "resolver and inspector", _LOCAL_IN),
+            ("local_out", "filter", "output", 0, "drop", "answers, refusals, nothing else", _LOCAL_OUT),
+            ("disguise", "nat", "postrouting", 100, "accept", "behind the address of the gateway", _DISGUISE),
+        )
+    }
+
+
+_LINKS_IN, _LINKS_OUT = f"iifgroup {LINK_GROUP}", f"oifgroup {LINK_GROUP}"
+_UP_IN, _UP_OUT = f'iifname "{UPLINK}"', f'oifname "{UPLINK}"'
+_TO_INSPECT = f"meta mark & {_INSPECT} != {_ZERO}"
+_TO_TRANSLATE = f"meta mark & {_DIRECT} == {_FORWARD}"  # bit 31 without bit 28
+
+_STEER = (
+    f"iifgroup != {LINK_GROUP} return",
+    f"meta mark < {_LEAST_ADMITTED} goto late_unmarked",
+    # untracked: somebody's `notrack`; what conntrack does not see is neither translated nor disguised
+    "ct state invalid,untracked goto late_invalid",
+    "ct direction reply goto late_reply",
+    "ct mark set meta mark",
+    "ct state new iifname @connections goto late_connections",
+    f"{_TO_INSPECT} meta nfproto ipv4 meta l4proto tcp tproxy ip to 127.0.0.1:{INSPECTOR_PORT} accept",
+    f"{_TO_INSPECT} meta nfproto ipv6 meta l4proto tcp tproxy ip6 to [::1]:{INSPECTOR_PORT} accept",
+    # tproxy ends the rule when no socket listens
+    f"{_TO_INSPECT} goto late_inspector",
+)
+_TRANSLATE = (
+    f"{_LINKS_IN} meta mark @opened",
+    f"{_LINKS_IN} {_TO_TRANSLATE} dnat ip to meta mark . ip daddr map @real4",
+    f"{_LINKS_IN} {_TO_TRANSLATE} dnat ip6 to meta mark . ip6 daddr map @real6",
+)
+_PASS = (
+    f"{_LINKS_IN} {_UP_OUT} meta mark & {_DIRECT} == {_DIRECT} accept",
+    f"{_LINKS_IN} {_UP_OUT} {_TO_TRANSLATE} ct status dnat accept",
+    f"{_UP_IN} {_LINKS_OUT} ct direction reply ct mark @in accept",
+    f"{_LINKS_IN} {_TO_TRANSLATE} goto late_unresolved",
+    f"{_LINKS_IN} goto late_misrouted",
+    'counter name "stray"',
+)
+_NEIGHBOURS = "icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept"
+_LOCAL_IN = (
+    f"{_LINKS_IN} meta mark & {mark_text(Kind.INSPECT | Kind.RESOLVE)} != {_ZERO} accept",
+    f"{_LINKS_IN} goto late_misrouted",
+    f"{_UP_IN} {_NEIGHBOURS}",
+    'counter name "stray"',
+)
+_LOCAL_OUT = (
+    # our own refusals: conntrack attaches the refused packet's entry to the reset (RELATED_REPLY). An
+    # ICMP error to a connection that was never confirmed has no entry to be related to.
+    f"{_LINKS_OUT} ct state related tcp flags & rst == rst accept",
+    f"{_LINKS_OUT} icmp type destination-unreachable accept",
+    f"{_LINKS_OUT} icmpv6 type {{ destination-unreachable, packet-too-big }} accept",
+    f"{_LINKS_OUT} ct direction reply ct mark @in accept",
+    f"{_UP_OUT} {_NEIGHBOURS}",
+    'counter name "stray"',
+)
+_DISGUISE = (f"{_UP_OUT} masquerade",)
+
+
+def _elements(kind: str, elements: dict[str, Entry]) -> Set:
+    """What a workspace or a link puts into a set that is there for all."""
+    return Set(type=kind, elements=elements, partial=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# a workspace
+
+
+def fragment(want: WorkspaceWant, pools: Pools, *, checked: bool = True) -> Objects:
+    """A workspace's objects; its part of the shared sets as `partial` ones."""
+    name = check_workspace(want.workspace)
+    things: Objects = {}
+    for reason in DENIALS:
+        things[_netdev("counter", f"{name}_{reason}_denied")] = Counter()
+    if want.guard != "enforce":
+        things[_netdev("counter", f"{name}_unlisted_ok")] = Counter(comment="on no list, let through")
+    things |= _maps(want, pools, checked=checked)
+    for reason in DENIALS:
+        things[_netdev("chain", f"{name}_{reason}")] = _denial(name, reason)
+    things[_netdev("chain", f"{name}_4")] = _lookup(want, "ip")
+    things[_netdev("chain", f"{name}_6")] = _lookup(want, "ip6")
+    marks = _marks(want)
+    things[_inet("set", "in")] = _elements("mark", marks)
+    things[_inet("set", "opened")] = _elements("mark", marks)
+    return things
+
+
+def _netdev(sort: str, name: str) -> Key:
+    return Key("netdev", sort, name)  # type: ignore[arg-type]
+
+
+def _denial(name: str, reason: str) -> Chain:
+    rules = (
+        f'counter name "{name}_{reason}_denied"',
+        f"{_LOG_LIMIT} log prefix {string(f'{name} {reason}')} group {NFLOG_GROUP} snaplen 128",
+        "goto refuse",
+    )
+    return Chain(rules=rules, comment=f"denied: {_DENIED[reason]}")
+
+
+_DENIED = {
+    "unlisted": "no rule of the workspace allows this destination",
+    "shape": "fragments, options, extension headers, broken headers",
+    "source": "not the source address of this sandbox",
+    "quota": "the sandbox has used up its bytes",
+}
+
+
+def _lookup(want: WorkspaceWant, ip: str) -> Chain:
+    """Shape, then the lookup. A rule whose map has no such key changes nothing; nor does one that reads
+    beyond the end of a truncated packet."""
+    name, digit, mask = want.workspace, ("4" if ip == "ip" else "6"), (_BLOCK4 if ip == "ip" else _BLOCK6)
+    # `meta l4proto` is only there when version, header length and total length make sense
+    # (nft_set_pktinfo_ipv4_validate); 255 is reserved.
+    shape = "ip frag-off & 16383 == 0 ip hdrlength 5 meta l4proto != 255"
+    if ip == "ip6":
+        # AH by name: ipv6_find_hdr walks over it, and exthdr has no word for it
+        headers = " ".join(f"exthdr {header} missing" for header in ("hbh", "rt", "frag", "dst"))
+        shape = f"{headers} ip6 nexthdr != ah"
+    well = f"meta mark {mark_text(_MARK_UNLISTED)} meta pkttype host"
+    target = "meta l4proto . th dport map"
+    rules = [
+        f"meta mark set {mark_text(_MARK_SHAPE)}",
+        f"{shape} meta mark set {mark_text(_MARK_UNLISTED)}",
+        f"{well} meta mark set {ip} daddr & {mask} . {target} @{name}_out{digit}",
+        f"{well} meta mark set {ip} daddr . {target} @{name}_cidr{digit}",
+    ]
+    rules += _let_through(want, f"{well} {ip} daddr != @unreachable{digit}")
+    return Chain(rules=tuple(rules), comment=f"shape, then the lookup (IPv{digit})")
+
+
+def _let_through(want: WorkspaceWant, unlisted: str) -> list[str]:
+    """What guard `observe` and `off` add: the rest goes out as addressed, counted; observe logs it."""
+    if want.guard == "enforce":
+        return []
+    prefix = string(f"{want.workspace} unlisted")
+    log = f"{unlisted} {_LOG_LIMIT} log prefix {prefix} group {NFLOG_GROUP} snaplen 128"
+    admit = f'{unlisted} counter name "{want.workspace}_unlisted_ok" meta mark set {_unlisted(want)}'
+    return [log, admit] if want.guard == "observe" else [admit]
+
+
+def _unlisted(want: WorkspaceWant) -> str:
+    return mark_text(int(Mark(kind=Kind.DIRECT, workspace=want.index, block=UNLISTED_BLOCK)))
+
+
+def _marks(want: WorkspaceWant) -> dict[str, Entry]:
+    """The workspace's elements of @in and @opened: one per mark, with its name."""
+    names = {element.mark: element.comment for element in want.elements}
+    marks = {
+        mark_text(mark): Entry(comment=comment(f"{want.workspace} {name}"))
+        for mark, name in sorted(names.items())
+    }
+    if want.guard != "enforce":
+        marks[_unlisted(want)] = Entry(comment=f"{want.workspace} (unlisted)")
+    return marks
+
+
+def _maps(want: WorkspaceWant, pools: Pools, *, checked: bool) -> Objects:
+    """The allow maps: blocks in `out`, real networks and the resolver in `cidr`."""
+    name = want.workspace
+    maps: dict[str, dict[str, Entry]] = {f"{sort}{digit}": {} for sort in ("out", "cidr") for digit in "46"}
+    for element in want.elements:
+        where, address = _place(element, want, pools) if checked else _place_unchecked(element)
+        key = f"{address} . {element.protocol} . {element.port}"
+        if maps[where].setdefault(key, _entry(element)) != _entry(element):
+            raise ValueError(f"workspace {name}: {key} is wanted with two marks")
+    notes = {
+        "out": "addresses of names: four neighbours are one name",
+        "cidr": "real networks, and the resolver",
+    }
+    return {
+        _netdev("set", f"{name}_{where}"): Set(
+            type=_MAP4 if where.endswith("4") else _MAP6,
+            data="mark",
+            flags=("interval",) if where.startswith("cidr") else (),
+            counter=True,
+            comment=notes[where[:-1]],
+            elements=elements,
+        )
+        for where, elements in maps.items()
+    }
+
+
+def _entry(element: Element) -> Entry:
+    return Entry(data=mark_text(element.mark), comment=element.comment)
+
+
+def _place_unchecked(element: Element) -> tuple[str, str]:
+    network = ip_network(element.address)
+    exact = Kind(element.mark & 0xF000_0000) in (Kind.DIRECT, Kind.RESOLVE)
+    return f"{'cidr' if exact else 'out'}{4 if network.version == 4 else 6}", network_text(network)
+
+
+def _place(element: Element, want: WorkspaceWant, pools: Pools) -> tuple[str, str]:
+    """(map, key) of an element; ValueError when its mark and its address do not belong together."""
+    mark, network = Mark.of(element.mark), ip_network(element.address)
+    fault = f"workspace {want.workspace}: element {element.address} {element.protocol}/{element.port}"
+    if mark.workspace != want.index:
+        raise ValueError(f"{fault}: the mark is another workspace's")
+    if element.protocol not in ("tcp", "udp") or not 0 < element.port < 65536:
+        raise ValueError(f"{fault}: no such port")
+    if not _belongs(mark, network, element, pools):
+        raise ValueError(f"{fault}: mark {element.mark:#010x} does not fit the address")
+    return _place_unchecked(element)
+
+
+def _belongs(mark: Mark, network: IPv4Network | IPv6Network, element: Element, pools: Pools) -> bool:
+    match mark.kind:
+        case Kind.RESOLVE:
+            resolver = network.network_address in (RESOLVER4, RESOLVER6) and element.port == 53
+            return resolver and mark.block == RESOLVER_BLOCK and "/" not in element.address
+        case Kind.DIRECT:
+            four, six = unreachable(pools)
+            forbidden = four if network.version == 4 else six
+            return not any(network.overlaps(other) for other in forbidden)
+        case _:
+            if "/" in element.address or mark.block in (RESOLVER_BLOCK, UNLISTED_BLOCK):
+                return False
+            return pools.block_of(network.network_address) == (mark.block, 0)
+
+
+# --------------------------------------------------------------------------------------------------
+# a link
+
+
+def _link(lease: LinkWant, want: WorkspaceWant, pools: Pools) -> Objects:
+    device, name = lease.link.device, check_workspace(want.workspace)
+    things: Objects = {
+        _netdev("counter", f"{device}_{part}"): Counter(comment=text) for part, text in _PARTS.items()
+    }
+    if lease.quota is not None:
+        things[_netdev("quota", f"{device}_quota")] = Quota(bytes=lease.quota, comment="limits.egress_bytes")
+    things[_netdev("chain", device)] = Chain(
+        rules=_guard(lease, name, pools),
+        hook=Hook("filter", "ingress", -500, "drop", device),
+        comment=f"sandbox of workspace {name}",
+    )
+    things[_inet("set", "connections")] = _elements("ifname", connection_limit(lease, want))
+    return things
+
+
+_PARTS = {
+    "in": "all that came",
+    "ok": "admitted",
+    "denied": "denied and answered",
+    "other": "not plain IP, dropped",
+}
+
+
+def connection_limit(lease: LinkWant, want: WorkspaceWant) -> dict[str, Entry]:
+    """The link's element of @connections; none when the workspace has no such limit."""
+    if want.connections is None:
+        return {}
+    statement = f"ct count over {int(want.connections)}"
+    return {string(lease.link.device): Entry(statement=statement, comment=want.workspace)}
+
+
+def _guard(lease: LinkWant, name: str, pools: Pools) -> tuple[str, ...]:
+    device = identifier(lease.link.device)
+    source4, source6 = pools.sandbox(lease.link)
+    denied = f'counter name "{device}_denied"'
+    quota = f'quota name "{device}_quota" {denied} goto {name}_quota'
+    shape, unlisted = mark_text(_MARK_SHAPE), mark_text(_MARK_UNLISTED)
+    rules = [
+        f'counter name "{device}_in"',
+        # by what the frame says, VLAN tag included, not by what the kernel took it for
+        f'ether type != {{ ip, ip6 }} counter name "{device}_other" drop',
+        f"meta mark set {_ZERO}",
+        quota if lease.quota is not None else "",
+        f"ip saddr {source4} jump {name}_4",
+        f"ip6 saddr {source6} jump {name}_6",
+        f'meta mark >= {_LEAST_ADMITTED} counter name "{device}_ok" accept',
+        denied,
+        f"meta mark vmap {{ {shape} : goto {name}_shape, {unlisted} : goto {name}_unlisted }}",
+        f"goto {name}_source",
+    ]
+    return tuple(rule for rule in rules if rule)
+
+
+# --------------------------------------------------------------------------------------------------
+# where names lead
+
+
+def _nat(entries: Iterable[NatEntry]) -> Objects:
+    maps: dict[Key, dict[str, Entry]] = {}
+    for entry in entries:
+        if entry.real is not None:
+            key, name, value = _nat_element(entry)
+            maps.setdefault(key, {})[name] = value
+    return {
+        key: _elements("mark . ipv4_addr" if key.name == "real4" else "mark . ipv6_addr", elements)
+        for key, elements in maps.items()
+    }
+
+
+def _nat_element(entry: NatEntry) -> tuple[Key, str, Entry]:
+    """ValueError when the two addresses are not of one family, or the mark is not one to be translated."""
+    mark, synthetic = Mark.of(entry.mark), ip_address(entry.synthetic)
+    if mark.kind is not Kind.FORWARD:
+        raise ValueError(f"{entry.mark:#010x} is not translated")
+    if entry.real is not None and ip_address(entry.real).version != synthetic.version:
+        raise ValueError(f"{entry.synthetic} and {entry.real} are not of one family")
+    key = _inet("set", "real4" if synthetic.version == 4 else "real6")
+    name = f"{mark_text(entry.mark)} . {synthetic}"
+    real = "" if entry.real is None else address_text(entry.real)
+    return key, name, Entry(data=real, comment=entry.comment)
+
+
+# --------------------------------------------------------------------------------------------------
+# the host's side
+
+
+def _host(pools: Pools) -> Objects:
+    gateway = f'iifname "{HOST_LINK}"'
+    own4 = f"{{ {pools.synthetic4}, {pools.sandbox4} }}"
+    own6 = f"{{ {pools.synthetic6}, {pools.sandbox6} }}"
+    untranslated = 'counter name "untranslated" drop'
+    chains: Iterator[tuple[str, Hook, str, tuple[str, ...]]] = iter(
+        (
+            (
+                "disguise",
+                Hook("nat", "postrouting", 100, "accept"),
+                "behind an address of the host",
+                (f'{gateway} oifname != "{HOST_LINK}" masquerade',),
+            ),
+            (
+                "local_in",
+                Hook("filter", "input", 0, "accept"),
+                "no service of the host is for sandboxes",
+                (
+                    f"{gateway} icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} accept",
+                    f'{gateway} ct state != {{ established, related }} counter name "refused" goto refuse',
+                ),
+            ),
+            (
+                "forwarding",
+                Hook("filter", "forward", 0, "accept"),
+                "a backstop behind the rules of the gateway",
+                (
+                    f"{gateway} ip saddr != {UPLINK_GATEWAY4} {untranslated}",
+                    f"{gateway} ip6 saddr != {UPLINK_GATEWAY6} {untranslated}",
+                    f"{gateway} ip daddr {own4} {untranslated}",
+                    f"{gateway} ip6 daddr {own6} {untranslated}",
+                    f'oifname "{HOST_LINK}" ct state != {{ established, related }}'
+                    ' counter name "unasked" drop',
+                ),
+            ),
+        )
+    )
+    things: Objects = {
+        _inet("counter", name): Counter(comment=text)
+        for name, text in (
+            ("refused", "from a sandbox to the host itself"),
+            ("untranslated", "with an address that must not leave the gateway"),
+            ("unasked", "towards the gateway, and not an answer"),
+        )
+    }
+    things[_inet("chain", "refuse")] = Chain(rules=_REFUSE, comment="says no at once")
+    for name, hook, text, rules in chains:
+        things[_inet("chain", name)] = Chain(rules=rules, hook=hook, comment=text)
+    return things

@@ -1,0 +1,220 @@
+"""From what is to what should be, in the fewest commands, as one atomic batch.
+
+Counters survive only what is not touched: emptying a set or taking an element out and putting it back
+zeroes its counter. So an element that is right is left alone, whatever else is wrong around it. Rules
+may be rewritten freely: they count into named counters, which are objects of their own.
+
+Both sides are compared as data (`objects`). That is sound because `build` writes rules in the words in
+which `observe.render` reads them, which a test holds against the real nft; an nft that lists them
+otherwise makes every rule differ at once, so the warden sees at its start that it cannot tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from egressd.ruleset import build, objects
+from egressd.ruleset.build import Desired, LinkWant
+from egressd.ruleset.layout import TABLE, Pools
+from egressd.ruleset.objects import Chain, Entry, Key, Objects, Set
+from egressd.ruleset.observe import Observed
+from egressd.ruleset.wants import WorkspaceWant
+
+__all__ = ["Desired", "LinkWant", "Operation", "changes", "commands", "plan"]
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One change. `what` says it to people, `lines` to nft."""
+
+    what: str
+    lines: tuple[str, ...]
+
+    def describe(self) -> str:
+        return self.what
+
+    def commands(self) -> list[str]:
+        return list(self.lines)
+
+
+def commands(operations: Iterable[Operation]) -> list[str]:
+    """All of it, in order, for one atomic batch."""
+    return [line for operation in operations for line in operation.lines]
+
+
+def plan(observed: Observed, desired: Desired) -> tuple[Operation, ...]:
+    """What must be done to make the kernel's two tables exactly the desired ones. () when they are.
+
+    ValueError when what is desired contradicts itself.
+    """
+    return (*_tables(observed.tables), *_between(observed.things, build.desired(desired)))
+
+
+def changes(
+    before: WorkspaceWant | None,
+    after: WorkspaceWant | None,
+    *,
+    pools: Pools | None = None,
+    links: Iterable[LinkWant] = (),
+) -> tuple[Operation, ...]:
+    """The same between two versions of a workspace, without asking the kernel.
+
+    `links`: its live ones, whose connection limits change with it. `pools`: the default ones when not
+    given. ValueError when the two are not of one workspace.
+    """
+    if before is not None and after is not None and before.workspace != after.workspace:
+        raise ValueError(f"{before.workspace} cannot become {after.workspace}")
+    ranges, leases = pools or Pools(), tuple(links)
+    return tuple(_between(_one(before, ranges, leases), _one(after, ranges, leases)))
+
+
+def _one(want: WorkspaceWant | None, pools: Pools, links: tuple[LinkWant, ...]) -> Objects:
+    if want is None:
+        return {}
+    things = build.fragment(want, pools)
+    limits: dict[str, Entry] = {}
+    for lease in links:
+        limits |= build.connection_limit(lease, want)
+    things[Key("inet", "set", "connections")] = Set(type="ifname", elements=limits, partial=True)
+    return things
+
+
+def _tables(tables: Mapping[str, bool]) -> Iterator[Operation]:
+    missing = [family for family in ("netdev", "inet") if family not in tables]
+    asleep = [family for family, awake in tables.items() if not awake]
+    if missing or asleep:
+        words = [f"table {family} {TABLE} is missing" for family in missing]
+        words += [f"table {family} {TABLE} is dormant or has foreign flags" for family in asleep]
+        yield Operation("; ".join(words), tuple(build.tables()))
+
+
+# --------------------------------------------------------------------------------------------------
+# The order within the batch: empty the chains that change, so that nothing refers to what goes; remove;
+# declare what comes; elements; and only then the rules that refer to all of it.
+
+
+def _between(have: Objects, want: Objects) -> Iterator[Operation]:
+    remade = {key for key in have.keys() & want.keys() if _remade(have[key], want[key])}
+    gone = [key for key in have if key not in want and not _partial(have[key])]
+    leaving = {*gone, *remade}
+    rewritten = _rewritten(have, want, leaving)
+    yield from _emptied(have, rewritten, leaving)
+    yield from _removed(have, leaving)
+    yield from _elements_removed(have, want, leaving)
+    coming = [key for key in want if (key not in have or key in remade) and not _partial(want[key])]
+    yield from _made(want, coming)
+    yield from _elements_added(have, want, leaving)
+    yield from _written(have, want, rewritten)
+
+
+def _partial(thing: objects.Object) -> bool:
+    return isinstance(thing, Set) and thing.partial
+
+
+def _remade(have: objects.Object, want: objects.Object) -> bool:
+    """Does the difference lie where the kernel lets nothing be changed?"""
+    if type(have) is not type(want):
+        return True
+    if isinstance(have, Set) and isinstance(want, Set):
+        return have.shape != want.shape
+    if isinstance(have, Chain) and isinstance(want, Chain):
+        if have.hook is None or want.hook is None:
+            return have.hook is not want.hook
+        return replace(have.hook, policy=want.hook.policy) != want.hook
+    return have != want
+
+
+def _rewritten(have: Objects, want: Objects, leaving: set[Key]) -> list[Key]:
+    """Chains whose rules must be written anew: other rules, or one that refers to something that goes."""
+    names = {key.name for key in leaving}
+    keys = []
+    for key, thing in want.items():
+        if isinstance(thing, Chain):
+            present = have.get(key)
+            rules = present.rules if isinstance(present, Chain) else ()
+            touched = isinstance(present, Chain) and any(present.mentions(name) for name in names)
+            if key in leaving or rules != thing.rules or touched:
+                keys.append(key)
+    return keys
+
+
+def _emptied(have: Objects, rewritten: list[Key], leaving: set[Key]) -> Iterator[Operation]:
+    chains = {key for key in leaving if key.sort == "chain"} | set(rewritten)
+    full = [key for key in sorted(chains) if _rules(have.get(key))]
+    for key in full:
+        yield Operation(f"empty chain {key.path(TABLE)}", (f"flush chain {key.path(TABLE)}",))
+
+
+def _rules(thing: objects.Object | None) -> tuple[str, ...]:
+    return thing.rules if isinstance(thing, Chain) else ()
+
+
+def _removed(have: Objects, leaving: set[Key]) -> Iterator[Operation]:
+    """Chains first: sets and counters cannot go while a rule of theirs is there."""
+    order = {"chain": 0, "set": 1, "quota": 2, "counter": 3}
+    for key in sorted(leaving, key=lambda key: (order[key.sort], key)):
+        thing = have[key]
+        word = thing.word if isinstance(thing, Set) else key.sort
+        yield Operation(f"remove {word} {key.path(TABLE)}", (f"delete {word} {key.path(TABLE)}",))
+
+
+def _made(want: Objects, coming: list[Key]) -> Iterator[Operation]:
+    for key in coming:
+        lines = tuple(objects.make(key, want[key], TABLE))
+        yield Operation(f"make {key.sort} {key.path(TABLE)}", lines)
+
+
+def _elements(thing: objects.Object | None) -> Mapping[str, Entry]:
+    return thing.elements if isinstance(thing, Set) else {}
+
+
+def _elements_removed(have: Objects, want: Objects, leaving: set[Key]) -> Iterator[Operation]:
+    for key, thing in have.items():
+        if key in leaving:
+            continue
+        wanted = _elements(want.get(key))
+        names = [name for name, entry in _elements(thing).items() if wanted.get(name) != entry]
+        if names:
+            notes = [_note(name, _elements(thing)[name]) for name in names]
+            yield Operation(
+                f"remove from {key.name}: {_few(notes)}", tuple(objects.delete_elements(key, names, TABLE))
+            )
+
+
+def _elements_added(have: Objects, want: Objects, leaving: set[Key]) -> Iterator[Operation]:
+    for key, thing in want.items():
+        present = {} if key in leaving else _elements(have.get(key))
+        added = {name: entry for name, entry in _elements(thing).items() if present.get(name) != entry}
+        if added:
+            notes = [_note(name, entry) for name, entry in added.items()]
+            yield Operation(
+                f"add to {key.name}: {_few(notes)}", tuple(objects.add_elements(key, added, TABLE))
+            )
+
+
+def _written(have: Objects, want: Objects, rewritten: list[Key]) -> Iterator[Operation]:
+    for key in rewritten:
+        lines = tuple(objects.fill(key, want[key], TABLE))
+        if lines:
+            yield Operation(f"write the {len(lines)} rules of {key.path(TABLE)}", lines)
+    yield from _policies(have, want)
+
+
+def _policies(have: Objects, want: Objects) -> Iterator[Operation]:
+    """A base chain's policy is the one part of its declaration that can be said again."""
+    for key, thing in want.items():
+        present = have.get(key)
+        if not (isinstance(thing, Chain) and isinstance(present, Chain)):
+            continue
+        if thing.hook and present.hook and thing.hook.policy != present.hook.policy:
+            what = f"set the policy of {key.path(TABLE)} to {thing.hook.policy}"
+            yield Operation(what, (f"add chain {key.path(TABLE)} {{ policy {thing.hook.policy}; }}",))
+
+
+def _note(name: str, entry: Entry) -> str:
+    return f"{name} ({entry.comment})" if entry.comment else name
+
+
+def _few(notes: list[str]) -> str:
+    return ", ".join(notes[:5]) + (f" and {len(notes) - 5} more" if len(notes) > 5 else "")

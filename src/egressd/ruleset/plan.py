@@ -1,0 +1,99 @@
+"""From a compiled policy to what the kernel is to know of it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from ipaddress import ip_network
+
+from egressd.policy.compiled import CidrRule, HostRule, LocalRule, Policy, Port, Protocol, Rule, Verify
+from egressd.ruleset.allocate import Allocation
+from egressd.ruleset.layout import RESOLVER4, RESOLVER6, RESOLVER_BLOCK, Kind, Mark, Pools
+from egressd.ruleset.wants import Element, WorkspaceWant
+
+__all__ = ["comment", "want"]
+
+_COMMENT = re.compile(r"[A-Za-z0-9.*:/()_ -]{1,120}")
+_LONGEST = 120  # the kernel's bound is 128 with the terminating zero (NFTNL_UDATA_COMMENT_MAXLEN)
+_DNS = (Port(53, Protocol.TCP), Port(53, Protocol.UDP))
+
+
+def comment(text: str) -> str:
+    """`text`; or its end behind a digest when it is longer than the 120 bytes a comment may have.
+
+    The end of a host name says whose it is. ValueError for characters that no name or network has.
+    """
+    if len(text) > _LONGEST:
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        text = f"({digest}) {text[-(_LONGEST - 19) :]}"
+    if not _COMMENT.fullmatch(text):
+        raise ValueError(f"{text!r} cannot be a comment")
+    return text
+
+
+def want(policy: Policy, allocation: Allocation, pools: Pools) -> WorkspaceWant:
+    """The workspace's allow map, resolver included, sorted; connections limit and guard mode.
+
+    A wildcard has no element: its names get theirs when they are asked for. ValueError when two `cidr`
+    rules overlap on one port: which of them is counted would depend on the order of insertion.
+    """
+    index = allocation.workspaces[policy.workspace]
+    blocks = allocation.blocks[policy.workspace]
+    elements = list(_resolver(index))
+    for rule in policy.rules:
+        elements += _elements(rule, index=index, block=blocks[rule.key], pools=pools)
+    _refuse_overlaps(policy)
+    return WorkspaceWant(
+        workspace=policy.workspace,
+        index=index,
+        guard=policy.guard.value,
+        elements=tuple(sorted(set(elements), key=_order)),
+        connections=policy.limits.connections,
+    )
+
+
+def _order(element: Element) -> tuple[str, int, str, str]:
+    return element.comment, element.port, element.protocol, element.address
+
+
+def _resolver(index: int) -> Iterator[Element]:
+    mark = int(Mark(kind=Kind.RESOLVE, workspace=index, block=RESOLVER_BLOCK))
+    for address in (RESOLVER4, RESOLVER6):
+        for port in _DNS:
+            yield Element(str(address), port.protocol.value, port.number, mark, "(resolver)")
+
+
+def _elements(rule: Rule, *, index: int, block: int, pools: Pools) -> Iterator[Element]:
+    match rule:
+        case HostRule(wildcard=True):
+            return
+        case CidrRule():
+            addresses: tuple[str, ...] = (str(rule.network),)
+        case _:
+            addresses = tuple(map(str, pools.synthetic(block)))
+    for port in rule.ports:
+        mark = int(Mark(kind=_kind(rule, port), workspace=index, block=block))
+        for address in addresses:
+            yield Element(address, port.protocol.value, port.number, mark, comment(rule.key))
+
+
+def _kind(rule: Rule, port: Port) -> Kind:
+    """Where a rule's packets go. Only TCP can be read for its SNI; a UDP port of such a rule is not
+    forwarded unread: it is steered to the inspector as well, which has no UDP listener, and refused."""
+    match rule:
+        case CidrRule():
+            return Kind.DIRECT
+        case LocalRule() | HostRule(verify=Verify.SNI):
+            return Kind.INSPECT
+        case HostRule():
+            return Kind.FORWARD
+
+
+def _refuse_overlaps(policy: Policy) -> None:
+    """nft would answer EEXIST or ENOTEMPTY for the whole batch; say which two rules it is instead."""
+    for number, rule in enumerate(policy.cidrs):
+        for other in policy.cidrs[:number]:
+            shared = set(rule.ports) & set(other.ports)
+            if shared and ip_network(rule.network).overlaps(ip_network(other.network)):
+                raise ValueError(f"cidr rules {other.key} and {rule.key} overlap on {min(shared)}")

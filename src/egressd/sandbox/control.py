@@ -1,0 +1,132 @@
+"""The caller's end of the control socket: one request at a time, waiting for its answer.
+
+Whoever connects is known to the daemon by SO_PEERCRED; nothing said here identifies anybody. A connection
+that holds a lease is the lease: keep it open as long as the sandbox lives.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any, TypeVar
+
+import msgspec
+
+from egressd.ipc import messages
+from egressd.ipc.channel import Channel, Received
+from egressd.model.errors import ProtocolError, Refused
+from egressd.model.verdicts import Reason
+
+__all__ = ["DEFAULT_RUN_DIR", "Control"]
+
+DEFAULT_RUN_DIR = "/run/egressd"
+SOCKET = "control.sock"
+_PATIENCE = 30.0  # seconds without an answer after which the daemon is taken for dead
+M = TypeVar("M")
+
+
+class Control:
+    """`with Control(run_dir) as control: terms = control.enter("acme")`. Raises `Refused` for every no."""
+
+    def __init__(self, run_dir: str = DEFAULT_RUN_DIR) -> None:
+        self.run_dir = run_dir
+        self.channel: Channel[Any] = Channel(_connect(run_dir), messages.TO_CLIENT)
+
+    def __enter__(self) -> Control:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.channel.close()
+
+    def fileno(self) -> int:
+        return self.channel.fileno()
+
+    # ---- spawning
+
+    def enter(self, workspace: str) -> messages.Terms:
+        """May I spawn there, and on what terms?"""
+        self._send(messages.Enter(workspace=workspace))
+        return self._expect(messages.Terms).message
+
+    def attach(self, namespace: int, *, command: str = "") -> None:
+        """Hand over my child's network namespace; `lease` waits for the answer."""
+        self._send(messages.Attach(command=command), descriptor=namespace)
+
+    def lease(self) -> messages.Lease:
+        return self._expect(messages.Lease).message
+
+    def ended(self) -> str:
+        """Call when the connection is readable though nothing was asked: why the lease is over."""
+        try:
+            message = self.channel.receive().message
+        except (EOFError, OSError):
+            return "egressd has ended, and with it the sandbox's lease"
+        except ProtocolError as error:
+            return f"egressd sent something unintelligible: {error}"
+        if isinstance(message, messages.Revoked | messages.Refusal):
+            return message.text
+        return f"egressd sent {type(message).__name__} unasked"
+
+    # ---- verbs that read, and apply
+
+    def ask(self, what: str, *, workspace: str | None = None) -> Any:
+        """One of "status", "counters", "ruleset", "policy", "diff"; the JSON document."""
+        return self._answer(messages.Ask(what=what, workspace=workspace))  # type: ignore[arg-type]
+
+    def why(self, workspace: str, subject: str) -> Any:
+        return self._answer(messages.Why(workspace=workspace, subject=subject))
+
+    def apply(self, *, dry_run: bool = False) -> Any:
+        """Read the policies again and make them so; with `dry_run`, say what would change."""
+        return self._answer(messages.Apply(dry_run=dry_run))
+
+    def _answer(self, request: Any) -> Any:
+        self._send(request)
+        return msgspec.json.decode(self._expect(messages.Answer).payload())
+
+    # ---- both ways
+
+    def _send(self, message: Any, *, descriptor: int | None = None) -> None:
+        try:
+            self.channel.send(message, descriptor=descriptor)
+        except OSError as error:
+            raise Refused(Reason.UNAVAILABLE, f"egressd does not take requests: {error.strerror}") from error
+
+    def _expect(self, kind: type[M]) -> Received[M]:
+        try:
+            received = self.channel.receive()
+        except EOFError:
+            raise Refused(Reason.UNAVAILABLE, "egressd closed the connection without an answer") from None
+        except OSError as error:
+            waited = f"no answer from egressd within {_PATIENCE:g} s"
+            text = waited if isinstance(error, BlockingIOError | TimeoutError) else str(error)
+            raise Refused(Reason.UNAVAILABLE, text) from error
+        message = received.message
+        if isinstance(message, kind):
+            return received
+        received.close()
+        if isinstance(message, messages.Refusal):
+            raise Refused(Reason.of(message.reason), message.text)
+        if isinstance(message, messages.Revoked):
+            raise Refused(Reason.UNAVAILABLE, message.text)
+        raise ProtocolError(f"{type(message).__name__} is no answer to this")
+
+
+def _connect(run_dir: str) -> socket.socket:
+    path = os.path.join(run_dir, SOCKET)
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    try:
+        connection.settimeout(_PATIENCE)
+        connection.connect(path)
+    except (FileNotFoundError, ConnectionRefusedError):
+        connection.close()
+        raise Refused(
+            Reason.UNAVAILABLE, f"egressd is not running (nobody listens at {path}): systemctl start egressd"
+        ) from None
+    except OSError as error:
+        connection.close()
+        raise Refused(Reason.UNAVAILABLE, f"{path} cannot be connected to: {error.strerror}") from error
+    return connection

@@ -1,0 +1,571 @@
+"""Running a command in a sandbox: start, watch, end.
+
+The order is the safety, and every step that does not happen means the command never runs:
+
+1. `Enter`: the daemon says on what terms, or refuses;
+2. bubblewrap starts; its command is the gate (see plan.py), which waits for "go";
+3. as soon as bubblewrap names its child, that child's network namespace goes to the daemon (`Attach`), while
+   bubblewrap still mounts;
+4. a plumber enters the namespace meanwhile, and lays the addresses once the `Lease` is there;
+5. "go". Only now does the command exist.
+
+While it runs, the connection to the daemon is the lease: its end is the sandbox's end. The other way round
+too: this process dying closes the connection, and takes bubblewrap along (--die-with-parent).
+
+A run ends when the command ends; what it left behind in its process namespace is killed, and this is waited
+for before the lease is given back, so that no packet is sent over a link that is somebody else's problem.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import IO, TYPE_CHECKING, Any
+
+import msgspec
+
+from egressd.model.errors import EgressdError, Refused
+from egressd.model.verdicts import Reason
+from egressd.sandbox import files, limits, plan, plumb, seccomp
+from egressd.sandbox.control import DEFAULT_RUN_DIR, Control
+from egressd.sandbox.pump import Pump
+from egressd.sandbox.signals import ENDING, Arrived, SignalDesk
+
+if TYPE_CHECKING:
+    import subprocess
+
+    from egressd.ipc.messages import Terms
+
+__all__ = ["Interrupted", "Outcome", "Running", "Sandbox", "Wish", "start"]
+
+TIMED_OUT = 124  # as timeout(1)
+_BWRAP = ("/usr/bin/bwrap", "/usr/local/bin/bwrap", "/bin/bwrap")
+_LIFTED = 64  # descriptors are duplicated above this before they are put in their places
+_GONE = 10.0  # seconds after which processes that survive SIGKILL are reported
+
+
+class Interrupted(EgressdError):
+    """A signal came before the command was started; nothing ran."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.signal = number
+        super().__init__(f"ended by {number.name} before the command was started")
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What is to be run, and how it is to be seen. Checked before anything starts."""
+
+    workspace: str
+    command: tuple[str, ...]
+    files: str | None = None
+    bind_ro: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    run_dir: str = DEFAULT_RUN_DIR
+    wall: float | None = None  # seconds; the workspace's own limit holds as well
+    terminal: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.command:
+            raise ValueError("there is no command to run")
+        if any("\0" in word for word in self.command):
+            raise ValueError("a command cannot hold a NUL")
+        plan.environment(extra=self.environment)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended. `why` is empty when the command ended by itself."""
+
+    status: int  # the command's, or 128 + signal, 124 (time), 125 (egressd)
+    why: str = ""
+    timed_out: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything known before the first process is started; what --dry-run shows."""
+
+    plan: plan.Plan
+    bounds: limits.Bounds
+    services: tuple[plumb.Service, ...]
+    wall: float | None
+
+
+def prepare(wish: Wish, terms: Terms, *, default_signals: tuple[str, ...] = ()) -> Prepared:
+    """Check the caller's directories, and decide what the sandbox will be. `Refused` where it cannot."""
+    ollama = next((s.port for s in terms.services if s.service == "ollama"), None)
+    binds = files.open_binds(wish.bind_ro, run_dir=wish.run_dir)
+    shown = None if wish.files is None else files.open_files(wish.files, run_dir=wish.run_dir)
+    terminal = os.environ.get("TERM") if wish.terminal else None
+    bounds = limits.bound(limits.Wanted(memory=terms.memory, processes=terms.processes))
+    spec = plan.SandboxSpec(
+        command=wish.command,
+        files=shown,
+        binds=binds,
+        environment=plan.environment(terminal=terminal, ollama_port=ollama, extra=wish.environment),
+        terminal=wish.terminal,
+        default_signals=default_signals,
+        limits=bounds.rlimits,
+        shared_memory=terms.memory,
+    )
+    walls = [wall for wall in (wish.wall, terms.wall) if wall is not None]
+    return Prepared(
+        plan=plan.plan(spec, files.machine()),
+        bounds=bounds,
+        services=tuple(plumb.Service(s.port, s.address4, s.address6) for s in terms.services),
+        wall=min(walls, default=None),
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# starting
+
+
+def start(
+    wish: Wish,
+    *,
+    stdio: Sequence[int] = (0, 1, 2),
+    desk: SignalDesk | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Running:
+    """Steps 1 to 5. Returns with the command running, or raises with nothing left of the attempt:
+    `Refused`, `KernelError`, `ProtocolError`, `Interrupted`. `say` is told what is done (--debug)."""
+    tell = say or (lambda _: None)
+    with contextlib.ExitStack() as undo:
+        control = undo.enter_context(Control(wish.run_dir))
+        terms = control.enter(wish.workspace)
+        tell(f"workspace {terms.workspace}, guard {terms.guard}, policy {terms.policy}")
+        prepared = prepare(wish, terms, default_signals=desk.to_restore if desk else ())
+        group = prepared.bounds.group
+        if group is not None:
+            undo.enter_context(group)
+        running = _spawn(prepared, stdio=stdio, desk=desk, control=control)
+        undo.callback(running.destroy)
+        tell(f"limits: {prepared.bounds.text}")
+        tell(plan.describe(prepared.plan).partition("\n")[0])
+        _admit(running, prepared, control=control, desk=desk, command=" ".join(wish.command)[:1024])
+        tell(f"gate opened; bubblewrap is process {running.pid}, the sandbox's first is {running.child}")
+        running.keep(undo.pop_all(), wall=prepared.wall)
+        return running
+
+
+def _admit(
+    running: Running, prepared: Prepared, *, control: Control, desk: SignalDesk | None, command: str
+) -> None:
+    """Steps 3 to 5."""
+    namespace = running.open_namespace()
+    try:
+        control.attach(namespace, command=command)
+        shut = (running.gate, control.fileno())
+        with plumb.Plumber(namespace, prepared.services, close=shut) as plumber:
+            _adopt(prepared.bounds.group, running)
+            _wait_for(control, desk)
+            lease = control.lease()
+            plumber.lay(plumb.Address(lease.address4, lease.address6))
+            if desk is not None:
+                _refuse_if_ending(desk)
+            running.open_gate()
+    finally:
+        os.close(namespace)
+
+
+def _adopt(group: limits.Group | None, running: Running) -> None:
+    """The gate may exist already or not yet: after its parent was moved, either way it is found."""
+    if group is not None:
+        for pid in (running.pid, running.child, *_children(running.child)):
+            group.adopt(pid)
+
+
+def _wait_for(control: Control, desk: SignalDesk | None) -> None:
+    """Wait for the daemon's answer, but not deaf to Ctrl-C."""
+    if desk is None:
+        return
+    poll = select.poll()
+    poll.register(control, select.POLLIN)
+    poll.register(desk, select.POLLIN)
+    while control.fileno() not in dict(poll.poll(30_000) or [(control.fileno(), 0)]):
+        _refuse_if_ending(desk)
+
+
+def _refuse_if_ending(desk: SignalDesk) -> None:
+    for arrived in desk.read():
+        if arrived.signal in ENDING:
+            raise Interrupted(arrived.signal)
+
+
+def _spawn(
+    prepared: Prepared, *, stdio: Sequence[int], desk: SignalDesk | None, control: Control
+) -> Running:
+    """Start bubblewrap with exactly its descriptors: 0, 1, 2, the gate, the filter, the status, the texts."""
+    with contextlib.ExitStack() as temporary:
+        status, status_end = os.pipe2(os.O_CLOEXEC)
+        gate_end, gate = os.pipe2(os.O_CLOEXEC)
+        places = dict(enumerate(stdio)) | {plan.GATE: gate_end, plan.STATUS: status_end}
+        for number in (status_end, gate_end):
+            temporary.callback(os.close, number)
+        try:
+            places[plan.SECCOMP] = _temporary(temporary, seccomp.program_descriptor())
+            for number, text in prepared.plan.data:
+                places[number] = _temporary(temporary, _memory_file(text))
+            pid = _posix_spawn(prepared.plan.arguments, places, desk=desk, temporary=temporary)
+        except BaseException:
+            os.close(status)
+            os.close(gate)
+            raise
+    return Running(pid=pid, status=status, gate=gate, control=control)
+
+
+def _temporary(stack: contextlib.ExitStack, descriptor: int) -> int:
+    stack.callback(os.close, descriptor)
+    return descriptor
+
+
+def _memory_file(text: str) -> int:
+    descriptor = os.memfd_create("egressd-text")
+    os.write(descriptor, text.encode())
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor
+
+
+def _posix_spawn(
+    arguments: Sequence[str],
+    places: Mapping[int, int],
+    *,
+    desk: SignalDesk | None,
+    temporary: contextlib.ExitStack,
+) -> int:
+    """posix_spawn(3), which unlike subprocess can choose numbers, and like it does not copy our memory.
+
+    Descriptors of ours are close-on-exec (PEP 446); what we inherited ourselves may not be, and is closed.
+    """
+    actions: list[tuple[int, ...]] = [
+        (os.POSIX_SPAWN_CLOSE, number) for number in _inheritable() if number > 2 and number not in places
+    ]
+    lifted = {place: _lift(number, temporary) for place, number in places.items()}
+    actions += [(os.POSIX_SPAWN_DUP2, number, place) for place, number in lifted.items()]
+    options: dict[str, Any] = {"setsigdef": [signal.SIGPIPE, signal.SIGXFSZ]}
+    if desk is not None:
+        options = {"setsigdef": desk.defaults, "setsigmask": desk.mask}
+        if not desk.terminal:
+            options["setpgroup"] = 0  # out of reach of signals to our group; we forward them
+    bwrap = next((path for path in _BWRAP if os.access(path, os.X_OK)), None)
+    if bwrap is None:
+        raise Refused(Reason.UNAVAILABLE, "bubblewrap is not installed (apt install bubblewrap)")
+    return os.posix_spawn(bwrap, list(arguments), {"PATH": plan.PATH}, file_actions=actions, **options)
+
+
+def _inheritable() -> Iterator[int]:
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the listing's own descriptor
+            if os.get_inheritable(int(name)):
+                yield int(name)
+
+
+def _lift(number: int, temporary: contextlib.ExitStack) -> int:
+    """A duplicate out of the way of the places; /dev/null for a standard descriptor that is closed."""
+    try:
+        lifted = fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, _LIFTED)
+    except OSError:
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        lifted = fcntl.fcntl(null, fcntl.F_DUPFD_CLOEXEC, _LIFTED)
+        os.close(null)
+    return _temporary(temporary, lifted)
+
+
+def _children(pid: int) -> list[int]:
+    """Direct children (CONFIG_PROC_CHILDREN)."""
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children") as stream:
+            return [int(word) for word in stream.read().split()]
+    except OSError:
+        return []
+
+
+# --------------------------------------------------------------------------------------------------
+# running
+
+
+class Running:
+    """bubblewrap and what it holds. `watch` returns when it is over; `destroy` ends it at once."""
+
+    def __init__(self, *, pid: int, status: int, gate: int, control: Control) -> None:
+        self.pid, self.gate, self.control = pid, gate, control
+        self.child = 0  # first process in the sandbox, our pid for it
+        self._status = status
+        self._reported = b""
+        self._child_descriptor = -1
+        self._descriptor = os.pidfd_open(pid)
+        self._exit: int | None = None  # wait status, once reaped
+        self._undo = contextlib.ExitStack()
+        self._deadline: float | None = None
+        self._wall: float | None = None
+
+    def keep(self, undo: contextlib.ExitStack, *, wall: float | None) -> None:
+        """From here on this object owns the connection and the group."""
+        self._undo = undo
+        if wall is not None:
+            self._wall, self._deadline = wall, time.monotonic() + wall
+
+    # ---- while starting
+
+    def open_namespace(self) -> int:
+        """The network namespace of the sandbox's first process, as bubblewrap itself reported it.
+
+        That process is bubblewrap's child, not ours, so its number could in principle be another's by
+        now: the inode bubblewrap named is compared with the one opened.
+        """
+        facts = self._first_report()
+        try:
+            self.child = int(facts["child-pid"])
+            self._child_descriptor = os.pidfd_open(self.child)
+            namespace = os.open(f"/proc/{self.child}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        except (KeyError, ProcessLookupError, FileNotFoundError) as error:
+            raise self._not_built() from error
+        except PermissionError as error:
+            text = "the sandbox's namespace cannot be opened: is bwrap installed setuid root? Then remove the bit"
+            raise Refused(Reason.NAMESPACE, text) from error
+        if os.fstat(namespace).st_ino != facts.get("net-namespace"):
+            os.close(namespace)
+            raise Refused(Reason.NAMESPACE, "the sandbox's namespace is not the one bubblewrap made")
+        return namespace
+
+    def _first_report(self) -> dict[str, Any]:
+        while b"\n" not in self._reported:
+            data = os.read(self._status, 4096)
+            if not data:
+                raise self._not_built()
+            self._reported += data
+        facts: dict[str, Any] = msgspec.json.decode(self._reported.split(b"\n")[0])
+        return facts
+
+    def _not_built(self) -> Refused:
+        return Refused(Reason.UNAVAILABLE, "bubblewrap could not build the sandbox; its own message says why")
+
+    def open_gate(self) -> None:
+        try:
+            os.write(self.gate, b"go\n")
+        except BrokenPipeError:
+            raise self._not_built() from None
+        finally:
+            os.close(self.gate)
+            self.gate = -1
+
+    # ---- while it runs
+
+    def watch(self, *, desk: SignalDesk | None = None, pump: Pump | None = None, timeout: float | None = None) -> Outcome:
+        """Wait for the end, whoever brings it; nothing is left of the sandbox afterwards."""
+        deadline = self._deadline
+        if timeout is not None:
+            deadline = min(deadline or float("inf"), time.monotonic() + timeout)
+        try:
+            outcome = self._loop(desk, pump, deadline)
+        finally:
+            self.destroy()
+        if pump is not None:
+            pump.drain()
+        return outcome
+
+    def _loop(self, desk: SignalDesk | None, pump: Pump | None, deadline: float | None) -> Outcome:
+        poll = select.poll()
+        for source in (self._descriptor, self.control, desk):
+            if source is not None:
+                poll.register(source, select.POLLIN)
+        if pump is not None:
+            pump.register(poll)
+        while True:
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                return self._out_of_time()
+            ready = {number for number, _ in poll.poll(None if left is None else left * 1000 + 1)}
+            if self._descriptor in ready:
+                return self._ended()
+            if self.control.fileno() in ready:
+                return Outcome(plan.FAILED, self.control.ended())
+            if desk is not None and desk.fileno() in ready:
+                for arrived in desk.read():
+                    self._forward(arrived, terminal=desk.terminal)
+            if pump is not None:
+                pump.move(ready, poll)
+
+    def _out_of_time(self) -> Outcome:
+        text = "out of time" if self._wall is None else f"the wall limit of {self._wall:g} s is reached"
+        return Outcome(TIMED_OUT, text, timed_out=True)
+
+    def _ended(self) -> Outcome:
+        """bubblewrap has ended: by itself with the command's status, or else something went wrong."""
+        self._reap()
+        assert self._exit is not None
+        if os.WIFSIGNALED(self._exit):
+            number = os.WTERMSIG(self._exit)
+            return Outcome(128 + number, f"bubblewrap was ended by signal {number}")
+        if not self._command_ran():
+            return Outcome(plan.FAILED, str(self._not_built()))
+        return Outcome(os.WEXITSTATUS(self._exit))
+
+    def _command_ran(self) -> bool:
+        """bubblewrap reports an exit code only when set-up was finished."""
+        os.set_blocking(self._status, False)
+        with contextlib.suppress(BlockingIOError):
+            while data := os.read(self._status, 4096):
+                self._reported += data
+        return b'"exit-code"' in self._reported
+
+    def _forward(self, arrived: Arrived, *, terminal: bool) -> None:
+        """On a terminal the kernel's own signals have reached the command already."""
+        if not (terminal and arrived.from_kernel):
+            number = arrived.signal
+            if number == signal.SIGTSTP and not terminal and not self._handles(number):
+                number = signal.SIGSTOP  # TSTP does not stop a group without a parent in its session
+            self._send(number)
+        if arrived.signal == signal.SIGTSTP:
+            os.kill(os.getpid(), signal.SIGSTOP)  # seen to be stopped by who waits for us
+
+    def _command(self) -> int | None:
+        """The command's pid. It was the gate's, the second process of its pid namespace."""
+        for pid in _children(self.child):
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/status") as stream:
+                if any(line.startswith("NSpid:") and line.split()[-1] == "2" for line in stream):
+                    return pid
+        return None
+
+    def _send(self, number: signal.Signals) -> None:
+        command = self._command()
+        if command is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            descriptor = os.pidfd_open(command)
+            try:
+                signal.pidfd_send_signal(descriptor, number)
+            finally:
+                os.close(descriptor)
+
+    def _handles(self, number: signal.Signals) -> bool:
+        """Whether the command catches or ignores the signal (proc(5), SigCgt and SigIgn)."""
+        command = self._command()
+        with contextlib.suppress(OSError), open(f"/proc/{command}/status") as stream:
+            masks = [int(line.split()[1], 16) for line in stream if line.startswith(("SigCgt", "SigIgn"))]
+            return any(mask >> (number - 1) & 1 for mask in masks)
+        return False
+
+    # ---- ending
+
+    def _reap(self) -> None:
+        if self._exit is None:
+            _, self._exit = os.waitpid(self.pid, 0)
+
+    def destroy(self) -> None:
+        """Kill whatever is left, wait until it is gone, give the lease back. Safe to call twice."""
+        if self._status < 0:
+            return
+        if self._exit is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)  # ours and not reaped: the number is still its own
+        self._kill_child()
+        self._reap()
+        for descriptor in (self._status, self._descriptor, self._child_descriptor, self.gate):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._status = self.gate = -1
+        self._undo.close()
+
+    def _kill_child(self) -> None:
+        """The first process of a pid namespace ends only after all others in it have."""
+        if self._child_descriptor < 0:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._child_descriptor, signal.SIGKILL)
+        poll = select.poll()
+        poll.register(self._child_descriptor, select.POLLIN)
+        if not poll.poll(_GONE * 1000):
+            raise Refused(Reason.UNAVAILABLE, f"process {self.child} of the sandbox does not die")
+
+
+# --------------------------------------------------------------------------------------------------
+# the Python interface
+
+
+class Sandbox:
+    """Runs commands in a workspace's sandboxes; each `run` has a sandbox of its own.
+
+    >>> with egressd.Sandbox(workspace="acme", files="job/") as box:      # doctest: +SKIP
+    ...     result = box.run(["python3", "infer.py"], capture_output=True, timeout=60)
+
+    Entering the block asks the daemon whether the caller is a member, and looks through the directories, so
+    that a mistake is found before there is work to lose. Raises `Refused` for every no.
+    """
+
+    def __init__(
+        self,
+        *,
+        workspace: str,
+        files: str | os.PathLike[str] | None = None,
+        run_dir: str | os.PathLike[str] = DEFAULT_RUN_DIR,
+        env: Mapping[str, str] | None = None,
+        bind_ro: Sequence[str | os.PathLike[str]] = (),
+        wall: float | None = None,
+    ) -> None:
+        self._wish = {
+            "workspace": workspace,
+            "files": None if files is None else os.fspath(files),
+            "run_dir": os.fspath(run_dir),
+            "environment": dict(env or {}),
+            "bind_ro": tuple(os.fspath(path) for path in bind_ro),
+            "wall": wall,
+        }
+
+    def __enter__(self) -> Sandbox:
+        wish = Wish(command=("true",), **self._wish)  # type: ignore[arg-type]
+        with Control(wish.run_dir) as control:
+            control.enter(wish.workspace)
+        files.open_binds(wish.bind_ro, run_dir=wish.run_dir)
+        if wish.files is not None:
+            files.open_files(wish.files, run_dir=wish.run_dir)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Nothing to undo: a sandbox lives no longer than the `run` that made it."""
+
+    def run(
+        self,
+        args: Sequence[str],
+        *,
+        input: bytes | str | None = None,  # noqa: A002 - subprocess.run's own name
+        stdin: int | IO[Any] | None = None,
+        stdout: int | IO[Any] | None = None,
+        stderr: int | IO[Any] | None = None,
+        capture_output: bool = False,
+        timeout: float | None = None,
+        text: bool = False,
+        check: bool = False,
+    ) -> subprocess.CompletedProcess[Any]:
+        """As `subprocess.run`. A command ended by signal n has returncode 128 + n.
+
+        `subprocess.TimeoutExpired` for `timeout` and for the workspace's wall limit; `Refused` when egressd
+        refuses to start the sandbox, and when it ends it.
+        """
+        import subprocess  # noqa: PLC0415 - `egressctl run` does without
+
+        if capture_output:
+            stdout = stderr = subprocess.PIPE
+        wish = Wish(command=tuple(map(str, args)), **self._wish)  # type: ignore[arg-type]
+        with Pump(input=input, stdin=stdin, stdout=stdout, stderr=stderr, text=text) as pump:
+            running = start(wish, stdio=pump.theirs)
+            pump.close_theirs()
+            began = time.monotonic()
+            outcome = running.watch(pump=pump, timeout=timeout)
+        if outcome.timed_out:
+            spent = timeout if timeout is not None else time.monotonic() - began
+            raise subprocess.TimeoutExpired(list(args), spent, output=pump.out, stderr=pump.err)
+        if outcome.why:
+            raise Refused(Reason.UNAVAILABLE, outcome.why)
+        result = subprocess.CompletedProcess(list(args), outcome.status, pump.out, pump.err)
+        if check:
+            result.check_returncode()
+        return result

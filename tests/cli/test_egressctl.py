@@ -1,0 +1,289 @@
+"""The program from outside: its verbs, its help, its exit statuses, what it says when things are wrong."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from documents import COUNTERS, DIFF, STATUS, WHY, changed
+
+from egressd.cli.main import VERBS, whole_parser
+from egressd.ipc import messages
+
+
+def every_command(
+    parser: argparse.ArgumentParser, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], argparse.ArgumentParser]]:
+    yield path, parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, child in action.choices.items():
+                yield from every_command(child, (*path, name))
+
+
+COMMANDS = dict(every_command(whole_parser()))
+
+
+# ---- help and usage
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_every_command_explains_itself_with_examples(egressctl: Any, path: tuple[str, ...]) -> None:
+    told = egressctl(*path, "--help")
+    assert told.status == 0
+    assert told.out.startswith(f"usage: {' '.join(('egressctl', *path))} ")
+    assert "examples:" in told.out or path == ("run",)
+    assert not told.err
+
+
+def test_the_help_lists_every_verb_and_every_exit_status(egressctl: Any) -> None:
+    told = egressctl("--help").out
+    for verb, (_, summary) in VERBS.items():
+        assert f"  {verb:<10}{summary}\n" in told
+    for status in ("0 ", "1 ", "2 ", "125 "):
+        assert status in told.split("exit status:")[1]
+
+
+def test_the_table_of_verbs_is_what_the_parser_knows() -> None:
+    assert [path[0] for path in COMMANDS if len(path) == 1] == list(VERBS)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["conters"], "there is no verb 'conters': did you mean 'counters'?"),
+        (["polcy", "check"], "did you mean 'policy'?"),
+        (["--json", "Status"], "did you mean 'status'?"),
+        (["xyzzy"], "the verbs are run, status, policy, why, counters, ruleset"),
+        (["\x1b[2Jboo"], r"there is no verb '\x1b[2Jboo'"),
+        (["policy", "chek"], "invalid choice: 'chek'"),
+        (["policy"], "required: ACTION"),
+        (["policy", "check"], "required: FILE"),
+        (["why", "-w", "acme"], "required: SUBJECT"),
+        (["status", "--verbose"], "unrecognized arguments: --verbose"),
+        (["counters", "--js"], "unrecognized arguments: --js"),  # no abbreviations
+        ([], "verbs:"),
+    ],
+)
+def test_a_wrong_command_line_is_status_2(egressctl: Any, words: list[str], says: str) -> None:
+    told = egressctl(*words)
+    assert told.status == 2
+    assert says in told.err
+    assert not told.out
+
+
+def test_version(egressctl: Any) -> None:
+    assert egressctl("--version").out == "egressctl 0.1.0\n"
+
+
+# ---- without a daemon
+
+ASKING = [["status"], ["counters"], ["ruleset"], ["why", "-w", "acme", "x.example"], ["policy", "diff"],
+          ["policy", "apply"], ["policy", "explain", "acme"]]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", ASKING, ids=" ".join)
+def test_without_a_daemon_it_is_125_and_says_where_it_looked(
+    egressctl: Any, tmp_path: Path, words: list[str]
+) -> None:
+    told = egressctl("--run-dir", tmp_path, *words)
+    assert told.status == 125
+    assert not told.out
+    assert "egressd is not running" in told.err
+    assert str(tmp_path) in told.err
+
+
+@pytest.mark.parametrize("words", ASKING, ids=" ".join)
+def test_a_refusal_is_125_with_the_daemons_words_made_harmless(
+    egressctl: Any, daemon: Any, words: list[str]
+) -> None:
+    daemon.refusal = messages.Refusal(reason="member", text="you are not a member\x1b[31m of acme")
+    told = egressctl("--run-dir", daemon.run_dir, *words)
+    assert told.status == 125
+    assert not told.out
+    assert told.err == "egressctl: you are not a member\\x1b[31m of acme\n"
+
+
+def test_a_daemon_that_hangs_up_is_125(egressctl: Any, daemon: Any) -> None:
+    daemon.hang_up = True
+    told = egressctl("--run-dir", daemon.run_dir, "status")
+    assert (told.status, told.out) == (125, "")
+    assert "without an answer" in told.err
+
+
+# ---- what is asked
+
+
+@pytest.mark.parametrize(
+    ("words", "document", "asked"),
+    [
+        (["status"], STATUS, messages.Ask(what="status")),
+        (["counters"], COUNTERS, messages.Ask(what="counters")),
+        (["counters", "acme"], COUNTERS, messages.Ask(what="counters", workspace="acme")),
+        (["ruleset"], {"text": ""}, messages.Ask(what="ruleset")),
+        (["why", "x.example", "-w", "acme"], WHY, messages.Why(workspace="acme", subject="x.example")),
+        (["why", "eg7"], WHY, messages.Why(workspace="", subject="eg7")),
+        (["policy", "diff"], DIFF, messages.Ask(what="diff")),
+        (["policy", "apply"], DIFF, messages.Apply()),
+        (["policy", "apply", "--dry-run"], DIFF, messages.Apply(dry_run=True)),
+        (
+            ["policy", "explain", "acme"],
+            {"workspace": "acme", "digest": "", "text": ""},
+            messages.Ask(what="policy", workspace="acme"),
+        ),
+    ],
+)
+def test_each_verb_asks_one_question_and_json_is_its_answer(
+    egressctl: Any, daemon: Any, words: list[str], document: Any, asked: Any
+) -> None:
+    daemon.document = document
+    before = egressctl("--run-dir", daemon.run_dir, "--json", *words)
+    after = egressctl(*words, "--run-dir", daemon.run_dir, "--json")
+    assert before.json == after.json == document
+    assert daemon.asked == [asked, asked]
+    assert before.status == 0
+
+
+# ---- exit statuses that an operator may rely on
+
+
+def unbalanced(field: str, unit: int) -> dict[str, Any]:
+    """COUNTERS with one number off by one, though the daemon still says that they balance."""
+    document = changed(COUNTERS)
+    document["workspaces"][0]["balance"][field][unit] += 1
+    return document
+
+
+@pytest.mark.parametrize("unit", [0, 1], ids=["packets", "bytes"])
+@pytest.mark.parametrize("field", ["in", "admitted", "denied", "other", "elements"])
+def test_numbers_that_do_not_add_up_are_status_1_whatever_the_daemon_says(
+    egressctl: Any, daemon: Any, field: str, unit: int
+) -> None:
+    daemon.document = unbalanced(field, unit)
+    told = egressctl("--run-dir", daemon.run_dir, "counters")
+    assert told.status == 1
+    assert "THE BOOKS DO NOT BALANCE" in told.out
+    assert " != " in told.out
+    assert told.err == "egressctl: the books do not balance\n"
+
+
+def test_books_the_daemon_calls_unbalanced_are_status_1_in_json_too(egressctl: Any, daemon: Any) -> None:
+    daemon.document = changed(COUNTERS, balanced=False, differences=["acme: 1 packets, 60 bytes"])
+    told = egressctl("--run-dir", daemon.run_dir, "--json", "counters")
+    assert told.status == 1
+    assert told.json["balanced"] is False
+    assert "acme: 1 packets, 60 bytes" in egressctl("--run-dir", daemon.run_dir, "counters").out
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "says"),
+    [
+        ({}, 0, "enforcing, books balance"),
+        ({"enforcing": False}, 1, "NOT ENFORCING"),
+        ({"balanced": False}, 1, "BOOKS DO NOT BALANCE"),
+        (
+            {"alarms": [{"time": 0, "text": "the gateway was changed"}]},
+            0,
+            "1970-01-01 00:00:00Z  the",
+        ),
+        ({"sandboxes": []}, 0, "no sandboxes"),
+        ({"workspaces": []}, 0, "no workspaces: nobody may spawn"),
+    ],
+)
+def test_status_is_1_when_something_is_wrong_now(
+    egressctl: Any, daemon: Any, change: dict[str, Any], status: int, says: str
+) -> None:
+    daemon.document = changed(STATUS, **change)
+    told = egressctl("--run-dir", daemon.run_dir, "status")
+    assert told.status == status
+    assert says in told.out
+
+
+def test_a_workspace_whose_file_was_never_good_is_shown_and_is_status_1(egressctl: Any, daemon: Any) -> None:
+    broken = {"workspace": "new", "guard": None, "policy": None, "sandboxes": 0, "problem": "new.yaml:3: no"}
+    daemon.document = changed(STATUS, workspaces=[broken])
+    told = egressctl("--run-dir", daemon.run_dir, "status")
+    assert told.status == 1
+    assert "new        -              0  -       new.yaml:3: no" in told.out
+
+
+@pytest.mark.parametrize(
+    ("words", "change", "status", "conclusion"),
+    [
+        (["diff"], {}, 0, "2 changes, nothing applied"),
+        (["diff", "--exit-code"], {}, 1, "2 changes, nothing applied"),
+        (["diff", "--exit-code"], {"changes": []}, 0, "no changes: what is in force is what is written"),
+        (["diff"], {"problems": ["acme.yaml:3: nonsense"]}, 1, "problem: acme.yaml:3: nonsense"),
+        (["apply"], {"applied": True}, 0, "2 changes, applied in 1.2 ms"),
+        (["apply"], {"applied": True, "problems": ["b.yaml: no"]}, 1, "problem: b.yaml: no"),
+    ],
+)
+def test_policy_changes(
+    egressctl: Any, daemon: Any, words: list[str], change: dict[str, Any], status: int, conclusion: str
+) -> None:
+    daemon.document = changed(DIFF, **change)
+    told = egressctl("--run-dir", daemon.run_dir, "policy", *words)
+    assert told.status == status
+    assert conclusion in told.out.splitlines()
+
+
+# ---- as a real process
+
+
+def egressctl_process(*words: str, **settings: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "egressd.cli.main", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **settings)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(daemon: Any) -> None:
+    daemon.document = {"text": "x\n" * 100_000}
+    command = [sys.executable, "-m", "egressd.cli.main", "--run-dir", str(daemon.run_dir), "ruleset"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+LOADED = """
+import sys
+from egressd.cli.main import main
+try:
+    main(sys.argv[1:])
+except SystemExit:
+    pass
+print(" ".join(sys.modules), file=sys.stderr)
+"""
+
+
+def modules_loaded_by(*words: str) -> set[str]:
+    done = subprocess.run([sys.executable, "-c", LOADED, *words], capture_output=True, text=True, check=True)
+    return set(done.stderr.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize(
+    ("words", "never"),
+    [
+        (("--help",), {"msgspec", "pydantic", "json", "asyncio"}),
+        (("run", "--help"), {"pydantic", "publicsuffixlist", "yaml", "pyroute2", "egressd.cli.counters"}),
+        (("status",), {"pydantic", "publicsuffixlist", "yaml", "asyncio", "egressd.cli.run"}),
+        (("counters",), {"pydantic", "publicsuffixlist", "yaml", "asyncio", "egressd.cli.run"}),
+        (("policy", "check", "/nowhere.yaml"), {"asyncio", "pyroute2", "egressd.sandbox.control"}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_verb_loads_only_what_it_needs(words: tuple[str, ...], never: set[str]) -> None:
+    assert not modules_loaded_by("--run-dir", "/nowhere", *words) & never
+
+
+def test_a_closed_terminal_or_an_odd_environment_does_not_matter() -> None:
+    environment = {"PATH": os.environ["PATH"], "LC_ALL": "C", "COLUMNS": "20"}
+    told = egressctl_process("--help", env=environment)
+    assert (told.returncode, told.stderr) == (0, "")

@@ -1,0 +1,122 @@
+"""The pages a person reads, whole. What changes here changes in front of operators."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from documents import COUNTERS, DIFF, STATUS, WHY, changed
+
+from egressd.cli import counters, policy_changes, status, why
+from egressd.cli.text import Paint
+
+PLAIN = Paint(io.StringIO(), no_color=True)
+
+STATUS_PAGE = """\
+egressd 0.1.0: enforcing, books balance
+since 2026-09-21 14:13:20Z (2 h 00 min), gateway egressd
+
+process   pid  state    restarts
+warden    812  running         0
+resolver    -  down            3
+
+workspace  guard    sandboxes  policy               problem
+acme       enforce          1  sha256:ababababa...  -
+lab        off              0  sha256:cdcdcdcdc...  -
+
+sandbox  workspace   uid   pid         age  IPv4        IPv6       command
+eg7      acme       4001  9120  1 h 00 min  198.19.0.7  fd53:1::7  python3 infer.py"""
+
+COUNTERS_PAGE = """\
+read 2026-09-21 14:13:20Z
+
+acme  guard enforce
+
+  host                  ports          packets out         bytes out  packets in           bytes in  connections
+  (resolver)            53/udp 53/tcp            4               244           4                512            4
+  eu.api.openai.com     443/tcp                  7  48201 (47.1 KiB)           9  3500000 (3.3 MiB)            1
+  *.search.example.com  443/tcp                  0                 0           0                  0            0
+
+  denied    packets           bytes
+  unlisted       29  1745 (1.7 KiB)
+  shape           2  6100 (6.0 KiB)
+
+  link     packets: in = admitted + denied + other  bytes: in = admitted + denied + other
+  eg7      40 = 9 + 29 + 2                          56068 = 48323 + 7667 + 78
+  2 ended  4 = 2 + 2 + 0                            300 = 122 + 178 + 0
+
+  the books balance
+    packets  in 44 = admitted 11 + denied 31 + other 2;  admitted 11 = hosts 11
+    bytes    in 56368 = admitted 48445 + denied 7845 + other 78;  admitted 48445 = hosts 48445
+
+admitted, then lost  packets  bytes
+invalid                    3    180"""  # noqa: E501 - as wide as it is
+
+WHY_PAGE = """\
+tracker.example: denied in workspace acme
+  name: the name is not on the workspace's list
+  nearest rule: host api.example (line 4)"""
+
+DIFF_PAGE = """\
+acme: + host db.internal.example 5432/tcp  (gives more)
+acme: - host old.example 443/tcp
+2 changes, nothing applied"""
+
+
+def test_status() -> None:
+    assert status.render(STATUS, paint=PLAIN, now=1_790_000_000 + 7200) == STATUS_PAGE
+
+
+def test_counters() -> None:
+    assert counters.render(COUNTERS, paint=PLAIN) == COUNTERS_PAGE
+
+
+def test_why() -> None:
+    assert why.render(WHY, paint=PLAIN) == WHY_PAGE
+
+
+def test_diff() -> None:
+    assert policy_changes.render(DIFF, paint=PLAIN) == DIFF_PAGE
+
+
+def test_an_equation_that_does_not_hold_is_not_written_with_an_equals_sign() -> None:
+    document: dict[str, Any] = changed(COUNTERS, balanced=False)
+    balance = document["workspaces"][0]["balance"]
+    balance |= {"balanced": False, "in": [45, 56428], "difference": [1, 60]}
+    page = counters.render(document, paint=PLAIN).splitlines()
+    assert "  THE BOOKS DO NOT BALANCE" in page
+    assert "    packets  in 45 != admitted 11 + denied 31 + other 2;  admitted 11 = hosts 11" in page
+    assert "    difference 1 packets, 60 bytes" in page
+
+
+def test_a_link_that_does_not_add_up_shows_it() -> None:
+    document = changed(COUNTERS)
+    document["workspaces"][0]["links"][0]["denied"] = [28, 7667]
+    assert "  eg7      40 != 9 + 28 + 2" in counters.render(document, paint=PLAIN)
+
+
+def test_nothing_yet() -> None:
+    document = changed(COUNTERS, workspaces=[], late={})
+    assert counters.render(document, paint=PLAIN) == "read 2026-09-21 14:13:20Z\n\nno workspaces"
+
+
+def hostile(document: Any) -> Any:
+    """Every string of a document with something in it that a terminal would act on."""
+    if isinstance(document, dict):
+        return {key: hostile(value) for key, value in document.items()}
+    if isinstance(document, list):
+        return [hostile(value) for value in document]
+    return document + "\x1b[2J\n\u202e" if isinstance(document, str) else document
+
+
+def test_no_page_passes_on_what_a_terminal_would_act_on() -> None:
+    pages = (
+        status.render(hostile(STATUS), paint=PLAIN, now=1_790_000_000),
+        counters.render(hostile(COUNTERS), paint=PLAIN),
+        why.render(hostile(WHY), paint=PLAIN),
+        policy_changes.render(hostile(DIFF), paint=PLAIN),
+    )
+    for page in pages:
+        assert r"\x1b[2J\x0a" in page
+        assert all(line.isprintable() for line in page.split("\n"))
+    assert pages[3].count("\n") == DIFF_PAGE.count("\n")  # no line was faked

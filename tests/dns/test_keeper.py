@@ -1,0 +1,376 @@
+"""Dialogues with the keeper: what happens (>>), what it wants done (<<), and what may be answered meanwhile.
+
+The clock is the test's own. Jitter is zero: a TTL of 100 is looked at again after 90 seconds.
+"""
+
+from __future__ import annotations
+
+from ipaddress import ip_address, ip_network
+
+import pytest
+
+from egressd.dns.keeper import Admit, Ask, Command, Finding, Keeper, Note, Settled, State, Target, User
+from egressd.dns.replies import Failure
+from egressd.dns.slots import EMPTY
+from egressd.model.addresses import Address
+
+API, DB = Target("api.example.com", False), Target("db.example", True)
+ACME, ZETA = User("acme", 5), User("zeta", 9)
+LOST = Finding(failure=Failure(22, "nobody answered"))
+ONE, TWO, SIX = ip_address("93.184.215.14"), ip_address("93.184.215.15"), ip_address("2606:2800::1")
+
+
+def found(*addresses: Address, ttl: float = 100) -> Finding:
+    return Finding(addresses, ttl)
+
+
+NONE = found()
+NO_NAME = Finding(ttl=100, exists=False)
+
+
+class Talk:
+    """A keeper, its clock, and the serial of the last `Admit`."""
+
+    def __init__(self, **options: object) -> None:
+        self.keeper = Keeper(**options)  # type: ignore[arg-type]
+        self.now = 1000.0
+        self.serial = 0
+
+    def use(self, users: dict[Target, set[User]]) -> list[Command]:
+        return self._heard(self.keeper.set_users({t: frozenset(u) for t, u in users.items()}, now=self.now))
+
+    def found(self, target: Target, v4: Finding, v6: Finding) -> list[Command]:
+        return self._heard(self.keeper.found(target, (v4, v6), now=self.now))
+
+    def admitted(self, target: Target = API) -> list[Command]:
+        return self._heard(self.keeper.admitted(target, self.serial))
+
+    def withheld(self, target: Target = API) -> list[Command]:
+        return self._heard(self.keeper.withheld(target, self.serial, "no kernel", now=self.now))
+
+    def after(self, seconds: float) -> list[Command]:
+        self.now += seconds
+        return self._heard(self.keeper.tick(now=self.now))
+
+    def _heard(self, commands: list[Command]) -> list[Command]:
+        for command in commands:
+            if isinstance(command, Admit):
+                self.serial = command.serial
+        return commands
+
+    def known(self, target: Target = API) -> tuple[State, object, object, set[str]]:
+        standing = self.keeper.standing(target)
+        return (
+            standing.state,
+            standing.v4.slots[0],
+            standing.v6.slots[0],
+            {u.workspace for u in standing.users},
+        )
+
+
+def kinds(commands: list[Command]) -> list[type]:
+    return [type(c) for c in commands]
+
+
+def settled(**options: object) -> Talk:
+    """A talk in which the API's name is known and admitted for acme."""
+    talk = Talk(**options)
+    assert talk.use({API: {ACME}}) == [Ask(API)]
+    talk.found(API, found(ONE), found(SIX))
+    talk.admitted()
+    return talk
+
+
+def test_record_admit_answer() -> None:
+    talk = Talk()
+    assert talk.use({API: {ACME}}) == [Ask(API)]
+    assert talk.known() == (State.PENDING, None, None, set())
+    (admit,) = talk.found(API, found(ONE, TWO), found(SIX))
+    assert admit == Admit(API, (ONE, TWO, ONE, TWO), (SIX,) * 4, 1)
+    assert talk.known() == (State.PENDING, None, None, set())  # upstream answered, the kernel has not
+    assert talk.admitted() == [Settled(API)]
+    assert talk.known() == (State.KNOWN, ONE, SIX, {"acme"})
+
+
+def test_refreshed_before_the_ttl_ends_and_unchanged_is_no_kernel_write() -> None:
+    talk = settled()
+    assert talk.keeper.next_due() == talk.now + 90
+    assert talk.after(89.9) == []
+    assert talk.after(0.1) == [Ask(API)]
+    assert talk.after(100) == []  # asked already
+    assert talk.found(API, found(ONE), found(SIX)) == []
+    assert talk.keeper.next_due() == talk.now + 90
+
+
+def test_a_change_is_answered_only_after_the_kernel_has_it() -> None:
+    talk = settled()
+    talk.after(90)
+    (admit,) = talk.found(API, found(TWO), found(SIX))
+    assert isinstance(admit, Admit)
+    assert admit.slots4 == (TWO,) * 4
+    assert talk.known()[1] == ONE
+    talk.admitted()
+    assert talk.known()[1] == TWO
+
+
+def test_withheld_at_first_is_a_failure_and_tried_again() -> None:
+    talk = Talk()
+    talk.use({API: {ACME}})
+    talk.found(API, found(ONE), NONE)
+    note, done = talk.withheld()
+    assert note == Note("dns-withheld", {"name": "api.example.com", "reason": "no kernel"})
+    assert done == Settled(API)
+    standing = talk.keeper.standing(API)
+    assert (standing.state, standing.users) == (State.FAILED, frozenset())
+    assert standing.failure == Failure(14, "api.example.com is not admitted: no kernel")
+    assert talk.after(1) == [Ask(API)]
+    assert kinds(talk.found(API, found(ONE), NONE)) == [Admit]
+    talk.admitted()
+    assert talk.known() == (State.KNOWN, ONE, None, {"acme"})
+
+
+def test_withheld_on_refresh_keeps_what_the_kernel_has() -> None:
+    talk = settled()
+    talk.after(90)
+    talk.found(API, found(TWO), found(SIX))
+    talk.withheld()
+    assert talk.known() == (State.KNOWN, ONE, SIX, {"acme"})
+    assert talk.after(1) == [Ask(API)]
+    assert kinds(talk.found(API, found(TWO), found(SIX))) == [Admit]
+
+
+def test_a_late_acknowledgement_of_something_else_changes_nothing() -> None:
+    talk = Talk()
+    talk.use({API: {ACME}})
+    talk.found(API, found(ONE), NONE)
+    assert talk.keeper.admitted(API, talk.serial + 1) == []
+    assert talk.keeper.admitted(DB, talk.serial) == []
+    assert talk.known()[0] is State.PENDING
+    talk.admitted()
+    assert talk.admitted() == []
+
+
+@pytest.mark.parametrize("stale_for", [60.0, 86_400.0])
+def test_upstream_failure_serves_the_last_good(stale_for: float) -> None:
+    talk = settled()
+    talk.after(90)
+    assert talk.found(API, LOST, LOST) == []
+    talk.now = 1000.0 + stale_for
+    talk.keeper.tick(now=talk.now)
+    assert talk.found(API, LOST, LOST) == []
+    assert talk.known() == (State.KNOWN, ONE, SIX, {"acme"})
+
+
+def test_but_not_for_ever() -> None:
+    talk = settled()
+    talk.now += 86_401
+    talk.after(0)
+    (admit,) = talk.found(API, LOST, LOST)
+    assert isinstance(admit, Admit)
+    assert (admit.slots4, admit.slots6) == (EMPTY, EMPTY)
+    talk.admitted()
+    standing = talk.keeper.standing(API)
+    assert (standing.state, standing.failure) == (State.FAILED, LOST.failure)
+
+
+def test_failures_are_retried_with_growing_pauses() -> None:
+    talk = Talk()
+    talk.use({API: {ACME}})
+    talk.found(API, LOST, LOST)
+    talk.admitted()
+    assert talk.keeper.standing(API).failure == LOST.failure
+    pauses = []
+    for _ in range(5):
+        due = talk.keeper.next_due()
+        assert due is not None
+        pauses.append(due - talk.now)
+        talk.now = due
+        assert talk.after(0) == [Ask(API)]
+        assert talk.found(API, LOST, LOST) == []
+    assert pauses == [1, 2, 4, 8, 16]
+    talk.after(32)
+    talk.found(API, found(ONE), NONE)
+    talk.admitted()
+    assert talk.keeper.next_due() == talk.now + 90
+
+
+@pytest.mark.parametrize(
+    ("v4", "v6", "state", "exists"),
+    [
+        (NONE, NONE, State.KNOWN, True),
+        (NO_NAME, NO_NAME, State.KNOWN, False),
+        (NO_NAME, NONE, State.KNOWN, False),
+        (found(ONE), NO_NAME, State.KNOWN, True),
+        (NONE, LOST, State.FAILED, True),
+        (LOST, NONE, State.FAILED, True),
+        (found(ONE), LOST, State.KNOWN, True),
+        (LOST, found(SIX), State.KNOWN, True),
+    ],
+)
+def test_both_families_together(v4: Finding, v6: Finding, state: State, exists: bool) -> None:
+    talk = Talk()
+    talk.use({API: {ACME}})
+    talk.found(API, v4, v6)
+    talk.admitted()
+    standing = talk.keeper.standing(API)
+    assert (standing.state, standing.exists) == (state, exists)
+
+
+def test_no_such_name_takes_the_way_away() -> None:
+    talk = settled()
+    talk.after(90)
+    (admit,) = talk.found(API, NO_NAME, NO_NAME)
+    assert isinstance(admit, Admit)
+    assert (admit.slots4, admit.slots6) == (EMPTY, EMPTY)
+    talk.admitted()
+    assert not talk.keeper.standing(API).exists
+    talk.after(90)
+    assert talk.found(API, LOST, LOST) == []  # and stays so while upstream is away
+    assert not talk.keeper.standing(API).exists
+
+
+@pytest.mark.parametrize(
+    ("target", "address", "kind"),
+    [
+        (API, "10.0.0.5", "private"),
+        (API, "fd00::5", "unique-local"),
+        (API, "127.0.0.1", "loopback"),
+        (API, "::1", "loopback"),
+        (API, "169.254.169.254", "metadata"),
+        (API, "::ffff:a00:1", "ipv4-mapped"),
+        (API, "64:ff9b::a00:1", "nat64"),
+        (DB, "127.0.0.1", "loopback"),
+        (DB, "::1", "loopback"),
+        (DB, "169.254.169.254", "metadata"),
+        (DB, "fe80::1", "link-local"),
+        (DB, "198.18.0.4", "egressd-pool"),
+        (DB, "fd53:e9::4", "egressd-pool"),
+    ],
+)
+def test_refused_addresses_are_recorded_and_lead_nowhere(target: Target, address: str, kind: str) -> None:
+    talk = Talk(own=(ip_network("198.18.0.0/16"), ip_network("fd53:e9::/64")))
+    talk.use({target: {ACME}})
+    bad = found(ip_address(address))
+    both = (bad, NONE) if ip_address(address).version == 4 else (NONE, bad)
+    note, admit = talk.found(target, *both)
+    assert note == Note("dns-refused-address", {"name": target.host, "address": address, "kind": kind})
+    assert isinstance(admit, Admit)
+    assert (admit.slots4, admit.slots6) == (EMPTY, EMPTY)
+    talk.admitted(target)
+    standing = talk.keeper.standing(target)
+    assert standing.state is State.FAILED
+    assert standing.failure == Failure(15, f"every address of {target.host} is refused: {address} ({kind})")
+
+
+def test_refused_beside_good_ones_are_left_out() -> None:
+    talk = Talk()
+    talk.use({API: {ACME}})
+    note, admit = talk.found(API, found(ip_address("10.0.0.5"), ONE), NONE)
+    assert isinstance(note, Note)
+    assert isinstance(admit, Admit)
+    assert admit.slots4 == (ONE,) * 4
+
+
+def test_rebinding_takes_the_old_way_away_at_once() -> None:
+    talk = settled()
+    talk.after(90)
+    commands = talk.found(API, found(ip_address("10.0.0.5")), NONE)
+    assert kinds(commands) == [Note, Admit]
+    talk.admitted()
+    assert talk.keeper.standing(API).state is State.FAILED
+
+
+@pytest.mark.parametrize("address", ["10.0.0.5", "fd00::5", "192.168.1.1", "100.64.0.1"])
+def test_private_rules_reach_private_ranges(address: str) -> None:
+    talk = Talk()
+    talk.use({DB: {ACME}})
+    real = ip_address(address)
+    both = (found(real), NONE) if real.version == 4 else (NONE, found(real))
+    assert kinds(talk.found(DB, *both)) == [Admit]
+
+
+def test_a_second_workspace_is_not_covered_by_the_firsts_acknowledgement() -> None:
+    talk = settled()
+    (admit,) = talk.use({API: {ACME, ZETA}})
+    assert isinstance(admit, Admit)
+    assert talk.known()[3] == {"acme"}
+    talk.admitted()
+    assert talk.known()[3] == {"acme", "zeta"}
+
+
+def test_a_workspace_that_joins_while_the_kernel_is_asked_causes_another_admission() -> None:
+    talk = Talk()
+    talk.use({API: {ACME}})
+    talk.found(API, found(ONE), NONE)
+    assert talk.use({API: {ACME, ZETA}}) == []
+    assert kinds(talk.admitted()) == [Settled, Admit]
+    assert talk.known()[3] == {"acme"}
+    talk.admitted()
+    assert talk.known()[3] == {"acme", "zeta"}
+
+
+def test_who_leaves_and_comes_back_is_admitted_anew() -> None:
+    talk = settled()
+    talk.use({API: {ACME, ZETA}})
+    talk.admitted()
+    assert talk.use({API: {ACME}}) == []
+    assert talk.known()[3] == {"acme"}
+    assert kinds(talk.use({API: {ACME, ZETA}})) == [Admit]
+    assert talk.known()[3] == {"acme"}
+
+
+def test_who_leaves_and_comes_back_while_the_kernel_is_asked_is_admitted_anew() -> None:
+    talk = Talk()
+    talk.use({API: {ACME, ZETA}})
+    talk.found(API, found(ONE), NONE)
+    talk.use({API: {ACME}})
+    talk.use({API: {ACME, ZETA}})
+    assert kinds(talk.admitted()) == [Settled, Admit]
+    assert talk.known()[3] == {"acme"}
+
+
+def test_names_that_go_are_forgotten_with_all_that_is_under_way() -> None:
+    talk = settled()
+    assert talk.use({DB: {ACME}}) == [Settled(API), Ask(DB)]
+    assert talk.known()[0] is State.PENDING
+    assert talk.keeper.found(API, (found(ONE), NONE), now=talk.now) == []
+    assert talk.keeper.admitted(API, talk.serial) == []
+    assert talk.use({}) == [Settled(DB)]
+    assert (len(talk.keeper), talk.keeper.next_due()) == (0, None)
+    assert talk.after(10_000) == []
+
+
+def test_the_same_name_public_and_private_are_two() -> None:
+    talk = Talk()
+    public, private = Target("x.example", False), Target("x.example", True)
+    assert talk.use({public: {ACME}, private: {ZETA}}) == [Ask(public), Ask(private)]
+
+
+def test_a_new_controller_is_told_everything_while_answers_go_on() -> None:
+    talk = settled()
+    talk.use({API: {ACME}, DB: {ACME}})
+    (admit,) = talk._heard(talk.keeper.readmit())
+    assert isinstance(admit, Admit)
+    assert (admit.target, admit.slots4) == (API, (ONE,) * 4)
+    assert talk.known() == (State.KNOWN, ONE, SIX, {"acme"})
+    assert talk.keeper.admitted(API, admit.serial - 1) == []  # the old controller's word counts no more
+    assert talk.admitted() == [Settled(API)]
+
+
+def test_static_hosts_win_and_need_no_upstream() -> None:
+    talk = Talk(static={"api.example.com": (ONE, SIX)}, upstream=False)
+    ask_free = talk.use({API: {ACME}, DB: {ACME}})
+    assert kinds(ask_free) == [Admit, Admit]
+    for command in ask_free:
+        assert isinstance(command, Admit)
+        talk.keeper.admitted(command.target, command.serial)
+    assert talk.known() == (State.KNOWN, ONE, SIX, {"acme"})
+    failure = talk.keeper.standing(DB).failure
+    assert failure == Failure(22, "no upstream is configured and db.example is not among the static hosts")
+    for _ in range(20):
+        assert not any(isinstance(c, Ask) for c in talk.after(4000))
+
+
+def test_static_hosts_are_sifted_too() -> None:
+    talk = Talk(static={"api.example.com": (ip_address("10.0.0.1"),)}, upstream=False)
+    assert kinds(talk.use({API: {ACME}})) == [Note, Admit]

@@ -1,0 +1,558 @@
+"""The inspector, whole: a client in a sandbox, a service on the host's loopback, and what lies between."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import resource
+import select
+import signal
+import socket
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from auditor_lab import until
+from egressd.ipc import messages
+from inspector_lab import OTHER4, OTHER6, SOURCE4, SOURCE6, UID, Inspector, Network, relay
+
+pytestmark = [
+    pytest.mark.kernel,
+    pytest.mark.skipif(os.geteuid() != 0, reason="makes network namespaces and a process that gives up root"),
+]
+
+PORT = 11434
+BOTH = pytest.mark.parametrize("v6", [False, True], ids=["ipv4", "ipv6"])
+
+
+@pytest.fixture(scope="module")
+def network() -> Iterator[Network]:
+    made = Network()
+    try:
+        yield made
+    finally:
+        made.remove()
+
+
+@pytest.fixture
+def inspector(network: Network) -> Iterator[Inspector]:
+    running = Inspector(network)
+    try:
+        yield running.ready()
+    finally:
+        running.kill()
+
+
+@pytest.fixture
+def service(network: Network) -> Iterator[socket.socket]:
+    with network.service(PORT) as listener:
+        yield listener
+
+
+@pytest.fixture
+def ollama(inspector: Inspector, service: socket.socket) -> Inspector:
+    """Workspace acme may reach its service `ollama`; link 7 belongs to it."""
+    inspector.bind()
+    inspector.relays(relay())
+    return inspector
+
+
+def connect(ollama: Inspector, service: socket.socket, *, v6: bool = False, **how) -> tuple[socket.socket, socket.socket]:
+    """(client, server), joined by the inspector."""
+    client = ollama.network.client(5, PORT, v6=v6, **how)
+    server, peer = service.accept()
+    server.settimeout(10)
+    assert peer[0] == "127.0.0.1"
+    return client, server
+
+
+def reset(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def assert_reset(sock: socket.socket, *, within: float = 5.0) -> None:
+    """The other end has reset this connection: an error, not an end of file."""
+    sock.settimeout(within)
+    with pytest.raises((ConnectionResetError, BrokenPipeError)):
+        while True:
+            if sock.recv(1 << 16) == b"":
+                raise AssertionError("it ended like a finished connection")
+
+
+def read_all(sock: socket.socket) -> bytes:
+    data = bytearray()
+    while chunk := sock.recv(1 << 16):
+        data += chunk
+    return bytes(data)
+
+
+# ---- relaying
+
+
+@BOTH
+def test_bytes_go_both_ways_and_are_counted(ollama: Inspector, service: socket.socket, v6: bool) -> None:
+    client, server = connect(ollama, service, v6=v6)
+    with client, server:
+        client.sendall(b"question")
+        assert server.recv(100) == b"question"
+        server.sendall(b"the answer")
+        assert client.recv(100) == b"the answer"
+    (closed,) = ollama.wait_for("relay-closed")
+    assert closed.pop("seconds") > 0
+    assert closed == {
+        "link": "eg7", "workspace": "acme", "service": "ollama", "port": PORT, "how": "finished",
+        "source": SOURCE6 if v6 else SOURCE4, "destination": "fd53:e9::14" if v6 else "198.18.0.20",
+        "bytes_out": 8, "bytes_in": 10,
+    }  # fmt: skip
+    assert not ollama.events("relay-denied")
+
+
+def test_every_slot_of_the_block_leads_to_the_service(ollama: Inspector, service: socket.socket) -> None:
+    for slot in range(4):
+        client, server = connect(ollama, service, slot=slot)
+        with client, server:
+            server.sendall(b"hello")
+            assert client.recv(10) == b"hello"
+
+
+@BOTH
+def test_the_clients_end_is_passed_on_and_the_answer_still_comes(ollama: Inspector, service: socket.socket, v6: bool) -> None:
+    client, server = connect(ollama, service, v6=v6)
+    with client, server:
+        client.sendall(b"q" * 100_000)
+        client.shutdown(socket.SHUT_WR)
+        assert read_all(server) == b"q" * 100_000
+        answer = os.urandom(3_000_000)
+        sender = threading.Thread(target=lambda: (server.sendall(answer), server.close()))
+        sender.start()
+        assert hashlib.sha256(read_all(client)).digest() == hashlib.sha256(answer).digest()
+        sender.join()
+    (closed,) = ollama.wait_for("relay-closed")
+    assert (closed["bytes_out"], closed["bytes_in"], closed["how"]) == (100_000, 3_000_000, "finished")
+
+
+@BOTH
+def test_the_services_end_is_passed_on_and_the_client_may_go_on(ollama: Inspector, service: socket.socket, v6: bool) -> None:
+    client, server = connect(ollama, service, v6=v6)
+    with client, server:
+        server.sendall(b"bye")
+        server.shutdown(socket.SHUT_WR)
+        assert read_all(client) == b"bye"
+        client.sendall(b"late words")
+        client.close()
+        assert read_all(server) == b"late words"
+    assert ollama.wait_for("relay-closed")[0]["bytes_out"] == 10
+
+
+@BOTH
+def test_a_reset_is_passed_on_in_both_directions(ollama: Inspector, service: socket.socket, v6: bool) -> None:
+    client, server = connect(ollama, service, v6=v6)
+    with server:
+        reset(client)
+        assert_reset(server)
+    client, server = connect(ollama, service, v6=v6)
+    with client:
+        reset(server)
+        assert_reset(client)
+    assert [closed["how"] for closed in ollama.wait_for("relay-closed", 2)] == ["reset", "reset"]
+
+
+def test_a_service_that_does_not_read_stops_the_client(ollama: Inspector, service: socket.socket) -> None:
+    client, server = connect(ollama, service)
+    with client, server:
+        sent = fill(client)
+        cpu = ollama.cpu_seconds()
+        time.sleep(0.5)  # it waits, and does not spin while it does
+        assert ollama.cpu_seconds() - cpu < 0.2
+        assert 100_000 < sent < 64 << 20
+        client.shutdown(socket.SHUT_WR)
+        assert len(read_all(server)) == sent
+    assert ollama.wait_for("relay-closed")[0]["bytes_out"] == sent
+
+
+def fill(sock: socket.socket) -> int:
+    """Send until nothing more fits for half a second."""
+    sock.setblocking(False)
+    sent = 0
+    while select.select([], [sock], [], 0.5)[1]:
+        with contextlib.suppress(BlockingIOError):
+            sent += sock.send(bytes(1 << 16))
+    sock.settimeout(10)
+    return sent
+
+
+@pytest.mark.parametrize("who", ["client", "service"])
+def test_a_reset_is_passed_on_though_nobody_reads(ollama: Inspector, service: socket.socket, who: str) -> None:
+    client, server = connect(ollama, service)
+    fill(client)
+    gone, other = (client, server) if who == "client" else (server, client)
+    reset(gone)
+    with other:
+        assert_reset(other)
+    assert ollama.wait_for("relay-closed")[0]["how"] == "reset"
+
+
+def test_both_ends_shut_while_the_last_bytes_wait_does_not_spin(ollama: Inspector, service: socket.socket) -> None:
+    client, server = connect(ollama, service)
+    with client, server:
+        sent = fill(client)
+        server.shutdown(socket.SHUT_WR)
+        assert read_all(client) == b""
+        client.shutdown(socket.SHUT_WR)  # the inspector's end of the client is now shut both ways
+        cpu = ollama.cpu_seconds()
+        time.sleep(0.5)
+        assert ollama.cpu_seconds() - cpu < 0.2
+        assert len(read_all(server)) == sent
+    assert ollama.wait_for("relay-closed")[0]["bytes_out"] == sent
+
+
+def test_urgent_data_neither_spins_nor_stops_the_stream(ollama: Inspector, service: socket.socket) -> None:
+    client, server = connect(ollama, service)
+    with client, server:
+        client.sendall(b"before ")
+        client.send(b"!", socket.MSG_OOB)
+        client.sendall(b" after")
+        cpu = ollama.cpu_seconds()
+        time.sleep(0.5)
+        assert ollama.cpu_seconds() - cpu < 0.2
+        client.shutdown(socket.SHUT_WR)
+        assert read_all(server) == b"before ! after"
+
+
+def test_a_slow_flow_does_not_stop_the_others(ollama: Inspector, service: socket.socket) -> None:
+    slow, stuck = connect(ollama, service)
+    fill(slow)
+    client, server = connect(ollama, service, v6=True)
+    with slow, stuck, client, server:
+        client.sendall(b"quick")
+        assert server.recv(10) == b"quick"
+
+
+def test_connections_that_come_and_go_leave_nothing(ollama: Inspector, service: socket.socket) -> None:
+    before = ollama.descriptors()
+    for i in range(200):
+        client, server = connect(ollama, service, v6=bool(i % 2))
+        client.sendall(b"x" * i)
+        if i % 4 < 2:
+            reset(client)
+            server.close()
+        else:
+            server.close()
+            client.close()
+        ollama.events("relay-closed")  # somebody must read them
+    until(lambda: ollama.descriptors() == before, what="all descriptors closed")
+    assert len(ollama.wait_for("relay-closed", 200)) == 200
+
+
+# ---- what is denied
+
+
+def denied(inspector: Inspector, client: socket.socket, **expected) -> None:
+    started = time.monotonic()
+    with client:
+        assert_reset(client)
+    assert time.monotonic() - started < 0.5
+    count = len(inspector.events("relay-denied"))
+    found = inspector.wait_for("relay-denied", max(1, count))
+    assert expected in [{key: f[key] for key in expected} for f in found]
+
+
+@BOTH
+def test_who_is_not_bound_is_reset(ollama: Inspector, network: Network, v6: bool) -> None:
+    source = OTHER6 if v6 else OTHER4
+    denied(
+        ollama,
+        network.client(5, PORT, v6=v6, source=source),
+        link=None, workspace=None, source=source, port=PORT, reason="source", connections=1,
+    )  # fmt: skip
+    assert not ollama.events("relay-closed")
+
+
+@BOTH
+@pytest.mark.parametrize(("block", "port"), [(5, PORT + 1), (6, PORT), (4, PORT), (5, 22)])
+def test_what_is_not_announced_is_reset(ollama: Inspector, network: Network, v6: bool, block: int, port: int) -> None:
+    with network.service(port) if port != PORT else contextlib.nullcontext():
+        denied(
+            ollama,
+            network.client(block, port, v6=v6),
+            link="eg7", workspace="acme", port=port, reason="unlisted",
+        )  # fmt: skip
+
+
+@BOTH
+def test_a_service_belongs_to_its_workspace(ollama: Inspector, network: Network, v6: bool) -> None:
+    ollama.bind(link=8, workspace="other", source4=OTHER4, source6=OTHER6)
+    denied(
+        ollama,
+        network.client(5, PORT, v6=v6, source=OTHER6 if v6 else OTHER4),
+        link="eg8", workspace="other", reason="unlisted",
+    )  # fmt: skip
+
+
+def test_an_address_that_is_not_synthetic_is_reset(ollama: Inspector, network: Network) -> None:
+    client = network.sandbox.do(socket.create_connection, ("127.0.0.2" if False else "203.0.113.1", PORT), 5)
+    denied(ollama, client, destination="203.0.113.1", reason="unlisted")
+
+
+def test_before_the_controller_speaks_nothing_passes(inspector: Inspector, service: socket.socket) -> None:
+    denied(inspector, inspector.network.client(5, PORT), reason="source")
+
+
+@BOTH
+def test_a_service_that_is_down_is_a_reset_and_a_record(inspector: Inspector, network: Network, v6: bool) -> None:
+    inspector.bind()
+    inspector.relays(relay())
+    with network.client(5, PORT, v6=v6) as client:
+        assert_reset(client)
+    (failed,) = inspector.wait_for("relay-failed")
+    assert (failed["link"], failed["reason"], failed["connections"]) == ("eg7", "econnrefused", 1)
+
+
+def test_many_denials_are_one_record_with_their_count(inspector: Inspector, network: Network) -> None:
+    for _ in range(50):
+        with network.client(5, PORT) as client:
+            assert_reset(client)
+    until(lambda: sum(f["connections"] for f in inspector.events("relay-denied")) == 50)
+    assert len(inspector.events("relay-denied")) <= 3
+
+
+def test_a_service_that_accepts_nothing_is_given_up(inspector: Inspector, network: Network) -> None:
+    inspector.bind()
+    inspector.relays(relay())
+    with network.service(PORT, backlog=0), contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(network.client(5, PORT)) for _ in range(4)]
+        before = inspector.wait_for("relay-failed") if False else None
+        assert before is None
+        resets = 0
+        for client in clients:
+            client.settimeout(7)
+            with contextlib.suppress(TimeoutError, ConnectionResetError):
+                client.recv(1)
+            if client.fileno() >= 0 and is_reset(client):
+                resets += 1
+        assert resets >= 1
+    assert inspector.wait_for("relay-failed")[0]["reason"] == "etimedout"
+
+
+def is_reset(sock: socket.socket) -> bool:
+    try:
+        sock.getpeername()
+    except OSError:
+        return True
+    return False
+
+
+# ---- revocation
+
+
+@BOTH
+def test_a_relay_that_is_taken_away_ends_its_flows_before_done(ollama: Inspector, service: socket.socket, v6: bool) -> None:
+    ollama.relays(relay(), relay(6, PORT, service="second"))
+    client, server = connect(ollama, service, v6=v6)
+    other = ollama.network.client(6, PORT, v6=v6)
+    kept, _ = service.accept()
+    with client, server, other, kept:
+        assert ollama.relays(relay(6, PORT, service="second")) == 1
+        assert_reset(client, within=0.2)
+        assert_reset(server, within=0.2)
+        other.sendall(b"still here")
+        assert kept.recv(100) == b"still here"
+        denied(ollama, ollama.network.client(5, PORT, v6=v6), reason="unlisted")
+    assert ollama.events("relay-closed")[0]["how"] == "revoked"
+
+
+def test_the_same_relays_again_change_nothing(ollama: Inspector, service: socket.socket) -> None:
+    client, server = connect(ollama, service)
+    with client, server:
+        assert ollama.relays(relay()) == 0
+        client.sendall(b"on")
+        assert server.recv(10) == b"on"
+
+
+def test_a_port_that_now_means_another_service_ends_the_old_flows(ollama: Inspector, service: socket.socket) -> None:
+    client, server = connect(ollama, service)
+    with client, server:
+        assert ollama.relays(relay(service="other")) == 1
+        assert_reset(client)
+
+
+def test_a_sandbox_that_ends_takes_its_flows_along(ollama: Inspector, service: socket.socket) -> None:
+    ollama.bind(link=8, source4=OTHER4, source6=OTHER6)
+    client, server = connect(ollama, service)
+    client8, server8 = connect(ollama, service, source=OTHER4)
+    with client, server, client8, server8:
+        ollama.unbind(7)
+        assert_reset(client, within=0.2)
+        assert_reset(server, within=0.2)
+        client8.sendall(b"I stay")
+        assert server8.recv(10) == b"I stay"
+        denied(ollama, ollama.network.client(5, PORT), reason="source")
+    assert ollama.wait_for("relay-closed")[0]["link"] == "eg7"
+
+
+def test_an_address_given_to_another_sandbox_ends_the_flows_of_the_first(ollama: Inspector, service: socket.socket) -> None:
+    client, server = connect(ollama, service)
+    with client, server:
+        ollama.bind(link=9)
+        assert_reset(client)
+    assert ollama.wait_for("relay-closed")[0]["link"] == "eg7"
+
+
+def test_a_new_controller_finds_a_clean_table(ollama: Inspector, service: socket.socket) -> None:
+    client, server = connect(ollama, service)
+    with client, server:
+        old, ollama.controller = ollama.controller, ollama.introduce("controller", messages.FROM_INSPECTOR)
+        assert_reset(client)
+        assert_reset(server)
+        assert old.socket.recv(10) == b""
+        denied(ollama, ollama.network.client(5, PORT), reason="source")
+        ollama.bind()
+        ollama.relays(relay())
+        again, anew = connect(ollama, service)
+        again.close()
+        anew.close()
+        old.close()
+
+
+def test_while_the_controller_is_gone_what_was_permitted_stays_so(ollama: Inspector, service: socket.socket) -> None:
+    ollama.controller.close()
+    client, server = connect(ollama, service)
+    with client, server:
+        client.sendall(b"on")
+        assert server.recv(10) == b"on"
+
+
+@pytest.mark.parametrize("rubbish", [b"rubbish", b'{"type":"SetRelays"}', b'{"type":"Done","request":1}'])
+def test_a_controller_that_talks_rubbish_is_heard_no_more(ollama: Inspector, rubbish: bytes) -> None:
+    ollama.controller.socket.send(rubbish)
+    ollama.controller.socket.settimeout(10)
+    assert ollama.controller.socket.recv(10) == b""
+    assert ollama.process.poll() is None
+
+
+# ---- bounds
+
+
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8192), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_sandbox_has_512_flows_and_another_still_gets_its_own(ollama: Inspector, service: socket.socket, many_files: None) -> None:
+    ollama.bind(link=8, source4=OTHER4, source6=OTHER6)
+    before = ollama.descriptors()
+    with contextlib.ExitStack() as stack:
+        for _ in range(512):
+            for end in connect(ollama, service):
+                stack.enter_context(end)
+        denied(ollama, ollama.network.client(5, PORT), link="eg7", reason="connections")
+        client, server = connect(ollama, service, source=OTHER4)
+        with client, server:
+            client.sendall(b"mine")
+            assert server.recv(10) == b"mine"
+    until(lambda: ollama.descriptors() == before)
+    client, server = connect(ollama, service)
+    client.close()
+    server.close()
+
+
+def test_no_more_flows_than_its_descriptors_carry(network: Network, service: socket.socket) -> None:
+    inspector = Inspector(network, descriptors=124)  # (124 - 64) // 6 = 10
+    try:
+        inspector.ready().bind()
+        inspector.relays(relay())
+        with contextlib.ExitStack() as stack:
+            for _ in range(10):
+                for end in connect(inspector, service):
+                    stack.enter_context(end)
+            denied(inspector, network.client(5, PORT), reason="limit")
+    finally:
+        inspector.kill()
+
+
+def test_without_descriptors_callers_are_reset_and_it_recovers(ollama: Inspector, service: socket.socket) -> None:
+    client, server = connect(ollama, service)
+    limit_descriptors(ollama, ollama.descriptors() + 1)
+    for _ in range(3):
+        with ollama.network.client(5, PORT) as shed:
+            assert_reset(shed)
+    client.sendall(b"unharmed")
+    assert server.recv(10) == b"unharmed"
+    cpu = ollama.cpu_seconds()
+    time.sleep(0.3)
+    assert ollama.cpu_seconds() - cpu < 0.2
+    limit_descriptors(ollama, 1024)
+    with client, server:
+        again, anew = connect(ollama, service)
+        again.close()
+        anew.close()
+
+
+def limit_descriptors(inspector: Inspector, number: int) -> None:
+    user = ("setpriv", "--reuid", str(UID), "--regid", str(UID), "--clear-groups")
+    command = (*user, "prlimit", "--pid", str(inspector.process.pid), f"--nofile={number}:")
+    subprocess.run(command, check=True)
+
+
+# ---- the process
+
+
+def test_it_has_no_right_left(inspector: Inspector) -> None:
+    status = Path(f"/proc/{inspector.process.pid}/status").read_text()
+    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    assert fields["Uid"].split() == [str(UID)] * 4
+    assert [int(fields[name], 16) for name in ("CapPrm", "CapEff", "CapBnd", "CapInh")] == [0] * 4
+
+
+def test_told_to_stop_it_resets_what_is_open_and_says_the_totals(ollama: Inspector, service: socket.socket) -> None:
+    first, second = connect(ollama, service), connect(ollama, service)
+    first[0].sendall(b"12345")
+    assert first[1].recv(10) == b"12345"
+    ollama.process.send_signal(signal.SIGTERM)
+    assert ollama.process.wait(10) == 0
+    for end in (*first, *second):
+        assert_reset(end)
+        end.close()
+    with contextlib.suppress(EOFError):
+        ollama.events("relay-totals")
+    totals = [dict(e.fields) for e in ollama.seen if isinstance(e, messages.Event) and e.event == "relay-totals"]
+    assert totals == [{"workspace": "acme", "service": "ollama", "flows": 2, "bytes_out": 5, "bytes_in": 0}]
+
+
+def test_it_ends_with_the_supervisor(inspector: Inspector) -> None:
+    inspector.supervisor.close()
+    assert inspector.process.wait(10) == 0
+
+
+def test_a_new_auditor_hears_the_rest(ollama: Inspector, service: socket.socket) -> None:
+    new = ollama.introduce("audit", messages.TO_AUDITOR)
+    old, ollama.audit = ollama.audit, new
+    ollama.bind()  # answered after the new socket was taken
+    until(lambda: old.socket.recv(10, socket.MSG_DONTWAIT) == b"")
+    client, server = connect(ollama, service)
+    client.close()
+    server.close()
+    ollama.wait_for("relay-closed")
+    old.close()
+
+
+def test_an_auditor_that_reads_nothing_stops_nobody(ollama: Inspector, service: socket.socket) -> None:
+    for _ in range(40):
+        client, server = connect(ollama, service)
+        client.close()
+        server.close()
+    ollama.audit.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+    client, server = connect(ollama, service)
+    with client, server:
+        client.sendall(b"on")
+        assert server.recv(10) == b"on"

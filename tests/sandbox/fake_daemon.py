@@ -1,0 +1,173 @@
+"""A stand-in for egressd: the control socket's answers, and a real link, without policy or guard.
+
+Run as root: `python fake_daemon.py RUN_DIR NAMESPACE`. It lives in the network namespace NAMESPACE, which
+plays the gateway, makes the veth pair into the descriptor it is handed, and answers TCP on every service's
+address with "SERVICE SOURCE\n". The workspace's name says how it behaves; see `TERMS` and `_attach`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import os
+import socket
+import sys
+import threading
+import time
+from ipaddress import IPv4Address, IPv6Address
+from typing import Any
+
+from pyroute2 import IPRoute, NetlinkError
+
+from egressd.ipc import messages
+from egressd.ipc.channel import Channel
+from egressd.model.errors import ProtocolError
+from egressd.model.identities import Link
+from egressd.ruleset import layout
+
+SERVICE_PORT, OTHER_PORT = 11434, 8080
+SERVICE4, SERVICE6 = layout.Pools().synthetic(1)
+OTHER4, OTHER6 = layout.Pools().synthetic(2)
+OLLAMA = messages.LocalService(service="ollama", port=SERVICE_PORT, address4=SERVICE4, address6=SERVICE6)
+OTHER = messages.LocalService(service="other", port=OTHER_PORT, address4=OTHER4, address6=OTHER6)
+
+TERMS: dict[str, dict[str, Any]] = {
+    "acme": {"services": (OLLAMA, OTHER)},
+    "plain": {},
+    "brief": {"wall": 0.5},
+    "small": {"memory": 64 << 20, "processes": 12},
+    "slow": {},  # the lease takes half a second
+    "never": {},  # no lease at all
+    "dies": {},  # closes the connection instead of giving a lease
+    "full": {},  # refuses the lease
+    "wordless": {},  # closes the connection half a second after the lease
+    "revokes": {},  # the same, saying why
+    "empty": {},  # a lease, but no link
+}
+
+
+class FakeDaemon:
+    def __init__(self, run_dir: str) -> None:
+        self.path = os.path.join(run_dir, "control.sock")
+        self.route = IPRoute()
+        self.lock = threading.Lock()
+        self.numbers = itertools.count(1)
+        lo = self.route.link_lookup(ifname="lo")[0]
+        self.route.link("set", index=lo, state="up")
+        for address in (SERVICE4, OTHER4, layout.RESOLVER4):
+            self.route.addr("add", index=lo, address=str(address), prefixlen=32)
+        for address6 in (SERVICE6, OTHER6, layout.RESOLVER6):
+            self.route.addr("add", index=lo, address=str(address6), prefixlen=128)
+
+    def serve(self) -> None:
+        for service in (OLLAMA, OTHER):
+            for address in (service.address4, service.address6):
+                threading.Thread(target=_answer, args=(service, address), daemon=True).start()
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        listener.bind(self.path)
+        os.chmod(self.path, 0o666)
+        listener.listen(256)
+        print("ready", flush=True)
+        while True:
+            connection, _ = listener.accept()
+            threading.Thread(target=self.talk, args=(connection,), daemon=True).start()
+
+    def talk(self, connection: socket.socket) -> None:
+        channel: Channel[Any] = Channel(connection, messages.FROM_CLIENT)
+        workspace, link = "", None
+        try:
+            while True:
+                received = channel.receive()
+                match received.message:
+                    case messages.Enter():
+                        workspace = received.message.workspace
+                        self._enter(channel, workspace)
+                    case messages.Attach():
+                        link = self._attach(channel, workspace, received.take())
+                    case _:
+                        channel.send(messages.Refusal(reason="protocol", text="only spawning is played here"))
+        except (EOFError, OSError, ProtocolError):
+            pass
+        finally:
+            if link is not None:
+                self._remove(link)
+            channel.close()
+
+    def _enter(self, channel: Channel[Any], workspace: str) -> None:
+        if workspace not in TERMS:
+            text = f"you are not a member of {workspace!r}"
+            channel.send(messages.Refusal(reason="member", text=text))
+            return
+        channel.send(
+            messages.Terms(workspace=workspace, guard="enforce", policy="sha256:0", **TERMS[workspace])
+        )
+
+    def _attach(self, channel: Channel[Any], workspace: str, namespace: int) -> Link | None:
+        match workspace:
+            case "dies":
+                raise EOFError
+            case "never":
+                return None
+            case "full":
+                channel.send(messages.Refusal(reason="limit", text="as many sandboxes as may be are running"))
+                return None
+            case "slow":
+                time.sleep(0.5)
+        with self.lock:
+            link = Link(next(self.numbers))
+            if workspace != "empty":
+                self._make(link, namespace)
+        os.close(namespace)
+        address4, address6 = layout.Pools().sandbox(link)
+        channel.send(messages.Lease(link=link.number, address4=address4, address6=address6))
+        if workspace in ("wordless", "revokes"):
+            time.sleep(0.5)
+            if workspace == "revokes":
+                channel.send(messages.Revoked(text="the workspace was removed"))
+            raise EOFError
+        return link
+
+    def _make(self, link: Link, namespace: int) -> None:
+        route, own = self.route, layout.Pools().sandbox(link)
+        peer = {"ifname": "eth0", "net_ns_fd": namespace, "address": layout.SANDBOX_MAC}
+        index = 1000 + link.number
+        route.link(
+            "add", index=index, ifname=link.device, kind="veth", peer=peer, address=layout.GATEWAY_MAC,
+            flags=0x80, change=0x80,
+        )  # fmt: skip
+        with open(f"/proc/sys/net/ipv6/conf/{link.device}/addr_gen_mode", "w") as stream:
+            stream.write("1")
+        route.link("set", index=index, state="up")
+        for address in own:
+            route.neigh("add", dst=str(address), lladdr=layout.SANDBOX_MAC, ifindex=index, state=0x80)
+            route.route("add", dst=f"{address}/{address.max_prefixlen}", oif=index)
+
+    def _remove(self, link: Link) -> None:
+        with self.lock:
+            with contextlib.suppress(NetlinkError):  # it went with the other end's namespace
+                self.route.link("del", index=1000 + link.number)
+
+
+def _answer(service: messages.LocalService, address: IPv4Address | IPv6Address) -> None:
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((str(address), service.port))
+    listener.listen(64)
+    while True:
+        connection, peer = listener.accept()
+        with connection:
+            connection.sendall(f"{service.service} {peer[0]}\n".encode())
+
+
+def main() -> None:
+    run_dir, namespace = sys.argv[1:]
+    descriptor = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
+    if ctypes.CDLL(None, use_errno=True).setns(descriptor, 0x4000_0000):
+        raise OSError(ctypes.get_errno(), "setns")
+    FakeDaemon(run_dir).serve()
+
+
+if __name__ == "__main__":
+    main()
