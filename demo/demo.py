@@ -20,9 +20,9 @@ sys.path.insert(0, str(PROJECT / "tests"))
 
 from lab import topology  # noqa: E402
 from lab.capture import Capture  # noqa: E402
-from lab.daemon import Daemon, readable_by_others  # noqa: E402
+from lab.daemon import Daemon  # noqa: E402
 from lab.internet import Internet, start_internet  # noqa: E402
-from lab.machine import VENV, Lab, LabError, Result  # noqa: E402
+from lab.machine import VENV, Lab, LabError, Result, closed_to_others  # noqa: E402
 
 CLIENTS = PROJECT / "demo" / "clients"
 MARKER = "sk-secret-4711"  # what the captured program tries to get out; see clients/get_out.py
@@ -224,7 +224,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if (closed := readable_by_others(VENV)) is not None and os.geteuid() == 0:
+    if (closed := closed_to_others(VENV)) is not None and os.geteuid() == 0:
         sys.exit(
             f"demo: other users may not enter {closed}, so sandboxes, which an unprivileged user runs,\n"
             f"could not start Python from {VENV}. Put the checkout elsewhere, or: chmod o+x {closed}"

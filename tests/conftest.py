@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -123,3 +125,16 @@ def start_module_daemon(lab: Lab, _servers: tuple[Internet, Internet]) -> Iterat
             for daemon in reversed(made):
                 sys.stderr.write(daemon.log)
                 daemon.stop()
+
+
+@pytest.fixture(scope="session")
+def unprivileged() -> list[str]:
+    """What to put before a command to run it as a user without rights."""
+    from lab.machine import USER
+
+    user = str(USER)
+    prefix = [] if os.geteuid() else ["setpriv", "--reuid", user, "--regid", user, "--clear-groups"]
+    probe = [*prefix, "unshare", "--user", "--map-root-user", "--net", "true"]
+    if subprocess.run(probe, capture_output=True, check=False).returncode != 0:
+        pytest.skip("this kernel lets no unprivileged user make namespaces")
+    return prefix

@@ -397,5 +397,14 @@ def test_pointers_must_lead_back() -> None:
     assert answer_of(data) is None
 
 
+def test_two_pointers_at_each_other_end_too() -> None:
+    data = header(number=99, flags=0x8180, counts=(1, 2, 0, 0)) + ASK
+    at = len(data) + 1 + 10  # where the data of the first record will lie
+    both = struct.pack("!HH", 0xC000 | at + 2, 0xC000 | at)
+    data += b"\x00" + struct.pack("!HHIH", 16, 1, 60, len(both)) + both
+    data += struct.pack("!H", 0xC000 | at + 2) + struct.pack("!HHIH", 1, 1, 60, 4) + b"abcd"
+    assert answer_of(data) is None
+
+
 def test_type_names() -> None:
     assert [wire.type_name(n) for n in (1, 28, 65, 65280)] == ["A", "AAAA", "HTTPS", "TYPE65280"]

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 TIMEOUT = 5.0  # seconds; what is not denied within it was dropped in silence
 
@@ -28,13 +28,47 @@ class Outcome:
     data: str = ""
 
 
-def probe(daemon: Any, attempts: Sequence[tuple[Any, ...]], *, workspace: str = "acme", **options: Any) -> list[Outcome]:
+def probe(
+    daemon: Any, attempts: Sequence[tuple[Any, ...]], *, workspace: str = "acme", **options: Any
+) -> list[Outcome]:
     text = open(__file__, encoding="utf-8").read()  # noqa: SIM115, PTH123
     argv = ["/usr/bin/python3", "-I", "-c", text, json.dumps([list(attempt) for attempt in attempts])]
     result = daemon.sandbox(workspace, argv, **options).check()
     return [
-        Outcome(tuple(attempt), *found) for attempt, found in zip(attempts, json.loads(result.out), strict=True)
+        Outcome(tuple(attempt), *found)
+        for attempt, found in zip(attempts, json.loads(result.out), strict=True)
     ]
+
+
+class Resident:
+    """A sandbox that stays and makes attempts when asked to."""
+
+    def __init__(
+        self, daemon: Any, *, workspace: str = "acme", timeout: float = TIMEOUT, uid: int | None = None
+    ) -> None:
+        text = open(__file__, encoding="utf-8").read()  # noqa: SIM115, PTH123
+        text = text.replace(f"TIMEOUT = {TIMEOUT}", f"TIMEOUT = {timeout}")
+        self.process = daemon.start_sandbox(workspace, ["/usr/bin/python3", "-I", "-c", text], uid=uid)
+        self._answers = 0
+        self.tries(("socket", 2, 1))
+
+    def tries(self, *attempts: tuple[Any, ...], within: float = 60.0) -> list[Outcome]:
+        self.process.stdin.write(json.dumps([list(attempt) for attempt in attempts]).encode() + b"\n")
+        self._answers += 1
+        deadline = time.monotonic() + within
+        while len(self.process.out.splitlines()) < self._answers or not self.process.out.endswith("\n"):
+            if self.process.status() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"the resident ended or hangs: {self.process.err}")
+            time.sleep(0.002)
+        found = json.loads(self.process.out.splitlines()[self._answers - 1])
+        return [Outcome(tuple(attempt), *each) for attempt, each in zip(attempts, found, strict=True)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.stdin.close()
+        self.process.wait(10)
 
 
 def tcp(host: str, port: int, data: str = "") -> str:
@@ -87,7 +121,9 @@ def attempt(kind: str, *arguments: Any) -> tuple[str, float, str]:
         data = TRIES[kind](*arguments)  # type: ignore[operator]
         result = "ok"
     except socket.gaierror as error:
-        result = {getattr(socket, n): n for n in dir(socket) if n.startswith("EAI_")}.get(error.errno, str(error))
+        result = {getattr(socket, n): n for n in dir(socket) if n.startswith("EAI_")}.get(
+            error.errno, str(error)
+        )
     except TimeoutError:
         result = "timeout"
     except OSError as error:
@@ -96,4 +132,8 @@ def attempt(kind: str, *arguments: Any) -> tuple[str, float, str]:
 
 
 if __name__ == "__main__":
-    print(json.dumps([attempt(*each) for each in json.loads(sys.argv[1])]))
+    if len(sys.argv) > 1:
+        print(json.dumps([attempt(*each) for each in json.loads(sys.argv[1])]))
+    else:
+        for line in sys.stdin:
+            print(json.dumps([attempt(*each) for each in json.loads(line)]), flush=True)

@@ -9,13 +9,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from egressd.journal import records
-from egressd.journal.records import MAX_FIELDS, MAX_LINE, MAX_TEXT, Record, RecordError, bounded, decode, encode
+from egressd.journal.records import (
+    MAX_FIELDS,
+    MAX_LINE,
+    MAX_TEXT,
+    Record,
+    RecordError,
+    bounded,
+    decode,
+    encode,
+)
 
 TIME = "2026-03-01T12:00:00.000001Z"
 
 
 def record(**changes) -> Record:
-    given = {"seq": 7, "time": TIME, "process": "auditor", "event": "denied", "fields": {"port": 443, "link": "eg1"}}
+    given = {
+        "seq": 7,
+        "time": TIME,
+        "process": "auditor",
+        "event": "denied",
+        "fields": {"port": 443, "link": "eg1"},
+    }
     return Record(**{**given, **changes})
 
 
@@ -116,7 +131,8 @@ def test_the_largest_fields_still_make_a_line() -> None:
 
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(-(1 << 64) + 1, (1 << 64) - 1),
-    st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=60, alphabet=st.characters(codec=None)),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(max_size=60, alphabet=st.characters(codec=None)),
 )  # fmt: skip
 KEYS = st.from_regex(r"[a-z][a-z0-9_]{0,10}", fullmatch=True)
 
@@ -146,8 +162,14 @@ def test_whatever_comes_can_be_recorded(fields: dict) -> None:
 @given(
     st.one_of(
         st.binary(max_size=200),
-        st.builds(lambda at, b: GOOD[:at] + b + GOOD[at + len(b) :], st.integers(0, len(GOOD)), st.binary(max_size=4)),
-        st.builds(lambda v: json.dumps(v).encode(), st.recursive(SCALARS, lambda x: st.dictionaries(KEYS, x))),
+        st.builds(
+            lambda at, b: GOOD[:at] + b + GOOD[at + len(b) :],
+            st.integers(0, len(GOOD)),
+            st.binary(max_size=4),
+        ),
+        st.builds(
+            lambda v: json.dumps(v).encode(), st.recursive(SCALARS, lambda x: st.dictionaries(KEYS, x))
+        ),
     )
 )
 def test_any_line_is_a_record_or_refused(line: bytes) -> None:

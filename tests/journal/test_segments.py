@@ -7,13 +7,17 @@ import pytest
 from egressd.journal import segments
 
 
-@pytest.mark.parametrize(("number", "name"), [(1, "0001.jsonl"), (9999, "9999.jsonl"), (10_000, "10000.jsonl")])
+@pytest.mark.parametrize(
+    ("number", "name"), [(1, "0001.jsonl"), (9999, "9999.jsonl"), (10_000, "10000.jsonl")]
+)
 def test_a_segment_has_one_name(number: int, name: str) -> None:
     assert segments.name(number) == name
     assert segments.number(name) == number
 
 
-@pytest.mark.parametrize("name", ["", "1.jsonl", "0000.jsonl", "00001.jsonl", "0001.torn", "0001.jsonl.gz", "x0001.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["", "1.jsonl", "0000.jsonl", "00001.jsonl", "0001.torn", "0001.jsonl.gz", "x0001.jsonl"]
+)
 def test_other_files_are_no_segments(name: str) -> None:
     assert segments.number(name) is None
 

@@ -380,7 +380,9 @@ class Topology:
         sock.connect((address, port))
         return sock
 
-    def timed(self, number: int, address: str, port: int, *, kind: int = socket.SOCK_STREAM) -> tuple[str, float]:
+    def timed(
+        self, number: int, address: str, port: int, *, kind: int = socket.SOCK_STREAM
+    ) -> tuple[str, float]:
         """("ok" or the error's name, milliseconds) of one attempt."""
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         sock = self.plug(self.sandbox(number), family, kind)

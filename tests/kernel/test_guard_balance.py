@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
-from guard_topology import ACME, POOLS, SERVER4, SERVER6, Topology, frames, poll, policy, topology, total
+from guard_topology import ACME, POOLS, SERVER4, SERVER6, Topology, frames, policy, poll, topology, total
 from scapy.layers.inet import ICMP, IP, TCP, UDP, IPOption
 from scapy.layers.inet6 import (
     ICMPv6EchoRequest,

@@ -103,7 +103,9 @@ STATES = {
 def test_nothing_leaves_and_no_service_answers(there: Topology, state: str) -> None:
     """With open flows of every kind. Packets of the flows, new connections, forged packets."""
     streams = [open_stream(there, family) for family in (4, 6)]
-    inspector = [there.server(there.gateway, a, INSPECTOR_PORT, transparent=True) for a in ("127.0.0.1", "::1")]
+    inspector = [
+        there.server(there.gateway, a, INSPECTOR_PORT, transparent=True) for a in ("127.0.0.1", "::1")
+    ]
     steered = [there.client(1, there.address("ollama", family), 11434) for family in (4, 6)]
     read = [listener.accept()[0] for listener in inspector]
     for address in (HOST4, HOST6, "169.254.54.1", "fd53:2::1"):
@@ -127,7 +129,8 @@ def test_nothing_leaves_and_no_service_answers(there: Topology, state: str) -> N
                 sock.connect((address, 80))
     left = [Ether(frame).summary() for frame in frames(uplink)]
     assert left == []
-    for sock in read:
+    # without steering the guard still judges, and still admits what was admitted to the inspector
+    for sock in read if state != "steering gone" else ():
         sock.settimeout(0.1)
         with pytest.raises(OSError):
             assert sock.recv(10) != b"after"
@@ -147,7 +150,9 @@ def test_control_the_same_things_do_arrive_while_both_keys_are_there(there: Topo
 
 
 @FAMILIES
-def test_revoking_a_host_resets_its_open_connection_and_keeps_the_others(there: Topology, family: int) -> None:
+def test_revoking_a_host_resets_its_open_connection_and_keeps_the_others(
+    there: Topology, family: int
+) -> None:
     there.apply(policy(*ACME, named("stays.test", tcp(80))))
     there.resolve("stays.test", SERVER4, SERVER6)
     gone = open_stream(there, family)
@@ -270,7 +275,7 @@ def test_a_quota_ends_the_link_and_says_so(there: Topology, family: int) -> None
             sock.recv(1000)
     counts = there.counters()
     assert counts.links["eg2"].quota == 20_000
-    assert (counts.links["eg2"].quota_used or 0) > 20_000
+    assert counts.links["eg2"].quota_used == 20_000  # the kernel lists no more than the quota itself
     assert counts.links["eg2"].ok.bytes <= 20_000
     assert counts.denied["acme"]["quota"].packets >= 1
     outcome, milliseconds = there.timed(2, there.address("plain.test", family), 80)

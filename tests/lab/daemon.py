@@ -12,7 +12,6 @@ import json
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import yaml
@@ -30,7 +29,7 @@ START_WITHIN, STOP_WITHIN = 30.0, 20.0  # seconds
 EXAMPLE = """\
 workspace: acme
 guard: enforce                    # nothing leaves but what is listed below
-members: [{member}]               # who may spawn sandboxes here
+{members:<34}# who may spawn sandboxes here
 allow:
   - host: eu.api.openai.test      # an OpenAI-compatible API, on 443/tcp
     verify: address
@@ -210,12 +209,4 @@ class Daemon:
 
 def example(lab: Lab) -> str:
     """The policy the demo and the shell start with."""
-    return EXAMPLE.format(member=f"user:{lab.user}")
-
-
-def readable_by_others(path: Path) -> Path | None:
-    """The first directory on the way to `path` that other users may not enter; None if they may."""
-    for directory in (*reversed(path.resolve().parents), path.resolve()):
-        if directory.is_dir() and not directory.stat().st_mode & 0o001:
-            return directory
-    return None
+    return EXAMPLE.format(members=f"members: [user:{lab.user}]")

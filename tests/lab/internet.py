@@ -67,6 +67,7 @@ class Internet:
         with theirs:
             argv = [sys.executable, "-m", "lab.internet", role]
             self.process = lab.start(argv, where=where, stdin=theirs.fileno())
+        lab.companions.append(self)
         self._control.settimeout(20.0)
         try:
             self.root = str(self._ask("hello")).encode()
@@ -106,9 +107,9 @@ class Internet:
     def forget(self) -> None:
         self._ask("forget")
 
-    def stop(self) -> None:
+    def close(self) -> None:
+        """The servers end with the socket."""
         self._control.close()
-        self.process.wait()
 
 
 def start_internet(lab: Lab) -> tuple[Internet, Internet]:

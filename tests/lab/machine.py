@@ -25,11 +25,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any, Protocol, Self
 
 from lab import topology
 
-__all__ = ["Lab", "LabError", "Process", "Result", "Running", "open_descriptors", "poll"]
+__all__ = ["Lab", "LabError", "Process", "Result", "Running", "closed_to_others", "open_descriptors", "poll"]
 
 TESTS = Path(__file__).resolve().parent.parent
 PROJECT = TESTS.parent
@@ -156,6 +156,12 @@ class Process:
             self.stdin.close()
 
 
+class Companion(Protocol):
+    """Something of this process that belongs to a lab."""
+
+    def close(self) -> object: ...
+
+
 class Lab:
     """The two namespaces, wired and quiet; `start_internet` and `Daemon` go on top."""
 
@@ -163,8 +169,11 @@ class Lab:
         self.rootless = os.geteuid() != 0 if rootless is None else rootless
         self._lock = threading.Lock()
         self._processes: list[Process] = []
+        self.companions: list[Companion] = []  # ended with the lab, and kept alive by it
         self.directory = _mount_point()  # as the lab sees it
-        self.single_user = self.rootless and not _subordinate_ids()
+        # Other users than ourselves are of use only if they can read this checkout.
+        several = _subordinate_ids() and closed_to_others(VENV) is None
+        self.single_user = self.rootless and not several
         self.user = 0 if self.single_user else USER
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -213,6 +222,9 @@ class Lab:
 
     def stop(self) -> None:
         """End everything. Safe to call twice. Returns when the keeper, and with it the lab, is gone."""
+        for companion in self.companions:
+            companion.close()
+        self.companions.clear()
         self._control.close()
         try:
             self._keeper.wait(timeout=10)
@@ -442,6 +454,14 @@ def environment() -> dict[str, str]:
 def open_descriptors() -> int:
     """How many descriptors this process has open."""
     return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def closed_to_others(path: Path) -> Path | None:
+    """The first directory on the way to `path` that other users may not enter; None if they may."""
+    for directory in (*reversed(path.resolve().parents), path.resolve()):
+        if directory.is_dir() and not directory.stat().st_mode & 0o001:
+            return directory
+    return None
 
 
 def _mount_point() -> str:

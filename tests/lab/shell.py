@@ -36,7 +36,7 @@ uplink `up0`. Nothing here touches the real network; all of it is gone when you 
 
 _BOX = """\
 box() {{ {drop} egressctl --run-dir {run_dir} run -w acme --files {files} \
---env CURL_CA_BUNDLE={files}/ca.pem -- "$@"; }}
+--env CURL_CA_BUNDLE=/work/ca.pem -- "$@"; }}
 """
 
 

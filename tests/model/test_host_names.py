@@ -162,6 +162,12 @@ def test_bad_patterns(text: str, says: str) -> None:
         Pattern.of(text, is_public_suffix=PUBLIC)
 
 
+def test_a_suffix_listed_only_by_its_wildcard() -> None:
+    """Where the list has `*.shared.example`, its base is no suffix itself, but all below it are."""
+    with pytest.raises(Unfit, match="public suffix"):
+        Pattern.of("**.shared.example", is_public_suffix=lambda name: name == "any.shared.example")
+
+
 COVERED = [
     # name                 exact   *.     **.  of example.com
     ("example.com", True, False, False),

@@ -28,10 +28,13 @@ V6 = {"src": "fd53:1::7", "dst": "2001:db8::9"}
 
 PACKETS = [
     # packet, and what must be read from it
-    (IP(**V4) / TCP(sport=1, dport=443, flags="S"), {"protocol": "tcp", "destination_port": 443, "tcp_flags": ("syn",)}),
-    (IP(**V4) / TCP(dport=1, flags="FSRPAUEC"), {"tcp_flags": ("fin", "syn", "rst", "psh", "ack", "urg", "ece", "cwr")}),
+    (IP(**V4) / TCP(sport=1, dport=443, flags="S"),
+     {"protocol": "tcp", "destination_port": 443, "tcp_flags": ("syn",)}),
+    (IP(**V4) / TCP(dport=1, flags="FSRPAUEC"),
+     {"tcp_flags": ("fin", "syn", "rst", "psh", "ack", "urg", "ece", "cwr")}),
     (IP(**V4) / UDP(sport=5353, dport=53), {"protocol": "udp", "source_port": 5353, "destination_port": 53}),
-    (IP(**V4) / ICMP(type=8, code=0), {"protocol": "icmp", "icmp_type": 8, "icmp_code": 0, "destination_port": None}),
+    (IP(**V4) / ICMP(type=8, code=0),
+     {"protocol": "icmp", "icmp_type": 8, "icmp_code": 0, "destination_port": None}),
     (IP(**V4) / SCTP(sport=7, dport=9), {"protocol": "sctp", "destination_port": 9}),
     (IP(**V4, proto=47) / Raw(b"xxxx"), {"protocol": "gre", "destination_port": None}),
     (IP(**V4, proto=253) / Raw(b"xxxx"), {"protocol": "protocol-253", "number": 253}),
@@ -39,11 +42,14 @@ PACKETS = [
     (IP(**V4, flags="DF") / TCP(dport=80), {"fragment": False}),
     (IP(**V4, flags="MF") / UDP(dport=80), {"fragment": True, "destination_port": 80}),
     (IP(**V4, frag=7) / Raw(b"\x00\x50" * 8), {"fragment": True, "destination_port": None}),
-    (IPv6(**V6) / TCP(dport=443, flags="S"), {"protocol": "tcp", "destination_port": 443, "tcp_flags": ("syn",)}),
+    (IPv6(**V6) / TCP(dport=443, flags="S"),
+     {"protocol": "tcp", "destination_port": 443, "tcp_flags": ("syn",)}),
     (IPv6(**V6) / UDP(dport=53), {"protocol": "udp", "destination_port": 53, "options": False}),
     (IPv6(**V6) / ICMPv6EchoRequest(), {"protocol": "icmpv6", "icmp_type": 128}),
-    (IPv6(**V6) / IPv6ExtHdrHopByHop() / TCP(dport=22), {"options": True, "protocol": "tcp", "destination_port": 22}),
-    (IPv6(**V6) / IPv6ExtHdrDestOpt() / IPv6ExtHdrRouting() / UDP(dport=1), {"options": True, "destination_port": 1}),
+    (IPv6(**V6) / IPv6ExtHdrHopByHop() / TCP(dport=22),
+     {"options": True, "protocol": "tcp", "destination_port": 22}),
+    (IPv6(**V6) / IPv6ExtHdrDestOpt() / IPv6ExtHdrRouting() / UDP(dport=1),
+     {"options": True, "destination_port": 1}),
     (IPv6(**V6) / AH(payloadlen=4) / TCP(dport=5), {"options": True}),
     (IPv6(**V6) / IPv6ExtHdrFragment(m=1) / UDP(dport=9), {"fragment": True, "destination_port": 9}),
     (IPv6(**V6) / IPv6ExtHdrFragment(offset=3) / UDP(dport=9), {"fragment": True, "destination_port": None}),
@@ -62,7 +68,9 @@ def test_a_packet_is_read_as_it_was_written(packet, expected: dict) -> None:
     assert not attempt.truncated or "destination_port" not in expected
 
 
-@pytest.mark.parametrize("packet", [IP(**V4) / TCP(dport=443), IPv6(**V6) / TCP(dport=443)], ids=["ipv4", "ipv6"])
+@pytest.mark.parametrize(
+    "packet", [IP(**V4) / TCP(dport=443), IPv6(**V6) / TCP(dport=443)], ids=["ipv4", "ipv6"]
+)
 def test_a_packet_cut_short_says_so_and_never_guesses(packet) -> None:
     whole = parse(bytes(packet))
     header = len(bytes(packet)) - 20
@@ -88,7 +96,13 @@ def test_later_fragments_have_no_ports() -> None:
 
 @pytest.mark.parametrize(
     ("ethertype", "name"),
-    [(0x0806, "arp"), (0x88CC, "lldp"), (0x8100, "vlan"), (0x1234, "ethertype-0x1234"), (0, "ethertype-0x0000")],
+    [
+        (0x0806, "arp"),
+        (0x88CC, "lldp"),
+        (0x8100, "vlan"),
+        (0x1234, "ethertype-0x1234"),
+        (0, "ethertype-0x0000"),
+    ],
 )
 def test_a_frame_that_is_not_ip_is_named(ethertype: int, name: str) -> None:
     assert parse(b"\x45" + bytes(30), ethertype=ethertype) == Attempt(family=Family.OTHER, protocol=name)
@@ -113,8 +127,12 @@ START = st.sampled_from([bytes(packet) for packet, _ in PACKETS])
 @given(
     st.one_of(
         st.binary(max_size=200),
-        st.builds(lambda b, v: bytes([v]) + b, st.binary(max_size=120), st.sampled_from([0x45, 0x4F, 0x40, 0x60])),
-        st.builds(lambda p, at, b: p[:at] + b + p[at + len(b) :], START, st.integers(0, 60), st.binary(max_size=8)),
+        st.builds(
+            lambda b, v: bytes([v]) + b, st.binary(max_size=120), st.sampled_from([0x45, 0x4F, 0x40, 0x60])
+        ),
+        st.builds(
+            lambda p, at, b: p[:at] + b + p[at + len(b) :], START, st.integers(0, 60), st.binary(max_size=8)
+        ),
     ),
     st.one_of(st.none(), st.integers(0, 0xFFFF), st.sampled_from([ETHERTYPE_IPV4, ETHERTYPE_IPV6])),
 )

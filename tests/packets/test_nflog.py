@@ -117,7 +117,11 @@ def test_a_prefix_names_workspace_and_reason_or_nobody(prefix: str, expected: Su
 @given(
     st.one_of(
         st.binary(max_size=300),
-        st.builds(lambda at, b: FULL[:at] + b + FULL[at + len(b) :], st.integers(0, len(FULL)), st.binary(max_size=6)),
+        st.builds(
+            lambda at, b: FULL[:at] + b + FULL[at + len(b) :],
+            st.integers(0, len(FULL)),
+            st.binary(max_size=6),
+        ),
         st.builds(lambda n: FULL[:n], st.integers(0, len(FULL))),
         st.builds(packet, st.builds(attribute, st.integers(0, 0xFFFF), st.binary(max_size=40))),
     )

@@ -201,7 +201,7 @@ REFUSED = [
     ("- a\n", 1, "the document is a list", "begin with workspace"),
     ("just text", 1, "the document is text", "begin with workspace"),
     ("guard: off\n", 1, "workspace is missing", "add workspace: NAME"),
-    ("workspace: beta\n", 1, "'beta' but the file is named for 'acme'", "agree"),
+    ("workspace: beta\n", 1, "is beta but the file is named for 'acme'", "agree"),
     ("workspace: Acme\n", 1, "'Acme' is not a workspace name", "lower-case"),
     ("workspace: a_b\n", 1, "not a workspace name", "lower-case"),
     ("workspace: ../acme\n", 1, "not a workspace name", "lower-case"),
@@ -339,7 +339,7 @@ REFUSED = [
     (allowing("{cidr: 10, ports: [1]}"), 4, "this is a number", "a network such as"),
     (allowing("{cidr: 0.0.0.0/0, ports: [1]}"), 4, "every address there is", "guard: off"),
     (allowing("{cidr: '::/0', ports: [1]}"), 4, "every address there is", "guard: off"),
-    (allowing("{cidr: 127.0.0.0/8, ports: [1]}"), 4, "loopback", "leave it out"),
+    (allowing("{cidr: 127.0.0.0/8, ports: [1]}"), 4, "loopback", "local rule"),
     (allowing("{cidr: 169.254.169.254/32, ports: [80]}"), 4, "metadata", "leave it out"),
     (allowing("{cidr: '::ffff:0:0/96', ports: [80]}"), 4, "ipv4-mapped", "leave it out"),
     (allowing("{cidr: '4000::/16', ports: [80]}"), 4, "not allocated", "check the address"),
@@ -348,6 +348,12 @@ REFUSED = [
         allowing("{cidr: 10.1.0.0/16, ports: [1]}", "{cidr: 10.0.0.0/8, ports: [2, 1]}"),
         4,
         "10.1.0.0/16 lies inside 10.0.0.0/8 (line 5), both on 1/tcp",
+        "keep one",
+    ),
+    (
+        allowing("{cidr: 10.0.0.1/32, ports: [1]}", "{cidr: 10.0.0.0/31, ports: [1]}"),
+        4,
+        "10.0.0.1/32 lies inside 10.0.0.0/31 (line 5)",
         "keep one",
     ),
     (
@@ -504,6 +510,9 @@ def test_sni_is_complete_behind_its_switch(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(values, "VERIFY_AVAILABLE", frozenset(Verify))
     (rule,) = policy(allowing("{host: a.example, verify: sni}")).hosts
     assert rule.verify is Verify.SNI
+    by_address = policy(allowing("{host: a.example, verify: address}"))
+    assert policy(allowing("{host: a.example, verify: sni}")).digest != by_address.digest
+    assert policy(allowing("host: a.example")).digest == by_address.digest
 
 
 # ---- bounds

@@ -34,7 +34,9 @@ def until(condition: Callable[[], Any], *, seconds: float = 10.0, what: str = ""
 class Auditor:
     """`journal` must lie where uid `UID` can reach it."""
 
-    def __init__(self, state: Path, *, names: tuple[str, ...] = ("controller", "warden"), environment=None) -> None:
+    def __init__(
+        self, state: Path, *, names: tuple[str, ...] = ("controller", "warden"), environment=None
+    ) -> None:
         self.state, self.directory = state, state / "journal"
         ends: dict[str, socket.socket] = {}
         self.channels: dict[str, Channel[Any]] = {}

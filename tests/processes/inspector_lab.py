@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from auditor_lab import until
+
 from egressd.ipc import messages
 from egressd.ipc.channel import Channel, pair
 from egressd.processes.config import Config
@@ -132,12 +133,17 @@ class Network:
         listener.settimeout(10)
         return listener
 
-    def client(self, block: int, port: int, *, v6: bool = False, source: str | None = None, slot: int = 0) -> socket.socket:
+    def client(
+        self, block: int, port: int, *, v6: bool = False, source: str | None = None, slot: int = 0
+    ) -> socket.socket:
         """A connection from the sandbox; it stands as soon as the gateway has taken it."""
         target4, target6 = POOLS.synthetic(block, slot)
         target = str(target6 if v6 else target4)
         return self.sandbox.do(
-            socket.create_connection, (target, port), timeout=10, source_address=(source, 0) if source else None
+            socket.create_connection,
+            (target, port),
+            timeout=10,
+            source_address=(source, 0) if source else None,
         )
 
 
@@ -181,7 +187,9 @@ class Inspector:
         assert reply.request == self._requests
         return reply
 
-    def bind(self, link: int = 7, workspace: str = "acme", source4: str = SOURCE4, source6: str = SOURCE6) -> None:
+    def bind(
+        self, link: int = 7, workspace: str = "acme", source4: str = SOURCE4, source6: str = SOURCE6
+    ) -> None:
         self._ask(messages.BindSource, link=link, workspace=workspace, source4=source4, source6=source6)
 
     def unbind(self, link: int) -> None:
@@ -232,5 +240,7 @@ def _channel(receives: Any) -> tuple[Channel[Any], socket.socket]:
     return Channel(mine, receives), its
 
 
-def relay(block: int = 5, port: int = 11434, *, workspace: str = "acme", service: str = "ollama") -> messages.Relay:
+def relay(
+    block: int = 5, port: int = 11434, *, workspace: str = "acme", service: str = "ollama"
+) -> messages.Relay:
     return messages.Relay(workspace=workspace, service=service, block=block, port=port)

@@ -173,6 +173,8 @@ class Authority:
                 data, place = self.udp.recvfrom(4096)
             except OSError:
                 return
+            if place is None:  # shut down
+                return
             reply = self.answer(data, place[1])
             if reply is None:
                 continue
@@ -375,11 +377,13 @@ class Scene:
         return Answered(self.namespace.command(*words))
 
     def open_outside_sockets(self) -> list[str]:
-        """Sockets of the process that are neither the ones handed in nor anonymous pairs."""
+        """Sockets of the process that are neither the ones handed in nor unnamed pairs (the loop has one)."""
         output = self.namespace.command("ss", "-Hanp")
         mine = [line for line in output.splitlines() if f"pid={self.process.pid}," in line]
         return [
-            line for line in mine if not re.search(r"169\.254\.53\.53:53|\[fd53:53::53\]:53|^u_seq", line)
+            line
+            for line in mine
+            if not re.search(r"169\.254\.53\.53:53|\[fd53:53::53\]:53|^u_(seq|str) .* \* ", line)
         ]
 
     def close(self) -> str:

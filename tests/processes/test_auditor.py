@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from auditor_lab import UID, Auditor, logged, read, until
 from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.layers.inet6 import IPv6
 
-from auditor_lab import UID, Auditor, logged, read, until
 from egressd.ipc import messages
 from egressd.journal import records, segments
 
@@ -47,7 +47,9 @@ def auditor(state: Path) -> Iterator[Auditor]:
         yield running.ready()
 
 
-def denial(auditor: Auditor, packet, prefix: str = "acme unlisted", *, sequence: int, indev: int = 12, mark: int = 0) -> None:
+def denial(
+    auditor: Auditor, packet, prefix: str = "acme unlisted", *, sequence: int, indev: int = 12, mark: int = 0
+) -> None:
     ethertype = V4 if packet.version == 4 else V6
     auditor.nflog.send(
         logged(bytes(packet), prefix=prefix, indev=indev, ethertype=ethertype, sequence=sequence, mark=mark)
@@ -202,7 +204,9 @@ def test_packets_the_kernel_could_not_hand_over_are_counted_exactly(auditor: Aud
     for sequence in (5, 6, 10, 0xFFFF_FFFF, 0):  # 7, 8, 9 are missing; then the group was bound anew
         denial(auditor, packet, sequence=sequence)
     until(lambda: sum(f["packets"] for f in auditor.of("denied")) == 5)
-    assert [(f["cause"], f["from"], f["count"]) for f in auditor.wait_for("lost")] == [("netlink", "kernel", 3)]
+    assert [(f["cause"], f["from"], f["count"]) for f in auditor.wait_for("lost")] == [
+        ("netlink", "kernel", 3)
+    ]
 
 
 def test_rubbish_in_the_log_is_counted_and_read_past(auditor: Auditor) -> None:
@@ -246,7 +250,7 @@ def test_it_ends_when_the_supervisor_does(auditor: Auditor) -> None:
 def test_killed_while_writing_it_loses_no_whole_line(state: Path) -> None:
     chance = random.Random(1)
     written = 0
-    for _ in range(6):
+    for _ in range(4):
         with Auditor(state) as auditor:
             auditor.ready()
             end = time.monotonic() + chance.uniform(0.05, 0.3)
@@ -305,7 +309,7 @@ def test_damaged_lines_stay_and_are_counted_past(state: Path) -> None:
     after = path.read_bytes()
     assert after.startswith(before + b"damaged\n" * 2)
     damaged = [records.decode(line) for line in after[len(before) + 16 :].splitlines()]
-    assert [(r.event, dict(r.fields)) for r in damaged][0] == ("journal-damaged", {"lines": 2})
+    assert (damaged[0].event, damaged[0].fields) == ("journal-damaged", {"lines": 2})
     assert damaged[0].seq == len(before.splitlines()) + 2
 
 
@@ -325,7 +329,7 @@ def test_a_disk_that_fills_loses_nothing_if_it_empties_in_time(auditor: Auditor)
     for i in range(50):
         auditor.event("while-full", i=i)
     until(lambda: "cannot be written" in auditor.said())
-    assert (auditor.directory / "0001.jsonl").stat().st_size <= size + 100
+    until(lambda: (auditor.directory / "0001.jsonl").stat().st_size == size, what="no half line is left")
     assert auditor.process.poll() is None
     limit_file_size(auditor, resource.RLIM_INFINITY)
     found = auditor.wait_for("while-full", 50)
@@ -409,7 +413,9 @@ def test_segments_rotate_by_size(tmp_path: Path) -> None:
     again = JournalFile(tmp_path / "j", segment_bytes=1000)
     assert (again.seq, again.segment) == (30, len(names))
     again.close()
-    (tmp_path / "j" / segments.name(len(names) + 1)).touch()  # a crash between making a file and its first line
+    (
+        tmp_path / "j" / segments.name(len(names) + 1)
+    ).touch()  # a crash between making a file and its first line
     again = JournalFile(tmp_path / "j")
     assert (again.seq, again.segment) == (30, len(names) + 1)
     again.close()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import ssl
 import struct
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -288,7 +290,7 @@ def test_a_policy_change_takes_effect_with_its_acknowledgement(scene: Scene) -> 
 
 
 def test_a_broken_list_leaves_the_old_one(scene: Scene) -> None:
-    for bad in (b"[", b"[1]", b'[{"workspace": "acme", "guard": "open"}]'):
+    for bad in (b"[ ", b"[1]", b'[{"workspace": "acme", "guard": "open"}]'):
         reply = scene.controller.raw_names(bad)
         assert (type(reply).__name__, reply.reason) == ("Failed", "protocol")
     assert scene.dig("api.example.com").data
@@ -550,6 +552,7 @@ def test_the_second_server_answers_when_the_first_does_not(
         scene.controller.bind()
         assert scene.dig("api.example.com").data == ["198.18.0.4", "198.18.0.5"]
         assert authority.connections == 1
+        assert scene.open_outside_sockets() != []  # so the air-gapped test below could fail
     finally:
         scene.close()
 
@@ -628,9 +631,11 @@ def test_an_open_guard_answers_with_real_addresses_but_not_with_our_own(scene: S
 
 
 @pytest.fixture(scope="module")
-def authorities(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def authorities() -> Iterator[tuple[Path, Path]]:
     """A private CA's certificate, and a key with certificate for dns.example."""
-    return make_certificates(tmp_path_factory.mktemp("tls"), "dns.example")
+    with tempfile.TemporaryDirectory(prefix="egressd-resolver-") as made:
+        Path(made).chmod(0o755)  # the process reads it as another user
+        yield make_certificates(Path(made), "dns.example")
 
 
 def make_certificates(where: Path, name: str) -> tuple[Path, Path]:
@@ -679,15 +684,15 @@ def test_tls_checks_the_certificate_and_keeps_the_connection(
     namespace: Namespace, authorities: tuple[Path, Path], name: str, trusted: bool, status: str
 ) -> None:
     ca, leaf = authorities
-    for directory in [ca.parent, *ca.parent.parents[:-2]]:
-        directory.chmod(directory.stat().st_mode | 0o055)  # the process reads it as another user
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(leaf)
-    authority = Authority(namespace, port=8853, tls=context, zone=dict(ZONE))
     config: dict[str, Any] = {"upstream": [f"tls://{name}@{UPSTREAM}:8853"]}
-    scene = Scene(namespace, **config, **({"upstream_ca": str(ca)} if trusted else {}))
-    try:
-        names = {"api.example.com": (1, False), "four.example.com": (2, False)}
+    config |= {"upstream_ca": str(ca)} if trusted else {}
+    names = {"api.example.com": (1, False), "four.example.com": (2, False)}
+    with (
+        contextlib.closing(Authority(namespace, port=8853, tls=context, zone=dict(ZONE))) as authority,
+        contextlib.closing(Scene(namespace, **config)) as scene,
+    ):
         scene.controller.names(WorkspaceNames(workspace="acme", guard="enforce", hosts=names))
         scene.controller.bind()
         found = scene.dig("api.example.com")
@@ -698,9 +703,6 @@ def test_tls_checks_the_certificate_and_keeps_the_connection(
         else:
             assert "certificate" in found.extended
             assert authority.asked == []
-    finally:
-        scene.close()
-        authority.close()
 
 
 # ---- rights
@@ -718,4 +720,4 @@ def test_it_has_no_rights_left(scene: Scene) -> None:
 
 
 def test_it_says_that_it_lives(scene: Scene) -> None:
-    eventually(lambda: scene.heartbeats >= 2)
+    eventually(lambda: scene.heartbeats >= 1)

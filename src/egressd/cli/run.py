@@ -45,6 +45,7 @@ def add(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """The exit status. Never raises for a refusal: says why on stderr and gives 125."""
+    _fill_standard_descriptors()
     try:
         wish = _wish(args)
     except ValueError as error:
@@ -75,6 +76,18 @@ def _wish(args: argparse.Namespace) -> Wish:
         terminal=any(_is_terminal(number) for number in (0, 1, 2)),
         **({"run_dir": args.run_dir} if getattr(args, "run_dir", None) else {}),
     )
+
+
+def _fill_standard_descriptors() -> None:
+    """Where 0, 1 or 2 came closed, the next thing opened would get that number, and be the command's: the
+    connection to egressd, say. open() gives the lowest number that is free."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 def _variable(text: str) -> tuple[str, str]:

@@ -24,7 +24,7 @@ _TUPLE_ORIG, _MARK, _ZONE, _ID, _MARK_MASK, _FILTER = 1, 8, 18, 12, 21, 25
 _TUPLE_IP = 1
 _FILTER_ORIG_FLAGS = 1
 _FILTER_IP_SRC = 1 << 0  # CTA_FILTER_FLAG(CTA_IP_SRC), net/netfilter/nf_conntrack_netlink.c
-_FEW = 8  # marks: below, one walk in the kernel for each; above, one listing
+_FEW = 2  # marks: below, one walk in the kernel for each; above, one listing
 _NOTHING = frozenset({errno.ENOENT})
 
 

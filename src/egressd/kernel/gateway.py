@@ -11,7 +11,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from ipaddress import IPv4Network, IPv6Network, ip_interface
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_interface
 
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
@@ -124,6 +124,8 @@ _GATEWAY_END = (layout.UPLINK_GATEWAY4, layout.UPLINK_GATEWAY6)
 _HOST_END = (layout.UPLINK_HOST4, layout.UPLINK_HOST6)
 
 GATEWAY_THINGS: tuple[Thing, ...] = (
+    Address("lo", IPv4Address("127.0.0.1"), 8),
+    Address("lo", IPv6Address("::1"), 128),
     Address("lo", layout.RESOLVER4, 32),
     Address("lo", layout.RESOLVER6, 128),
     *_pair_end(UPLINK, HOST_MAC, _GATEWAY_END, _HOST_END),

@@ -9,14 +9,18 @@ the broker's business, and no security property rests on it.
 from __future__ import annotations
 
 import errno
+import functools
 import ipaddress
+import struct
+from dataclasses import replace
+from ipaddress import IPv4Address, IPv6Address
 
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
 from egressd.kernel.conntrack import Conntrack
 from egressd.kernel.ledger import Ledger
-from egressd.kernel.monitor import Batch, Count
-from egressd.kernel.netlink import CREATE, EXCLUSIVE, Netlink, NetlinkError, Request, encode
+from egressd.kernel.monitor import Count
+from egressd.kernel.netlink import CREATE, EXCLUSIVE, Netlink, NetlinkError, Request, attribute, encode
 from egressd.kernel.nft import Nft
 from egressd.kernel.routing import (
     IFF_NOARP,
@@ -28,6 +32,7 @@ from egressd.kernel.routing import (
     Thing,
     change_link,
     remove_link,
+    set_down,
 )  # fmt: skip
 from egressd.model.errors import KernelError, Refused
 from egressd.model.identities import Link
@@ -60,15 +65,11 @@ class Links:
             raise _told(error) from error
         try:
             self._nft.run(build.link(link, want, self._pools, quota))
-            self._route.run(self._raise(link))
+            self._route.run(_raise(link, self._pools.sandbox(link)))
         except BaseException:
-            self._remove(link)
+            self._route.run([remove_link(link.device)])
+            self._nft.run(build.unlink(link))
             raise
-
-    def _raise(self, link: Link) -> list[Request]:
-        index = _INDEX_BASE + link.number
-        indexes = {link.device: index}
-        return [_up(link.device, index), *(thing.make(indexes) for thing in self.things(link))]
 
     def raise_device(self, device: Device) -> Request:
         """What brings an existing device back to where `sound` holds."""
@@ -76,25 +77,21 @@ class Links:
 
     def things(self, link: Link) -> list[Thing]:
         """Neighbours and routes of the gateway's side."""
-        device = link.device
-        found: list[Thing] = []
-        for address in self._pools.sandbox(link):
-            found.append(Neighbour(device, address, layout.SANDBOX_MAC))
-            found.append(Route(network=ipaddress.ip_network(address), device=device))
-        return found
+        return [thing for address in self._pools.sandbox(link) for thing in _reaching(address, link.device)]
 
-    def close(self, link: Link) -> dict[str, Count]:
-        """Take everything of the link away: device, chain, counters, connections. Whatever is already
-        gone is no error. Returns its last counters, by "in", "ok", "denied", "other"."""
-        batch = self._remove(link)
-        self._conntrack.forget_sources(self._pools.sandbox(link))
+    def silence(self, link: Link) -> dict[str, Count]:
+        """From now on nothing passes: device down, chain and counters gone. Whatever is gone already is no
+        error. Returns its last counters, by "in", "ok", "denied", "other"."""
+        self._route.run([set_down(link.device)])
+        batch = self._nft.run(build.unlink(link))
         prefix = f"{link.device}_"
         found = batch.counters if batch else {}
         return {name.removeprefix(prefix): count for name, count in found.items() if name.startswith(prefix)}
 
-    def _remove(self, link: Link) -> Batch | None:
+    def erase(self, link: Link) -> None:
+        """The slow rest, about 30 ms of waiting for the kernel: device and connections."""
         self._route.run([remove_link(link.device)])
-        return self._nft.run(build.unlink(link))
+        self._conntrack.forget_sources(self._pools.sandbox(link))
 
     def present(self) -> dict[Link, Device]:
         """Every device with a link's name."""
@@ -110,26 +107,82 @@ def _up(name: str, index: int) -> Request:
     return change_link(index, f"set {name} up", up=True, group=layout.LINK_GROUP)
 
 
-def _create(link: Link, namespace: int) -> Request:
+def _reaching(address: IPv4Address | IPv6Address, device: str) -> tuple[Neighbour, Route]:
+    return (
+        Neighbour(device, address, layout.SANDBOX_MAC),
+        Route(network=ipaddress.ip_network(address), device=device),
+    )
+
+
+# ---- the messages of a link, encoded once; encoding them anew each time took 0.6 ms of a link's 2
+
+_ANY_DEVICE, _ANY_INDEX, _ANY_DESCRIPTOR = "any", 0x7A5A_6B01, 0x7A5A_6B02
+_ANY_ADDRESS: dict[int, IPv4Address | IPv6Address] = {
+    4: IPv4Address("203.0.113.77"),
+    6: IPv6Address("2001:db8:5a7a::6b03"),
+}
+_IFINFO = struct.Struct("=BxHiII")  # struct ifinfomsg
+_IFLA_IFNAME = 3
+
+
+def _native(number: int) -> bytes:
+    return struct.pack("=I", number)
+
+
+@functools.cache
+def _pair() -> bytes:
+    """The attributes that make a veth pair, all but our end's name, with a descriptor to be filled in."""
     peer = {
         "attrs": [
             ("IFLA_IFNAME", SANDBOX_DEVICE),
-            ("IFLA_NET_NS_FD", namespace),
+            ("IFLA_NET_NS_FD", _ANY_DESCRIPTOR),
             ("IFLA_ADDRESS", layout.SANDBOX_MAC),
             ("IFLA_MTU", _MTU),
         ]
     }
     info = {"attrs": [("IFLA_INFO_KIND", "veth"), ("IFLA_INFO_DATA", {"attrs": [("VETH_INFO_PEER", peer)]})]}
     attrs = [
-        ("IFLA_IFNAME", link.device),
         ("IFLA_ADDRESS", layout.GATEWAY_MAC),
         ("IFLA_MTU", _MTU),
         ("IFLA_GROUP", layout.LINK_GROUP),
         ("IFLA_LINKINFO", info),
     ]
-    index = _INDEX_BASE + link.number
-    body = encode(ifinfmsg, attrs, index=index, flags=IFF_NOARP, change=IFF_NOARP)
+    return encode(ifinfmsg, attrs)[_IFINFO.size :]
+
+
+def _create(link: Link, namespace: int) -> Request:
+    header = _IFINFO.pack(0, 0, _INDEX_BASE + link.number, IFF_NOARP, IFF_NOARP)
+    name = attribute(_IFLA_IFNAME, link.device.encode() + b"\0")
+    body = header + name + _pair().replace(_native(_ANY_DESCRIPTOR), _native(namespace))
     return Request(NEWLINK, body, f"make {link.device}", CREATE | EXCLUSIVE)
+
+
+@functools.cache
+def _raising(version: int) -> tuple[Request, ...]:
+    """What makes an address of that family reachable, with index and address to be filled in."""
+    indexes = {_ANY_DEVICE: _ANY_INDEX}
+    return tuple(thing.make(indexes) for thing in _reaching(_ANY_ADDRESS[version], _ANY_DEVICE))
+
+
+@functools.cache
+def _up_any() -> Request:
+    return _up(_ANY_DEVICE, _ANY_INDEX)
+
+
+def _raise(link: Link, addresses: tuple[IPv4Address, IPv6Address]) -> list[Request]:
+    """Up, then neighbours and routes (which need it up)."""
+    index = _native(_INDEX_BASE + link.number)
+    requests = [_filled(_up_any(), link, _native(_ANY_INDEX), index)]
+    for address in addresses:
+        for request in _raising(address.version):
+            indexed = _filled(request, link, _native(_ANY_INDEX), index)
+            requests.append(_filled(indexed, link, _ANY_ADDRESS[address.version].packed, address.packed))
+    return requests
+
+
+def _filled(request: Request, link: Link, place: bytes, value: bytes) -> Request:
+    assert request.body.count(place) == 1
+    return replace(request, body=request.body.replace(place, value), what=f"raise {link.device}")
 
 
 def _told(error: NetlinkError) -> KernelError | Refused:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import struct
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from egressd.kernel import netlink
@@ -61,9 +62,9 @@ class News:
 class Monitor:
     """Listens in the namespace it is made in."""
 
-    def __init__(self, *, ignore_port: int) -> None:
-        """`ignore_port`: the netlink port of our own routing socket."""
-        self._ours = ignore_port
+    def __init__(self, *, ignore: Collection[int]) -> None:
+        """`ignore`: the netlink ports of our own routing sockets."""
+        self._ours = frozenset(ignore)
         self.tables = Netlink(netlink.NETFILTER, groups=(_GROUP_NFTABLES,), buffer=_BUFFER)
         self.routing = Netlink(netlink.ROUTE, groups=_ROUTE_GROUPS, buffer=_ROUTE_BUFFER)
         self._asking = Netlink(netlink.NETFILTER)
@@ -90,7 +91,7 @@ class Monitor:
             news.lost |= _overrun(error)
         try:
             for event in self.routing.events():
-                news.routing |= event.port != self._ours
+                news.routing |= event.port not in self._ours
         except NetlinkError as error:
             news.lost |= _overrun(error)
             news.routing = True

@@ -11,6 +11,7 @@ Layouts: linux/netlink.h; attributes are (u16 length, u16 type, value, padding t
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import socket
 import struct
@@ -60,10 +61,9 @@ class Reply(NamedTuple):
     body: bytes
 
 
-def encode(cls: type[Any], attrs: list[tuple[str, Any]], **fields: Any) -> bytes:
+def encode(cls: Any, attrs: list[tuple[str, Any]], **fields: Any) -> bytes:
     """The body (after nlmsghdr) of a message of one of pyroute2's classes."""
-    known = {name for entry in cls.nla_map for name in entry if isinstance(name, str)}
-    unknown = [name for name, _ in attrs if name not in known]
+    unknown = [name for name, _ in attrs if name not in _attribute_names(cls)]
     if unknown:  # pyroute2 would leave it out and say nothing: a rule without its `iif` is another rule
         raise ValueError(f"{cls.__name__} has no {', '.join(unknown)}")
     message = cls()
@@ -73,6 +73,11 @@ def encode(cls: type[Any], attrs: list[tuple[str, Any]], **fields: Any) -> bytes
     message["header"] = {"type": 0, "flags": 0, "sequence_number": 0, "pid": 0}
     message.encode()
     return bytes(message.data[_HEADER.size :])
+
+
+@functools.cache
+def _attribute_names(cls: Any) -> frozenset[str]:
+    return frozenset(name for entry in cls.nla_map for name in entry if isinstance(name, str))
 
 
 def attribute(kind: int, value: bytes, *, nested: bool = False) -> bytes:

@@ -60,8 +60,13 @@ class Nft:
             self._session.set_numeric_prio_output(True)
 
     def list_chains(self) -> str:
-        """`nft list chains`: headers only, with the devices and comments that the JSON leaves out."""
-        return self._command("list chains")
+        """`nft -t list ruleset`: without the elements of sets. For what the JSON of 1.0.6 leaves out or
+        gets wrong: devices and comments of chains, flags of tables (it prints what lies in memory)."""
+        self._session.set_terse_output(True)
+        try:
+            return self._command("list ruleset")
+        finally:
+            self._session.set_terse_output(False)
 
     def _command(self, text: str) -> str:
         status, output, error = self._session.cmd(text)

@@ -254,6 +254,12 @@ def change_link(
     return Request(NEWLINK, encode(ifinfmsg, attrs, index=index, flags=flags, change=change), what)
 
 
+def set_down(name: str) -> Request:
+    """By name: one that is gone already is no error."""
+    body = encode(ifinfmsg, [("IFLA_IFNAME", name)], flags=0, change=IFF_UP)
+    return Request(NEWLINK, body, f"set {name} down", 0, _GONE)
+
+
 def remove_link(name: str) -> Request:
     """By name: one that is gone already is no error."""
     return Request(DELLINK, encode(ifinfmsg, [("IFLA_IFNAME", name)]), f"delete {name}", 0, _GONE)

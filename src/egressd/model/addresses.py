@@ -220,6 +220,10 @@ def usable(address: Address, *, private: bool, own: Iterable[Network] = ()) -> b
     return objection(address, private=private, own=own) is None
 
 
+_LEAVE_OUT = "list smaller networks that leave it out"
+_REMEDIES = {AddressClass.LOOPBACK: "for a service on this machine write a local rule"}
+
+
 def check_network(network: Network, *, own: Iterable[Network] = ()) -> None:
     """`Unfit` if the network touches anything that no rule may reach. Private ranges are fine."""
     if network.prefixlen == 0:
@@ -232,7 +236,7 @@ def check_network(network: Network, *, own: Iterable[Network] = ()) -> None:
             raise Unfit(f"{network} overlaps egressd's own pool {pool}", "choose networks beside it")
     for special, kind in SPECIAL:
         if special.version == network.version and kind not in _PRIVATE and special.overlaps(network):
-            raise Unfit(f"{network} touches {special} ({kind})", "list smaller networks that leave it out")
+            raise Unfit(f"{network} touches {special} ({kind})", _REMEDIES.get(kind, _LEAVE_OUT))
     if not usable(network.network_address, private=True):
         kind = classify(network.network_address)
         raise Unfit(f"{network} is not allocated to anyone ({kind})", "check the address")

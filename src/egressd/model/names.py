@@ -180,7 +180,7 @@ class Pattern:
 
 
 def _refuse_shared(base: str, text: str, is_public_suffix: Callable[[str], bool]) -> None:
-    remedy = "put more of the name before it: *.example." + base.rpartition(".")[2]
+    remedy = "put more of the name before it: *.example." + base
     if "." not in base:
         raise Unfit(f"{quoted(text)} covers a whole top-level domain", remedy)
     # "any.base" finds the list's own wildcard entries, such as *.compute.amazonaws.com

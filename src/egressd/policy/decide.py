@@ -17,7 +17,7 @@ from egressd.model.names import MAX_LABEL, MAX_NAME, canonical, matches
 from egressd.model.verdicts import Reason, Verdict
 from egressd.policy.compiled import CidrRule, Guard, HostRule, LocalRule, Policy, Port, Protocol, Rule
 
-__all__ = ["Decision", "decide_address", "decide_flow", "decide_name"]
+__all__ = ["Decision", "decide_address", "decide_flow", "decide_name", "parse_address"]
 
 # Refused in every mode: they would mean the gateway or the sandbox itself, or nobody in particular.
 _NEVER_FORWARDED = frozenset(
@@ -81,16 +81,17 @@ def decide_flow(
     wanted = Port(port, protocol)
     own = tuple(own)
     if isinstance(destination, str):
-        address = _address(destination)
+        address = parse_address(destination)
         if address is None:
             return _decide_host(policy, destination, wanted)
         destination = address
     return _guarded(policy, _listed_address(policy, destination, wanted, own), destination, own)
 
 
-def _address(text: str) -> Address | None:
+def parse_address(text: str) -> Address | None:
+    """The address, or None. One with a scope is none: a scope may hold any character, and none leads out."""
     try:
-        return ip_address(text)
+        return None if "%" in text else ip_address(text)
     except ValueError:
         return None
 

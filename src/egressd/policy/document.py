@@ -177,11 +177,8 @@ class _Reader:
 
     def _check_name(self, workspace: object, expected_name: str) -> None:
         if values.is_workspace(workspace) and workspace != expected_name:
-            self.wrong(
-                ("workspace",),
-                f"the workspace is {quoted(str(workspace))} but the file is named for {quoted(expected_name)}",
-                "make the file's name and the workspace agree",
-            )
+            text = f"the workspace is {workspace} but the file is named for {quoted(expected_name)}"
+            self.wrong(("workspace",), text, "make the file's name and the workspace agree")
 
     def _members(self, root: dict[str, Any]) -> tuple[Member, ...]:
         if "members" not in root or self._too_long(root["members"], ("members",), MAX_MEMBERS):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from ipaddress import ip_address
 
 from egressd.model.addresses import Address, Network
 from egressd.model.errors import Unfit
 from egressd.model.names import canonical, quoted
 from egressd.model.verdicts import Reason
 from egressd.policy.compiled import CidrRule, Guard, HostRule, Limits, LocalRule, Policy, Protocol, Rule
-from egressd.policy.decide import Decision, decide_address, decide_flow, decide_name
+from egressd.policy.decide import Decision, decide_address, decide_flow, decide_name, parse_address
 from egressd.policy.units import duration_text, size_text
 
 __all__ = ["Explanation", "Subject", "explain_policy", "limit_text", "why"]
@@ -88,13 +87,15 @@ class Subject:
 
         `Unfit` for a port that is none; the name itself may be anything.
         """
+        if "://" in text:
+            raise Unfit(f"{quoted(text)} is a URL", "write only the host name, and :PORT after it")
         rest, slash, protocol = text.partition("/")
         if slash and protocol not in tuple(Protocol):
             raise Unfit(f"{quoted(text)} has an unknown protocol", "write tcp or udp after the slash")
         host, port = _split(rest)
         if slash and port is None:
             raise Unfit(f"{quoted(text)} has a protocol but no port", "write api.example.com:443/tcp")
-        return cls(_destination(host), port, Protocol(protocol) if slash else Protocol.TCP)
+        return cls(parse_address(host) or host, port, Protocol(protocol) if slash else Protocol.TCP)
 
 
 def _split(text: str) -> tuple[str, int | None]:
@@ -106,13 +107,6 @@ def _split(text: str) -> tuple[str, int | None]:
     if not (port.isascii() and port.isdecimal() and len(port) <= 5 and 1 <= int(port) <= 65535):
         raise Unfit(f"{quoted(port)} is not a port", "ports are 1 to 65535")
     return host.removeprefix("[").removesuffix("]"), int(port)
-
-
-def _destination(host: str) -> Address | str:
-    try:
-        return ip_address(host)
-    except ValueError:
-        return host
 
 
 @dataclass(frozen=True, slots=True)

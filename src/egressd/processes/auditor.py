@@ -65,8 +65,8 @@ _TICK = 0.25  # seconds: how late a flood may be handed out
 # What a person at the machine should see without asking: also on stderr, for the system's journal.
 _NOTABLE = frozenset(
     {
-        "refused", "tampered", "relay-denied", "lost", "journal-torn", "journal-damaged", "peer-broken",
-        "child-died", "settled",
+        "tampered", "policy-refused", "spawn-refused", "dns-refused-address", "relay-denied", "lost",
+        "journal-torn", "journal-damaged", "peer-broken", "log-ended",
     }
 )  # fmt: skip
 _WARNING, _NOTICE = 4, 5  # sd-daemon(3) priorities

@@ -169,6 +169,11 @@ def _check_upstream(config: Config) -> None:
         Server.parse(server)
 
 
+def _check_metrics(config: Config) -> None:
+    if config.metrics is not None:
+        raise ValueError("metrics are not available in this version; remove the line")
+
+
 _CHECKS: dict[str, Callable[[Config], None]] = {
     "workspaces_dir": _absolute("workspaces_dir"),
     "run_dir": _absolute("run_dir"),
@@ -176,6 +181,7 @@ _CHECKS: dict[str, Callable[[Config], None]] = {
     "upstream_ca": _absolute("upstream_ca"),
     "hosts": _check_hosts,
     "pools": lambda config: (config.pools.pools(), None)[1],
+    "metrics": _check_metrics,
     "upstream": _check_upstream,
     "user": _check_user,
 }

@@ -29,6 +29,7 @@ from egressd.policy.compiled import Policy
 from egressd.processes import reports
 from egressd.processes.leases import Sandbox
 from egressd.processes.members import Caller, caller_of, is_member
+from egressd.processes.workspaces import broken_workspaces
 
 if TYPE_CHECKING:
     from egressd.processes.controller import Controller
@@ -162,7 +163,7 @@ class ControlSocket:
             check_workspace(workspace)
         except ValueError as error:
             return str(error)
-        broken = [str(p) for p in self.controller.problems if reports.stem(p) == workspace]
+        broken = [str(p) for p in self.controller.problems if workspace in broken_workspaces([p])]
         if broken:
             return f"the policy of workspace {workspace} is broken: " + "; ".join(broken[:5])
         directory = self.controller.config.workspaces_dir

@@ -271,7 +271,9 @@ class Controller:
         """What the directory says. If it cannot be read at all, what was last good stays: at the start,
         nothing, so that every workspace is unknown and denied."""
         try:
-            found, problems = await asyncio.to_thread(read_workspaces, Path(self.config.workspaces_dir))
+            found, problems = await asyncio.to_thread(
+                read_workspaces, Path(self.config.workspaces_dir), pools=self.pools
+            )
         except PolicyError as error:
             return dict(self.policies), list(error.problems)
         return {**self._last_good(problems), **found}, problems

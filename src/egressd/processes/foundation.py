@@ -21,6 +21,7 @@ import logging
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -166,13 +167,15 @@ def _gateway(config: FoundationConfig, namespace: int) -> list[str]:
 
 
 def _settle(route: Netlink, links: Links) -> list[str]:
-    """Devices come up first, and with them routes of the kernel's; twice at most, then it stands."""
+    """Until nothing is missing. The kernel enters an IPv6 address into table local only when a worker has
+    come to it (addrconf_dad_work), so what was just done may need a moment to show."""
     done: list[str] = []
-    for _ in range(3):
+    for attempt in range(6):
         steps = gateway.gateway_steps(route, links=links)
         if not steps:
             return done
         done += gateway.run(route, steps)
+        time.sleep(0.01 * 2**attempt)
     raise KernelError(f"the gateway does not keep what it is told: {steps[0].describe()}")
 
 

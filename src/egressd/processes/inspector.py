@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 Address = IPv4Address | IPv6Address
 
 _TICK = 0.25  # seconds
-_DIAL = 5.0  # seconds: 127.0.0.1 answers at once, unless its backlog is full
+_DIAL = 3.0  # seconds: 127.0.0.1 answers at once, unless its backlog is full
 _TOTALS = 60.0  # seconds between records of the totals of services in use
 _ACCEPTS, _READS = 64, 64  # per wake-up, so that nobody holds the loop
 _WANTED_DESCRIPTORS = 32_768

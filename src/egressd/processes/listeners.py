@@ -28,7 +28,6 @@ _MAX_DATAGRAM = 4096  # bytes read; a query is never longer, and what is cut doe
 _PER_SOURCE, _TOTAL = 16, 1024  # connections
 _PIPELINED = 32  # questions of one connection being worked on
 _IDLE = 10.0  # seconds (RFC 7766 section 6.2.3), also for reading what was asked for
-_WAITING = 1024  # answers over UDP that are being waited for
 _LENGTH = struct.Struct("!H")
 
 
@@ -53,10 +52,8 @@ class Datagrams:
             answer = self._serve(data, self._address(place[0]), True)
             if isinstance(answer, bytes):
                 self._send(answer, place)
-            elif answer is not None and len(self._tasks) < _WAITING:
+            elif answer is not None:  # how many of a sandbox may wait is the server's business
                 self._later(answer, place)
-            elif asyncio.iscoroutine(answer):
-                answer.close()
 
     def _address(self, text: str) -> Address:
         """Parsing an address costs more than answering from the cache does."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -15,6 +14,7 @@ from egressd.model.verdicts import Reason
 from egressd.policy.compiled import CidrRule, HostRule, LocalRule, Policy, Rule
 from egressd.policy.explain import Subject, explain_policy
 from egressd.policy.explain import why as explain
+from egressd.processes.workspaces import broken_workspaces
 from egressd.ruleset.books import Books, books
 from egressd.ruleset.layout import RESOLVER_BLOCK, UNLISTED_BLOCK, Mark
 from egressd.ruleset.observe import Counters, ElementCount, LinkCounts, Tally
@@ -23,15 +23,10 @@ if TYPE_CHECKING:
     from egressd.processes.controller import Controller
     from egressd.processes.leases import Sandbox
 
-__all__ = ["answer", "read_books", "stem", "sum_links", "why", "why_sandbox"]
+__all__ = ["answer", "read_books", "sum_links", "why", "why_sandbox"]
 
 Document = dict[str, Any]
 Visible = Mapping[str, Policy]
-
-
-def stem(problem: Problem) -> str:
-    """The workspace whose file the problem is in."""
-    return Path(problem.source).stem
 
 
 async def answer(controller: Controller, what: str, visible: Visible, *, everything: bool) -> Document:
@@ -58,7 +53,7 @@ async def _status(controller: Controller, visible: Visible) -> Document:
             for p in controller.processes
         ],
         "workspaces": [_workspace(controller, policy, problems) for policy in visible.values()]
-        + [_never_good(name, problems) for name in sorted({stem(p) for p in problems} - visible.keys())],
+        + [_never_good(name, problems) for name in sorted(broken_workspaces(problems) - visible.keys())],
         "sandboxes": [_sandbox(sandbox) for sandbox in shown],
         "alarms": [{"time": at, "text": text} for at, text in controller.alarms],
         "balanced": found.balanced,
@@ -86,7 +81,7 @@ def _never_good(name: str, problems: list[Problem]) -> Document:
 
 
 def _problem_text(workspace: str, problems: list[Problem]) -> str | None:
-    return "; ".join(str(p) for p in problems if stem(p) == workspace) or None
+    return "; ".join(str(p) for p in problems if workspace in broken_workspaces([p])) or None
 
 
 def _sandbox(sandbox: Sandbox) -> Document:
@@ -355,8 +350,9 @@ def why_sandbox(sandbox: Sandbox, policy: Policy) -> Document:
         "workspace": sandbox.workspace,
         "verdict": "allowed",
         "reason": Reason.ALLOWED.value,
-        "text": f"uid {sandbox.caller.uid} is a member of {sandbox.workspace}; its pid {sandbox.caller.pid} holds it",
+        "text": f"uid {sandbox.caller.uid} is a member of {sandbox.workspace}",
         "details": [
+            f"process {sandbox.caller.pid} holds it",
             f"its addresses are {sandbox.address4} and {sandbox.address6}",
             f"it runs {sandbox.command or 'a command that was not named'}",
             f"it is held to policy {policy.digest}",

@@ -475,7 +475,12 @@ async def _pause(ended: asyncio.Event) -> None:
 
 
 def main() -> None:
-    asyncio.run(run(begin("resolver")))
+    start = begin("resolver")
+    try:
+        asyncio.run(run(start))
+    except (OSError, ValueError) as error:  # an upstream or a file of the configuration that cannot be used
+        log.error("cannot serve: %s", error)  # noqa: TRY400
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

@@ -96,6 +96,7 @@ class Supervisor:
         self.selector = selectors.DefaultSelector()
         self.auditing = Auditing("supervisor")
         self.stopping = self.announced = False
+        self._waiting: dict[tuple[str, str], socket.socket] = {}  # (process, role) -> its end
         self._gateway = _thread_in(gateway)
         self._here = concurrent.futures.ThreadPoolExecutor(1)
 
@@ -174,27 +175,35 @@ class Supervisor:
     def _relate(
         self, name: str, ends: dict[str, socket.socket]
     ) -> Iterator[tuple[tuple[str, str], socket.socket]]:
-        """New channels between `name` and each neighbour; fills `ends`, yields the neighbours' ends."""
+        """Channels between `name` and each neighbour: fills `ends` with its own, yields the neighbours'.
+        One that a neighbour has been using already, waiting for this process, is taken as it is."""
         for left, left_name, right, right_name in RELATIONS:
             if name not in (left, right):
                 continue
-            one, other = pair()
-            if name == left:
-                ends[left_name] = one
-                yield (right, right_name), other
-            else:
-                ends[right_name] = one
-                yield (left, left_name), other
+            mine, theirs = left_name, (right, right_name)
+            if name == right:
+                mine, theirs = right_name, (left, left_name)
+            waiting = self._waiting.pop((name, mine), None)
+            if waiting is not None:
+                ends[mine] = waiting
+                continue
+            ends[mine], other = pair()
+            yield theirs, other
         if name == "auditor":
-            ends["audit-supervisor"], mine = pair()
-            self.auditing.connect(mine)
+            ends["audit-supervisor"], own = pair()
+            self.auditing.connect(own)
 
     def _introduce(self, neighbour: str, role: str, sock: socket.socket) -> None:
-        """Hand a running neighbour its new end; one that is down gets a fresh pair when it starts."""
+        """Hand a running neighbour its new end; for one that is down it waits until it starts."""
         channel = self.children[neighbour].channel
+        if channel is None:
+            old = self._waiting.pop((neighbour, role), None)
+            if old is not None:
+                old.close()
+            self._waiting[neighbour, role] = sock
+            return
         with sock, contextlib.suppress(OSError):
-            if channel is not None:
-                channel.send(messages.NewPeer(name=role), descriptor=sock.fileno())
+            channel.send(messages.NewPeer(name=role), descriptor=sock.fileno())
 
     def _spawn(self, card: Card, ends: dict[str, socket.socket]) -> subprocess.Popen[bytes]:
         account = self.accounts[card.user]

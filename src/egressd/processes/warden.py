@@ -10,7 +10,8 @@ hears of it (kernel/monitor.py), reads back, restores, and tells. After its own 
 it leaves what stands as it stands, takes the controller's account of it (SetWorkspaces, KeepLink, SetNat),
 and with Settle removes what was not named.
 
-The loop is one thread, without timers finer than its tick: the kernel's events wake it.
+The loop is one thread, without timers finer than its tick: the kernel's events wake it. A second one does
+nothing but delete the devices of links that are closed already (kernel/eraser.py).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from egressd.ipc import messages
 from egressd.ipc.channel import Channel, Received, payload
 from egressd.kernel import gateway, namespaces, netlink, sysctl
 from egressd.kernel.conntrack import Conntrack
+from egressd.kernel.eraser import Eraser
 from egressd.kernel.ledger import Ledger
 from egressd.kernel.links import Links
 from egressd.kernel.monitor import Batch, Count, Monitor
@@ -97,7 +99,8 @@ class Warden:
         self._forbidden = frozenset(forbidden)
         self._route = Netlink(netlink.ROUTE)
         self._nft, self._conntrack = Nft(), Conntrack()
-        self.monitor = Monitor(ignore_port=self._route.port)
+        self._eraser = Eraser(pools)
+        self.monitor = Monitor(ignore=(self._route.port, self._eraser.port))
         self._ledger = Ledger(self._nft, self.monitor)
         self._links = Links(self._route, self._ledger, self._conntrack, pools)
         self.standing = Standing()
@@ -316,7 +319,8 @@ class Warden:
         if want is None:
             raise Refused(Reason.WORKSPACE, Reason.WORKSPACE.text)
         addresses = self.pools.sandbox(link)
-        if any(self.pools.sandbox(other) == addresses for other in self.standing.leases):
+        taken = any(self.pools.sandbox(other) == addresses for other in self.standing.leases)
+        if taken or self._eraser.busy(link):
             raise Refused(Reason.LIMIT, f"{link.device} or its addresses are in use")
         return want
 
@@ -335,10 +339,15 @@ class Warden:
 
     def close_link(self, received: Received[messages.CloseLink]) -> messages.LinkClosed:
         link = Link(received.message.link)
-        counters = self._links.close(link)
+        counters = self._close(link)
+        return messages.LinkClosed(request=received.message.request, link=link.number, counters=counters)
+
+    def _close(self, link: Link) -> dict[str, Count]:
+        counters = self._links.silence(link)
+        self._eraser.erase(link)
         self.standing.leases.pop(link, None)
         self._named.discard(link)
-        return messages.LinkClosed(request=received.message.request, link=link.number, counters=counters)
+        return counters
 
     def settle(self, received: Received[messages.Settle]) -> messages.Done:
         """Remove what this controller did not name; from now on `standing` is the whole truth."""
@@ -346,8 +355,7 @@ class Warden:
         things = self._observe().things
         stale = {*self._links.present(), *_link_chains(things), *self.standing.leases} - self._named
         for link in sorted(stale):
-            self._links.close(link)
-            self.standing.leases.pop(link, None)
+            self._close(link)
         for key in self.standing.nat.keys() - self._named_nat:
             del self.standing.nat[key]
         self.adopted = True

@@ -179,7 +179,7 @@ def _bounded(descriptor: int) -> bytes:
 def _too_large(size: int) -> _Unreadable:
     return _Unreadable(
         f"it has at least {size} bytes; a policy may have {MAX_BYTES}",
-        "use cidr and wildcard rules, or split it",
+        "split the workspace",
     )
 
 

@@ -89,13 +89,13 @@ def _number(
     result = {key: remembered[key] for key in wanted if key in remembered}
     graves = {key: number for key, number in remembered.items() if key not in result}
     taken = set(result.values())
-    buried = set(graves.values()) - taken
+    avoided = taken | set(graves.values())
     for key in wanted:
         if key not in result:
-            number = _free(key, numbers, taken | buried if len(taken) + len(buried) < len(numbers) else taken)
+            number = _free(key, numbers, avoided if len(avoided) < len(numbers) else taken)
             result[key] = number
             taken.add(number)
-            buried.discard(number)
+            avoided.add(number)
     return dict(sorted(result.items())), {k: n for k, n in sorted(graves.items()) if n not in taken}
 
 

@@ -42,11 +42,13 @@ from egressd.ruleset.layout import (
     Pools,
 )
 from egressd.ruleset.objects import (
+    Address,
     Chain,
     Counter,
     Entry,
     Hook,
     Key,
+    Network,
     Objects,
     Quota,
     Set,
@@ -534,37 +536,47 @@ def _entry(element: Element) -> Entry:
 
 
 def _place_unchecked(element: Element) -> tuple[str, str]:
-    network = ip_network(element.address)
-    exact = Kind(element.mark & 0xF000_0000) in (Kind.DIRECT, Kind.RESOLVE)
-    return f"{'cidr' if exact else 'out'}{4 if network.version == 4 else 6}", network_text(network)
+    return _map_of(element, ip_network(element.address)), network_text(element.address)
+
+
+def _map_of(element: Element, place: Address | Network) -> str:
+    exact = element.mark & 0xF000_0000 in (Kind.DIRECT, Kind.RESOLVE)
+    return f"{'cidr' if exact else 'out'}{place.version}"
 
 
 def _place(element: Element, want: WorkspaceWant, pools: Pools) -> tuple[str, str]:
     """(map, key) of an element; ValueError when its mark and its address do not belong together."""
-    mark, network = Mark.of(element.mark), ip_network(element.address)
-    fault = f"workspace {want.workspace}: element {element.address} {element.protocol}/{element.port}"
+    mark, text = Mark.of(element.mark), element.address
+    place: Address | Network = ip_network(text) if "/" in text else ip_address(text)
+    fault = ""
     if mark.workspace != want.index:
-        raise ValueError(f"{fault}: the mark is another workspace's")
-    if element.protocol not in ("tcp", "udp") or not 0 < element.port < 65536:
-        raise ValueError(f"{fault}: no such port")
-    if not _belongs(mark, network, element, pools):
-        raise ValueError(f"{fault}: mark {element.mark:#010x} does not fit the address")
-    return _place_unchecked(element)
+        fault = "the mark is another workspace's"
+    elif element.protocol not in ("tcp", "udp") or not 0 < element.port < 65536:
+        fault = "no such port"
+    elif not _belongs(mark, place, element, pools):
+        fault = f"mark {element.mark:#010x} does not fit the address"
+    if fault:
+        where = f"element {element.address} {element.protocol}/{element.port}"
+        raise ValueError(f"workspace {want.workspace}: {where}: {fault}")
+    return _map_of(element, place), str(place) if "/" not in text else network_text(text)
 
 
-def _belongs(mark: Mark, network: IPv4Network | IPv6Network, element: Element, pools: Pools) -> bool:
+def _belongs(mark: Mark, place: Address | Network, element: Element, pools: Pools) -> bool:
+    if isinstance(place, IPv4Network | IPv6Network):
+        return mark.kind is Kind.DIRECT and not _forbidden(place, pools)
     match mark.kind:
         case Kind.RESOLVE:
-            resolver = network.network_address in (RESOLVER4, RESOLVER6) and element.port == 53
-            return resolver and mark.block == RESOLVER_BLOCK and "/" not in element.address
-        case Kind.DIRECT:
-            four, six = unreachable(pools)
-            forbidden = four if network.version == 4 else six
-            return not any(network.overlaps(other) for other in forbidden)
-        case _:
-            if "/" in element.address or mark.block in (RESOLVER_BLOCK, UNLISTED_BLOCK):
-                return False
-            return pools.block_of(network.network_address) == (mark.block, 0)
+            resolver = place in (RESOLVER4, RESOLVER6) and element.port == 53
+            return resolver and mark.block == RESOLVER_BLOCK
+        case Kind.FORWARD | Kind.INSPECT:
+            own = mark.block not in (RESOLVER_BLOCK, UNLISTED_BLOCK)
+            return own and pools.block_of(place) == (mark.block, 0)
+    return False
+
+
+def _forbidden(network: Network, pools: Pools) -> bool:
+    four, six = unreachable(pools)
+    return any(network.overlaps(other) for other in (four if network.version == 4 else six))
 
 
 # --------------------------------------------------------------------------------------------------

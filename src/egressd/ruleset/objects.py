@@ -17,7 +17,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from typing import Literal, NamedTuple, TypeAlias
 
 __all__ = [
-    "Address", "Chain", "Counter", "Entry", "Family", "Hook", "Key", "Objects", "Quota", "Set",
+    "Address", "Chain", "Counter", "Entry", "Family", "Hook", "Key", "Network", "Objects", "Quota", "Set",
     "address_text", "identifier", "mark_text", "network_text", "string",
 ]  # fmt: skip
 

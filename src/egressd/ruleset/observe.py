@@ -4,8 +4,8 @@
 use and no others: what it does not know, or knows with a field more or less, becomes the raw JSON, which
 is no rule of ours. So a difference can only ever be seen too often, not overlooked.
 
-Not in nft 1.0.6's JSON: comments and devices of chains, and the flag `dynamic`. The devices can be had
-from `nft list chains`, see `parse`.
+Not in nft 1.0.6's JSON: comments and devices of chains, the flag `dynamic`, and in any reliable way the
+flags of tables. Devices and flags can be had from `nft -t list ruleset`, see `parse`.
 """
 
 from __future__ import annotations
@@ -101,10 +101,10 @@ class Observed(Struct, frozen=True):
 def parse(listing: Json, chains: str = "", *, table: str = TABLE) -> Observed:
     """From `nft -j list ruleset`. Tables that are not ours are ignored; ValueError if it is no listing.
 
-    `chains`: the text of `nft list chains`, for the devices that netdev chains hang on. Without it each is
-    taken to hang on the device it is named for.
+    `chains`: the text of `nft -t list ruleset`, for the devices that netdev chains hang on and for tables
+    that sleep. Without it each chain is taken to hang on the device it is named for.
     """
-    devices = _devices(chains, table)
+    devices, flagged = _headers(chains, table)
     tables: dict[str, bool] = {}
     things: Objects = {}
     rules: dict[Key, list[str]] = {}
@@ -112,8 +112,7 @@ def parse(listing: Json, chains: str = "", *, table: str = TABLE) -> Observed:
         family = cast(Family, body["family"])
         match sort:
             case "table":
-                # 1.0.6 prints garbage as the value, but the key only when there are flags
-                tables[family] = "flags" not in body
+                tables[family] = family not in flagged if chains else "flags" not in body
             case "rule":
                 text = render(body["expr"], comment=body.get("comment", ""))
                 rules.setdefault(Key(family, "chain", body["chain"]), []).append(text)
@@ -146,21 +145,32 @@ def _ours(listing: Json, table: str) -> Iterator[tuple[str, Json]]:
                 yield sort, body
 
 
-def _devices(chains: str, table: str) -> dict[str, str]:
-    """Chain -> device, from the headers that `nft list chains` prints."""
+def _headers(listing: str, table: str) -> tuple[dict[str, str], set[str]]:
+    """({netdev chain: device}, {families whose table has flags}) from the text of a listing.
+
+    Comments could say anything, but only in quotes, on lines that begin with `comment` or hold a rule.
+    """
     devices: dict[str, str] = {}
+    flagged: set[str] = set()
     family = name = chain = ""
-    for line in chains.splitlines():
+    for line in listing.splitlines():
         if match := re.match(r"table (\w+) (\S+) \{", line):
             family, name = match.groups()
-        elif match := re.match(r"\s+chain (\S+) \{", line):
+        elif name != table:
+            continue
+        elif re.match(r"\tflags ", line):
+            flagged.add(family)
+        elif match := re.match(r"\tchain (\S+) \{", line):
             chain = match[1]
-        elif (match := re.search(r' device "([^"]*)"| devices = \{ ([^}]*)\}', line)) and (family, name) == (
-            "netdev",
-            table,
-        ):
-            devices[chain] = match[1] or match[2]
-    return devices
+        elif family == "netdev" and (match := re.match(r"\t\ttype \w+ hook \w+ device(.*) priority ", line)):
+            devices[chain] = _device(match[1])
+    return devices, flagged
+
+
+def _device(text: str) -> str:
+    """The one device named; something that is no device's name if there is none, or several."""
+    match = re.fullmatch(r' "([^"]*)"', text)
+    return match[1] if match else text
 
 
 def _hook(body: Json, devices: Mapping[str, str] | None) -> Hook | None:

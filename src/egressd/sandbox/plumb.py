@@ -284,11 +284,11 @@ class Plumber:
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self._pid, 0)  # it ends at the end of its socket, within a millisecond
 
-    @staticmethod
-    def _child(namespace: int, text: str, channel: socket.socket, close: Iterable[int]) -> None:
+    def _child(self, namespace: int, text: str, channel: socket.socket, close: Iterable[int]) -> None:
         status = 1
         try:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            self._socket.close()  # or we would keep our own end of file away
             for descriptor in close:
                 os.close(descriptor)
             try:
@@ -309,11 +309,18 @@ def _work(namespace: int, text: str, channel: socket.socket) -> None:
     if not request:
         return  # there will be no lease
     v4, v6 = pickle.loads(request)  # noqa: S301 - from ourselves, through a fork
-    data, names = batch(socket.if_nametoindex(DEVICE), Address(v4, v6), localnet=bool(text))
+    data, names = batch(_index(), Address(v4, v6), localnet=bool(text))
     for name, value in _SYSCTLS:
         _write_sysctl(name, value)
     _send(data, names)
     channel.send(b"done")
+
+
+def _index() -> int:
+    try:
+        return socket.if_nametoindex(DEVICE)
+    except OSError as error:
+        raise OSError(errno.ENODEV, "the daemon made no such link", DEVICE) from error
 
 
 def _enter(namespace: int) -> None:

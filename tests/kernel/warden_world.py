@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,10 +48,15 @@ def poll(condition: Callable[[], Any], *, timeout: float = 3.0, what: str = "") 
     return value
 
 
-def sh(command: str, *, namespace: int | None = None, check: bool = True) -> str:
+def sh(
+    command: str, *, namespace: int | None = None, check: bool = True, pass_fds: Sequence[int] = ()
+) -> str:
     """Run a shell line, in a network namespace (descriptor)."""
     enter = (lambda: namespaces.enter(namespace)) if namespace is not None else None
-    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, preexec_fn=enter, check=False)
+    line = ["sh", "-c", command]
+    done = subprocess.run(
+        line, capture_output=True, text=True, preexec_fn=enter, pass_fds=pass_fds, check=False
+    )
     assert not check or done.returncode == 0, f"{command}: {done.stderr}"
     return done.stdout
 
@@ -119,7 +124,8 @@ class World:
     def __enter__(self) -> World:
         self.host, _ = namespaces.pin(f"kn-h{self.name}")
         sh(
-            "ip link set lo up; ip link add wan type veth peer name far; ip link set wan up; ip link set far up;"
+            "ip link set lo up; ip link add wan type veth peer name far;"
+            "for end in wan far; do ip link set $end addrgenmode none; ip link set $end up; done;"
             "ip addr add 192.0.2.1/24 dev wan; ip route add default via 192.0.2.2 dev wan;"
             "ip -6 addr add 2001:db8::1/64 dev wan nodad; ip -6 route add default via 2001:db8::2 dev wan",
             namespace=self.host,
@@ -196,7 +202,7 @@ class Warden:
         self.process = subprocess.Popen(
             command,
             pass_fds=[end.fileno() for end in ends.values()],
-            preexec_fn=lambda: namespaces.enter(world.gateway),
+            preexec_fn=lambda: namespaces.enter(world.gateway),  # noqa: PLW1509 -- one thread here
         )
         for end in ends.values():
             end.close()
@@ -215,7 +221,9 @@ class Warden:
             self.supervisor.send(messages.NewPeer(name="controller"), descriptor=its.fileno())
         self._use(mine)
 
-    def ask(self, kind: type[Any], *, descriptor: int | None = None, data: bytes | None = None, **fields: Any) -> Any:
+    def ask(
+        self, kind: type[Any], *, descriptor: int | None = None, data: bytes | None = None, **fields: Any
+    ) -> Any:
         """The reply, with its payload decoded into bytes if it has one."""
         request = next(_numbers)
         if data is not None:
@@ -283,7 +291,9 @@ def mark(kind: Kind, block: int, *, index: int = 1) -> int:
     return int(Mark(kind=kind, workspace=index, block=block))
 
 
-def element(block: int, port: int, comment: str, *, protocol: str = "tcp", index: int = 1) -> tuple[Element, ...]:
+def element(
+    block: int, port: int, comment: str, *, protocol: str = "tcp", index: int = 1
+) -> tuple[Element, ...]:
     """A name's element in both families."""
     value = mark(Kind.FORWARD, block, index=index)
     return tuple(
@@ -304,7 +314,9 @@ def resolver(*, index: int = 1) -> tuple[Element, ...]:
 def want(name: str = "acme", *elements: tuple[Element, ...], index: int = 1, **more: Any) -> WorkspaceWant:
     every = (resolver(index=index), *elements)
     flat = tuple(one for group in every for one in group)
-    return WorkspaceWant(workspace=name, index=index, guard=more.pop("guard", "enforce"), elements=flat, **more)
+    return WorkspaceWant(
+        workspace=name, index=index, guard=more.pop("guard", "enforce"), elements=flat, **more
+    )
 
 
 def acme() -> WorkspaceWant:
@@ -318,7 +330,9 @@ def nat(block: int, *reals: str, index: int = 1) -> tuple[NatEntry, ...]:
         for slot in range(4):
             four, six = POOLS.synthetic(block, slot)
             synthetic = six if ":" in real else four
-            entries.append(NatEntry(mark(Kind.FORWARD, block, index=index), str(synthetic), real, "plain.test"))
+            entries.append(
+                NatEntry(mark(Kind.FORWARD, block, index=index), str(synthetic), real, "plain.test")
+            )
     return tuple(entries)
 
 
@@ -339,8 +353,12 @@ def plumb(one: Inhabitant, link: int) -> None:
 @contextlib.contextmanager
 def nothing_left() -> Iterator[None]:
     """The block leaves no namespace pinned by it, no descriptor and no child behind."""
-    before = set(os.listdir("/proc/self/fd")), set(Path("/run/netns").iterdir())
+    before = set(_descriptors()), set(Path("/run/netns").iterdir())
     yield
-    assert len(os.listdir("/proc/self/fd")) <= len(before[0])
+    assert len(_descriptors()) <= len(before[0])
     mine = {path for path in Path("/run/netns").iterdir() if f"{os.getpid()}-" in path.name}
     assert mine <= before[1]
+
+
+def _descriptors() -> list[Path]:
+    return list(Path("/proc/self/fd").iterdir())

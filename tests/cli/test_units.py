@@ -1,0 +1,88 @@
+"""systemd's own programs read our files; and they agree with the program they start."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from egressd.processes import supervisor
+from egressd.processes.config import Config
+
+ROOT = Path(__file__).resolve().parents[2]
+UNIT = ROOT / "systemd" / "egressd.service"
+
+
+def tool(name: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+def settings(name: str) -> list[str]:
+    return re.findall(rf"^{name}=(.*)$", UNIT.read_text(), re.MULTILINE)
+
+
+def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path) -> None:
+    unit = tmp_path / "egressd.service"
+    unit.write_text(UNIT.read_text().replace("/usr/bin/egressd", "/bin/true"))  # not installed here
+    done = subprocess.run(
+        [tool("systemd-analyze"), "verify", "--man=no", unit], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_the_unit_starts_exists() -> None:
+    parser = supervisor._parser()
+    for command in (*settings("ExecStartPre"), *settings("ExecStart")):
+        program, *words = command.lstrip("+").split()
+        assert program == "/usr/bin/egressd"
+        parser.parse_args(words)
+
+
+def test_the_foundation_is_laid_with_full_rights_and_only_it() -> None:
+    """A pin made inside the service's private mount namespace is invisible to the host."""
+    assert [command.startswith("+") for command in settings("ExecStartPre")] == [True]
+    assert not settings("ExecStart")[0].startswith(("+", "!", "-"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("ProtectKernelTunables", "no", "sysctls of the gateway are checked at every start"),
+        ("ProcSubset", "all", "pid hides /proc/sys"),
+        ("RestrictNamespaces", "net", "yes breaks setns"),
+        ("Restart", "always", "permission must be able to shrink"),
+        ("NotifyAccess", "main", "only the supervisor speaks for egressd"),
+        ("Type", "notify", "ready means enforcing"),
+        ("RuntimeDirectoryPreserve", "yes", "link numbers are never used twice"),
+    ],
+)
+def test_directives_that_a_tidy_mind_would_change(name: str, value: str, why: str) -> None:
+    assert settings(name) == [value], why
+
+
+def test_the_watchdog_is_slower_than_what_feeds_it() -> None:
+    (watchdog,) = settings("WatchdogSec")
+    assert int(watchdog.removesuffix("s")) > supervisor.HUNG_AFTER
+
+
+def test_accounts_and_directories_are_those_of_the_default_configuration(tmp_path: Path) -> None:
+    """Made for real, in an empty root: systemd-sysusers first, then systemd-tmpfiles."""
+    (tmp_path / "etc").mkdir()
+    root = f"--root={tmp_path}"
+    sysusers = [tool("systemd-sysusers"), root, ROOT / "systemd" / "egressd.sysusers"]
+    subprocess.run(sysusers, check=True, capture_output=True)
+    accounts = {line.split(":")[0] for line in (tmp_path / "etc" / "passwd").read_text().splitlines()}
+    user = Config().user
+    assert accounts == {user, f"{user}-warden", f"{user}-audit"}
+    tmpfiles = [tool("systemd-tmpfiles"), root, "--create", ROOT / "systemd" / "egressd.tmpfiles"]
+    done = subprocess.run(tmpfiles, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    for directory in (Config().run_dir, Config().workspaces_dir, f"{Config().state_dir}/journal"):
+        assert (tmp_path / directory.lstrip("/")).is_dir()
+    assert (tmp_path / "etc/egressd/workspaces").stat().st_mode & 0o007 == 0

@@ -1,0 +1,288 @@
+"""What egressd's ruleset relies on and no manual promises. One fact, one test; Linux 6.18, nft 1.0.6.
+
+Where a fact is a bug or a gap of this version, the test names what we do because of it: when it fails on
+a newer one, that can go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from egressd.kernel.nft import Nft
+from egressd.model.errors import KernelError
+
+pytestmark = pytest.mark.kernel
+_libc = ctypes.CDLL(None, use_errno=True)
+MAP = "type ipv4_addr . inet_proto . inet_service : mark"
+
+
+@contextlib.contextmanager
+def namespace(name: str) -> Iterator[None]:
+    with open("/proc/thread-self/ns/net") as before, open(f"/run/netns/{name}") as there:
+        assert _libc.setns(there.fileno(), 0) == 0
+        try:
+            yield
+        finally:
+            assert _libc.setns(before.fileno(), 0) == 0
+
+
+@pytest.fixture
+def netns() -> Iterator[str]:
+    """A namespace `a` with t0 198.51.100.1, whose other end p0 lies in the namespace `b`."""
+    name = f"kf-{os.getpid()}"
+    for end in ("a", "b"):
+        subprocess.run(["ip", "netns", "add", f"{name}{end}"], check=True)
+        with namespace(name + end):  # no IPv6: its own chatter would be counted
+            Path("/proc/sys/net/ipv6/conf/default/disable_ipv6").write_text("1")
+    lines = f"link add t0 netns {name}a type veth peer name p0 netns {name}b"
+    subprocess.run(["ip", *lines.split()], check=True)
+    for end, device, number in (("a", "t0", 1), ("b", "p0", 2)):
+        text = f"link set lo up\nlink set {device} arp off\naddr add 198.51.100.{number}/24 dev {device}\n"
+        text += f"link set {device} up\n"
+        subprocess.run(["ip", "-n", name + end, "-batch", "-"], input=text, text=True, check=True)
+    try:
+        yield name
+    finally:
+        for end in ("a", "b"):
+            subprocess.run(["ip", "netns", "del", f"{name}{end}"], check=True)
+
+
+@pytest.fixture
+def nft(netns: str) -> Nft:
+    with namespace(f"{netns}b"):
+        made = Nft()
+    made.run(["add table netdev t", "add table inet t"])
+    return made
+
+
+def send(netns: str, address: str = "198.51.100.2", port: int = 9, count: int = 1) -> None:
+    with namespace(f"{netns}a"), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        for _ in range(count):
+            with contextlib.suppress(ConnectionRefusedError):
+                sock.sendto(b"x", (address, port))
+
+
+def guarded(nft: Nft, *rules: str) -> None:
+    nft.run(['add chain netdev t c { type filter hook ingress device "p0" priority 0; policy accept; }'])
+    nft.run([f"add rule netdev t c {rule}" for rule in rules])
+
+
+def of(nft: Nft, sort: str, name: str) -> dict[str, object]:
+    for entry in nft.list_json()["nftables"]:
+        if sort in entry and entry[sort]["name"] == name:
+            return dict(entry[sort])
+    raise AssertionError(name)
+
+
+def packets(nft: Nft, name: str, family: str = "netdev") -> int:
+    for _ in range(200):
+        for entry in nft.list_json()["nftables"]:
+            body = entry.get("counter", {})
+            if (body.get("name"), body.get("family")) == (name, family) and body["packets"]:
+                return int(body["packets"])
+        time.sleep(0.002)
+    return 0
+
+
+def test_a_masked_address_can_be_part_of_a_concatenated_lookup(netns: str, nft: Nft) -> None:
+    nft.run(["add counter netdev t hit", f"add map netdev t m {{ {MAP}; counter; }}",
+             "add element netdev t m { 198.51.100.0 . udp . 9 : 7 }"])  # fmt: skip
+    guarded(
+        nft,
+        "meta mark set ip daddr & 255.255.255.252 . meta l4proto . th dport map @m",
+        "meta mark 7 counter name hit",
+    )
+    send(netns)
+    assert packets(nft, "hit") == 1
+
+
+def test_a_lookup_that_finds_nothing_changes_nothing(netns: str, nft: Nft) -> None:
+    nft.run(["add counter netdev t kept", f"add map netdev t m {{ {MAP}; counter; }}"])
+    guarded(
+        nft,
+        "meta mark set 2",
+        "meta mark set ip daddr . meta l4proto . th dport map @m",
+        "meta mark 2 counter name kept",
+    )
+    send(netns)
+    assert packets(nft, "kept") == 1
+
+
+def test_elements_of_an_interval_map_count_one_by_one(netns: str, nft: Nft) -> None:
+    nft.run([f"add map netdev t m {{ {MAP}; flags interval; counter; }}",
+             'add element netdev t m { 198.51.100.0/24 . udp . 9 comment "a" : 7 }',
+             'add element netdev t m { 198.51.100.0/24 . udp . 10 comment "b" : 8 }'])  # fmt: skip
+    guarded(nft, "meta mark set ip daddr . meta l4proto . th dport map @m")
+    send(netns, count=3)
+    time.sleep(0.01)
+    counts = {e["elem"]["comment"]: e["elem"]["counter"]["packets"] for e, _ in of(nft, "map", "m")["elem"]}  # type: ignore[attr-defined]
+    assert counts == {"a": 3, "b": 0}
+
+
+def test_matching_in_a_set_counts_without_a_verdict(netns: str, nft: Nft) -> None:
+    nft.run(["add set netdev t s { type mark; counter; }", "add element netdev t s { 5 }"])
+    guarded(nft, "meta mark set 5", "meta mark @s")
+    send(netns, count=2)
+    time.sleep(0.01)
+    [element] = of(nft, "set", "s")["elem"]  # type: ignore[misc]
+    assert element["elem"]["counter"]["packets"] == 2
+
+
+@pytest.mark.parametrize("word", ["destroy table inet t", "destroy element inet t s { 1 }"])
+def test_there_is_no_destroy(nft: Nft, word: str) -> None:
+    """Hence add-then-delete in `ruleset.build.unlink`."""
+    with pytest.raises(KernelError, match="syntax error"):
+        nft.run([word])
+
+
+def test_adding_what_is_there_is_no_error_and_deleting_it_then_is_certain(nft: Nft) -> None:
+    for _ in range(2):
+        nft.run(["add counter netdev t x", "delete counter netdev t x"])
+        nft.run(["add quota netdev t q { over 1 bytes; }", "delete quota netdev t q"])
+    nft.run(["add quota netdev t q { over 500 bytes; }"])
+    nft.run(["add quota netdev t q { over 1 bytes; }", "delete quota netdev t q"])
+
+
+def test_the_same_key_with_other_data_is_refused_and_nothing_of_the_batch_stays(nft: Nft) -> None:
+    """Hence delete and add for a changed mark, which begins its counter anew."""
+    nft.run([f"add map netdev t m {{ {MAP}; }}", "add element netdev t m { 1.1.1.1 . tcp . 1 : 1 }"])
+    nft.run(["add element netdev t m { 1.1.1.1 . tcp . 1 : 1 }"])
+    with pytest.raises(KernelError, match="File exists"):
+        nft.run(["add counter netdev t new", "add element netdev t m { 1.1.1.1 . tcp . 1 : 2 }"])
+    assert "new" not in str(nft.list_json())
+
+
+def test_overlapping_keys_of_an_interval_map_are_refused(nft: Nft) -> None:
+    """Hence `plan.want` refuses overlapping cidr rules, with names."""
+    nft.run([f"add map netdev t m {{ {MAP}; flags interval; }}"])
+    nft.run(["add element netdev t m { 10.0.0.0/8 . tcp . 1 : 1 }"])
+    with pytest.raises(KernelError):
+        nft.run(["add element netdev t m { 10.2.0.0/16 . tcp . 1 : 2 }"])
+
+
+def test_a_chain_outlives_its_device_and_takes_the_next_of_that_name(netns: str, nft: Nft) -> None:
+    """Hence no link number is used twice, and chains go with their links."""
+    nft.run(["add counter netdev t seen"])
+    guarded(nft, "counter name seen")
+    subprocess.run(["ip", "-n", f"{netns}b", "link", "del", "p0"], check=True)
+    if "p0" not in nft.list_text():
+        pytest.skip("this kernel takes the chain away with its device")
+    command = f"link add t0 netns {netns}a type veth peer name p0 netns {netns}b"
+    subprocess.run(["ip", *command.split()], check=True)
+    for end, device in (("a", "t0"), ("b", "p0")):
+        subprocess.run(["ip", "-n", netns + end, "link", "set", device, "arp", "off", "up"], check=True)
+    subprocess.run(["ip", "-n", f"{netns}a", "addr", "add", "198.51.100.1/24", "dev", "t0"], check=True)
+    send(netns)
+    assert packets(nft, "seen") >= 1
+
+
+def test_a_chain_may_wait_for_its_device(nft: Nft) -> None:
+    """Chain first, device second: no packet ever passes unjudged."""
+    nft.run(
+        ['add chain netdev t later { type filter hook ingress device "absent" priority 0; policy drop; }']
+    )
+    assert of(nft, "chain", "later")["policy"] == "drop"
+
+
+def test_json_does_not_tell_the_device_but_the_text_does(nft: Nft) -> None:
+    """Hence `observe.parse` takes the text of `list chains` as well."""
+    guarded(nft, "accept")
+    assert of(nft, "chain", "c").get("dev") is None
+    assert 'device "p0"' in nft.list_chains()
+
+
+def test_only_the_text_tells_for_certain_that_a_table_sleeps(nft: Nft) -> None:
+    """1.0.6's JSON prints what lies in memory as the flags, or nothing. And saying it again wakes it."""
+    nft.run(["add table netdev t { flags dormant; }"])
+    assert "\tflags dormant" in nft.list_chains()
+    nft.run(["add table netdev t"])
+    assert "flags" not in nft.list_chains()
+
+
+def test_the_terse_listing_has_no_elements(nft: Nft) -> None:
+    nft.run([f"add map netdev t m {{ {MAP}; }}", "add element netdev t m { 1.1.1.1 . tcp . 1 : 1 }"])
+    assert "1.1.1.1" in nft.list_text()
+    assert "1.1.1.1" not in nft.list_chains()
+
+
+def test_flushing_a_chain_keeps_named_counters_and_replacing_an_element_does_not(
+    netns: str, nft: Nft
+) -> None:
+    nft.run(["add counter netdev t seen", f"add map netdev t m {{ {MAP}; counter; }}",
+             "add element netdev t m { 198.51.100.2 . udp . 9 : 7 }"])  # fmt: skip
+    rules = ("counter name seen", "meta mark set ip daddr . meta l4proto . th dport map @m")
+    guarded(nft, *rules)
+    send(netns, count=2)
+    assert packets(nft, "seen") == 2
+    nft.run(["flush chain netdev t c", *(f"add rule netdev t c {rule}" for rule in rules)])
+    assert packets(nft, "seen") == 2
+    assert _element(nft) == 2
+    nft.run(["add element netdev t m { 198.51.100.3 . udp . 9 : 7 }"])
+    nft.run(["delete element netdev t m { 198.51.100.3 . udp . 9 }"])
+    assert _element(nft) == 2, "its neighbours coming and going does not touch it"
+    key = "198.51.100.2 . udp . 9"
+    nft.run([f"delete element netdev t m {{ {key} }}", f"add element netdev t m {{ {key} : 7 }}"])
+    assert _element(nft) == 0
+
+
+def _element(nft: Nft) -> int:
+    [(element, _)] = of(nft, "map", "m")["elem"]  # type: ignore[misc]
+    return int(element["elem"]["counter"]["packets"])
+
+
+def test_the_ethernet_type_is_the_frame_s_own_when_the_kernel_has_taken_the_vlan_tag_off(
+    netns: str, nft: Nft
+) -> None:
+    """`meta protocol` calls a tagged frame IP; the guard goes by `ether type`."""
+    nft.run(["add counter netdev t as_ip", "add counter netdev t plain"])
+    guarded(nft, "meta protocol ip counter name as_ip", "ether type ip counter name plain")
+    with namespace(f"{netns}a"):
+        sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+    sock.bind(("t0", 0))
+    tag, header = b"\x81\0\0\7\x08\0", b"E\0\0\x14\0\0\0\0\x40\x11\0\0" + bytes(8)
+    sock.send(b"\2\0\0\0\0\1" + b"\2\0\0\0\0\2" + tag + header)
+    sock.close()
+    assert packets(nft, "as_ip") == 1
+    assert "plain" in str(nft.list_json())
+    assert of(nft, "counter", "plain")["packets"] == 0
+
+
+def test_a_connection_limit_can_hang_on_an_element(nft: Nft) -> None:
+    nft.run(["add set inet t s { type ifname; size 65535; flags dynamic; }",
+             'add element inet t s { "eg7" ct count over 2 }'])  # fmt: skip
+    [element] = of(nft, "set", "s")["elem"]  # type: ignore[misc]
+    assert element["elem"]["ct count"] == {"val": 2, "inv": True}
+
+
+def test_a_comment_may_have_127_bytes(nft: Nft) -> None:
+    """We stay at 120."""
+    nft.run([f'add counter inet t a {{ comment "{"x" * 127}"; }}'])
+    with pytest.raises(KernelError):
+        nft.run([f'add counter inet t b {{ comment "{"x" * 129}"; }}'])
+
+
+def test_conntrack_s_size_is_one_number_for_all_namespaces(netns: str) -> None:
+    """The table of each namespace is its own, its bound is init's: the gateway cannot set one."""
+    with namespace(f"{netns}b"), pytest.raises(PermissionError), open(
+        "/proc/sys/net/netfilter/nf_conntrack_max", "w"
+    ) as file:  # fmt: skip
+        file.write("5")
+
+
+def test_ten_thousand_elements_in_one_batch_are_quick(nft: Nft) -> None:
+    nft.run([f"add map netdev t m {{ {MAP}; counter; }}"])
+    elements = ", ".join(
+        f'10.{n >> 8}.{n & 255}.4 . tcp . 443 comment "h{n}" : {n + 1}' for n in range(10_000)
+    )
+    start = time.perf_counter()
+    nft.run([f"add element netdev t m {{ {elements} }}"])
+    assert time.perf_counter() - start < 2

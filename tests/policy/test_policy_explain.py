@@ -1,0 +1,166 @@
+"""Explanations and remarks: a person reads them and knows which line to change."""
+
+from __future__ import annotations
+
+import time
+from ipaddress import ip_address
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from policy_texts import allowing, policy
+
+from egressd.model.errors import Unfit
+from egressd.policy.compiled import Protocol
+from egressd.policy.explain import Subject, explain_policy, why
+from egressd.policy.remarks import remarks
+
+TEXT = allowing(
+    "host: api.example.com",
+    "{host: db.internal.example, ports: [5432], private: true}",
+    "local: ollama",
+    "{cidr: 10.20.0.0/16, ports: [5432]}",
+    more="""\
+members: [user:infer, group:research]
+residency: {jurisdictions: [EEA, CH]}
+limits: {wall: 90s, memory: 4096MiB, processes: 128, egress_bytes: 50MiB, connections: 200}
+""",
+)
+POLICY = policy(TEXT)
+
+
+def test_a_policy_in_words() -> None:
+    assert explain_policy(POLICY).splitlines()[1:] == [
+        "guard: enforce: only what is listed is reachable",
+        "members: group:research, user:infer",
+        "residency: CH, EEA",
+        "limit: wall 90s",
+        "limit: memory 4GiB",
+        "limit: processes 128",
+        "limit: egress_bytes 50MiB",
+        "limit: connections 200",
+        "allowed: host api.example.com on 443/tcp (line 4)",
+        "allowed: host db.internal.example on 5432/tcp, also in private ranges (line 5)",
+        "allowed: local service ollama on 11434/tcp of this machine's loopback (line 6)",
+        "allowed: cidr 10.20.0.0/16 on 5432/tcp (line 7)",
+    ]
+    assert explain_policy(POLICY).startswith(f"workspace acme ({POLICY.digest[:19]})\n")
+
+
+def test_the_emptiest_policy_in_words() -> None:
+    assert explain_policy(policy("workspace: acme")).splitlines()[1:] == [
+        "guard: off: nothing is restricted, only counted",
+        "members: none, so nobody may spawn here",
+        "allowed: nothing",
+    ]
+
+
+SUBJECTS = [
+    ("api.example.com", Subject("api.example.com")),
+    ("api.example.com:443", Subject("api.example.com", 443)),
+    ("api.example.com:53/udp", Subject("api.example.com", 53, Protocol.UDP)),
+    ("10.0.0.1", Subject(ip_address("10.0.0.1"))),
+    ("10.0.0.1:80", Subject(ip_address("10.0.0.1"), 80)),
+    ("2001:db8::1", Subject(ip_address("2001:db8::1"))),
+    ("[2001:db8::1]", Subject(ip_address("2001:db8::1"))),
+    ("[2001:db8::1]:443/tcp", Subject(ip_address("2001:db8::1"), 443)),
+    ("::1", Subject(ip_address("::1"))),
+    ("", Subject("")),
+]
+BAD_SUBJECTS = [
+    "a.example:0", "a.example:70000", "a.example:https", "a.example:", "a.example/tcp", "a.example:1/sctp",
+    "[::1]:x", "a:\u0661", "https://a.example", "https://a.example:443/tcp",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "subject"), SUBJECTS)
+def test_subjects(text: str, subject: Subject) -> None:
+    assert Subject.of(text) == subject
+
+
+@pytest.mark.parametrize("text", BAD_SUBJECTS)
+def test_bad_subjects(text: str) -> None:
+    with pytest.raises(Unfit):
+        Subject.of(text)
+
+
+WHY = [
+    ("api.example.com", "allowed in acme", "the rule is: host api.example.com on 443/tcp (line 4)"),
+    ("api.example.com:443", "allowed in acme", "the rule is: host api.example.com on 443/tcp (line 4)"),
+    ("api.example.com:80", "is allowed on 443/tcp, not on 80/tcp [port]", "host api.example.com on 443/tcp"),
+    ("api.exmaple.com", "not on the list of acme [name]", "did you mean api.example.com (line 4)?"),
+    ("www.api.example.com", "[name]", "covers exactly the name it lists, and line 4 lists api.example.com"),
+    ("example.com:443", "[name]", "covers exactly the name it lists, and line 4 lists api.example.com"),
+    ("olama", "[name]", "did you mean ollama (line 6)?"),
+    ("fe80::1%\x1b[2J", "denied", "%"),
+    ("b\u00fccher.example", "is not ASCII [name]", "write xn--bcher-kva.example"),
+    ("10.20.0.1", "allowed in acme: 10.20.0.0/16 is allowed on 5432/tcp (line 7)", "cidr 10.20.0.0/16"),
+    ("10.20.0.1:22", "not on 22/tcp [port]", "cidr 10.20.0.0/16"),
+    ("10.21.0.1", "no cidr rule contains 10.21.0.1", "hosts are reached by name"),
+    ("169.254.169.254:80", "is metadata, which no rule may reach [address]", "denied"),
+    ("[::1]:11434", "is loopback, which no rule may reach [address]", "denied"),
+]
+
+
+@pytest.mark.parametrize(("subject", "first", "also"), WHY)
+def test_why(subject: str, first: str, also: str) -> None:
+    explanation = why(POLICY, subject)
+    assert first in explanation.sentences[0]
+    assert also in str(explanation)
+    assert all(sentence.isprintable() for sentence in explanation.sentences)
+
+
+def test_a_far_name_has_no_near_miss() -> None:
+    assert len(why(POLICY, "unrelated.test").sentences) == 1
+
+
+def test_why_without_enforcement() -> None:
+    loose = policy(TEXT.replace("enforce", "observe"))
+    first, second = why(loose, "other.example:443").sentences
+    assert first == "allowed in acme: guard: observe counts and does not restrict [unrestricted]"
+    assert second.startswith("under guard: enforce it would be denied: other.example is not on the list")
+
+
+@settings(max_examples=200)
+@given(st.text(max_size=60))
+def test_any_subject_is_explained_or_unfit(text: str) -> None:
+    try:
+        explanation = why(POLICY, text)
+    except Unfit as error:
+        assert str(error).isprintable()
+    else:
+        assert all(sentence.isprintable() for sentence in explanation.sentences)
+        assert explanation.sentences[0].startswith(str(explanation.decision.verdict))
+
+
+def test_a_near_miss_among_many_is_found_quickly() -> None:
+    many = policy(allowing(*(f"host: h{n}.example.com" for n in range(16_000))))
+    began = time.perf_counter()
+    assert "did you mean" in str(why(many, "h1234.exmaple.com"))
+    assert time.perf_counter() - began < 1.0
+
+
+# ---- remarks
+
+
+def test_a_complete_policy_earns_one_remark() -> None:
+    (remark,) = remarks(POLICY, source="acme.yaml")
+    assert (remark.source, remark.where) == ("acme.yaml", "residency")
+    assert "not enforced in this version" in remark.text
+
+
+def test_the_emptiest_policy_is_told_what_it_means() -> None:
+    found = {remark.where: remark.text for remark in remarks(policy("workspace: acme"))}
+    assert set(found) == {"guard", "members", "limits"}
+    assert "restricts nothing" in found["guard"]
+    assert "nobody can spawn" in found["members"]
+    assert "wall, memory, processes, egress_bytes, connections" in found["limits"]
+
+
+def test_enforcing_an_empty_list() -> None:
+    assert "allow" in {remark.where for remark in remarks(policy(allowing()))}
+
+
+def test_wide_public_networks() -> None:
+    made = policy(allowing("{cidr: 8.0.0.0/15, ports: [1]}", "{cidr: 10.0.0.0/8, ports: [1]}"))
+    assert [remark.line for remark in remarks(made) if "wide" in remark.text] == [4]
