@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from integration.chatter import MARKER, Chatter
+from integration.chatter import MARKER as CHATTER
+from integration.chatter import Chatter
 from integration.probe import Resident
 from lab import topology as t
 from lab.machine import poll
@@ -33,6 +34,7 @@ FLOWS = [
     "tcp4 plain.test 7", "tcp6 plain.test 7", "udp4 plain.test 443", "udp6 plain.test 443",
     f"tcp4 {t.DB4} 7", f"tcp6 {t.DB6} 7",
 ]  # fmt: skip
+MARKER = "two-keys-91c4"
 NFT = ["nft", "flush", "ruleset"]
 RULES = [["ip", family, "rule", "flush"] for family in ("-4", "-6")]
 HOST_SERVICES = [
@@ -85,7 +87,7 @@ def test_without_a_key_nothing_leaves_and_the_host_does_not_answer(
             since = uplink.settle()
             for flow in FLOWS:
                 chatter.wait_for_failure(flow, timeout=20)
-            frames = [f for f in uplink.frames(since=since, outgoing=True) if MARKER.encode() in f.data]
+            frames = [f for f in uplink.frames(since=since, outgoing=True) if CHATTER.encode() in f.data]
             assert not frames, f"{len(frames)} frames left after the key was gone"
         poll(lambda: daemon.json("status")["alarms"], timeout=5, what="an alarm")
     with Resident(daemon) as resident:

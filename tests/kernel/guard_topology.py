@@ -99,7 +99,7 @@ def poll(condition: Callable[[], bool], *, seconds: float = 3.0) -> bool:
 @contextlib.contextmanager
 def inside(namespace: str) -> Iterator[None]:
     """This thread in a namespace; sockets made here stay there."""
-    with open("/proc/thread-self/ns/net") as before, open(f"/run/netns/{namespace}") as there:
+    with Path("/proc/thread-self/ns/net").open() as before, Path(f"/run/netns/{namespace}").open() as there:
         _setns(there.fileno())
         try:
             yield
@@ -381,12 +381,12 @@ class Topology:
         return sock
 
     def timed(
-        self, number: int, address: str, port: int, *, kind: int = socket.SOCK_STREAM
+        self, number: int, address: str, port: int, *, kind: int = socket.SOCK_STREAM, seconds: float = 2
     ) -> tuple[str, float]:
         """("ok" or the error's name, milliseconds) of one attempt."""
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         sock = self.plug(self.sandbox(number), family, kind)
-        sock.settimeout(2)
+        sock.settimeout(seconds)
         start = time.perf_counter()
         try:
             sock.connect((address, port))

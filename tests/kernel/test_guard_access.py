@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Iterator
 from ipaddress import ip_network
@@ -28,9 +29,10 @@ from guard_topology import (
 )
 
 from egressd.model.identities import Link
+from egressd.packets import nflog
 from egressd.ruleset import diff
 from egressd.ruleset.books import books
-from egressd.ruleset.layout import INSPECTOR_PORT, RESOLVER4, RESOLVER6, Kind
+from egressd.ruleset.layout import INSPECTOR_PORT, NFLOG_GROUP, RESOLVER4, RESOLVER6, Kind
 from egressd.ruleset.observe import Counters, Tally
 
 pytestmark = pytest.mark.kernel
@@ -163,6 +165,7 @@ def test_a_name_without_an_address_is_refused_at_once(there: Topology, family: i
     assert (outcome, milliseconds < AT_ONCE) == ("ConnectionRefusedError", True)
     after = there.counters()
     assert (after.late["unresolved"] - before.late["unresolved"]).packets == 1
+    assert after.replies[there.mark("nowhere.test")] == Tally(), "our own refusal is nobody's reply"
     assert frames(uplink) == []
 
 
@@ -285,5 +288,32 @@ def test_marks_say_whose_they_are(there: Topology) -> None:
     assert ("plain.test", Kind.FORWARD) in kinds
     assert ("10.3.0.2/32", Kind.DIRECT) in kinds
     assert ("(resolver)", Kind.RESOLVE) in kinds
+
+
+# ---- the log
+
+
+def test_every_denial_is_logged_with_workspace_and_reason(there: Topology) -> None:
+    """And what observe lets through; a late refusal has "-" for the workspace, and the link tells it."""
+    log = there.plug(there.gateway, socket.AF_NETLINK, socket.SOCK_RAW, 12)  # NETLINK_NETFILTER
+    log.bind((0, 0))
+    log.send(nflog.configure(group=NFLOG_GROUP, batch=1))
+    log.setblocking(False)
+    there.timed(1, SERVER4, 81)
+    there.timed(1, SERVER6, 81, kind=socket.SOCK_DGRAM)
+    there.timed(3, SERVER4, 9999)
+    there.timed(1, there.address("nowhere.test"), 80)
     with inside(there.gateway):
-        pass
+        index = socket.if_nametoindex("eg1")
+    seen: list[nflog.Logged] = []
+
+    def arrived() -> bool:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                seen.extend(m for m in nflog.parse(log.recv(1 << 16)) if isinstance(m, nflog.Logged))
+        return len({m.prefix for m in seen}) >= 3
+
+    assert poll(arrived), seen
+    assert {m.prefix for m in seen} == {"acme unlisted", "watch unlisted", "- unresolved"}
+    assert {m.indev for m in seen if m.prefix in ("acme unlisted", "- unresolved")} == {index}
+    assert all(0 < len(m.payload) <= 128 for m in seen)

@@ -111,7 +111,7 @@ def cases(t: Topology) -> list[Case]:
         Case("v6 no source", ether(IPv6(src="::", dst="ff02::1:ff00:53") / ICMPv6ND_NS()), "source"),
         # misshapen
         Case("v4 first fragment", ether(IP(src=ME4, dst=plain4, flags="MF") / syn), "shape"),
-        Case("v4 last fragment", ether(IP(src=ME4, dst=plain4, frag=100, proto=6) / Raw(b"\0" * 40)), "shape"),
+        Case("v4 last fragment", ether(IP(src=ME4, dst=plain4, frag=9, proto=6) / Raw(b"\0" * 40)), "shape"),
         Case("v4 source route", ether(
             IP(src=ME4, dst=plain4, options=[IPOption(bytes.fromhex("8307040a03000200"))]) / syn), "shape"),
         Case("v6 fragment", ether(web6 / IPv6ExtHdrFragment(offset=0, m=1) / syn), "shape"),
@@ -120,14 +120,14 @@ def cases(t: Topology) -> list[Case]:
         Case("v6 routing", ether(web6 / IPv6ExtHdrRouting(addresses=[SERVER6]) / syn), "shape"),
         Case("v6 destination options", ether(web6 / IPv6ExtHdrDestOpt() / syn), "shape"),
         Case("v6 authentication header", ether(web6 / AH(nh=6, spi=1, seq=1, icv=b"\0" * 12) / syn), "shape"),
-        Case("v4 header longer than the packet", ether(IP(src=ME4, dst=plain4, ihl=15, len=40) / syn), "shape"),
+        Case("v4 header beyond the packet", ether(IP(src=ME4, dst=plain4, ihl=15, len=40) / syn), "shape"),
         Case("v4 total length too long", ether(IP(src=ME4, dst=plain4, len=4000) / syn), "shape"),
         Case("v4 version 5", ether(IP(src=ME4, dst=plain4, version=5) / syn), "shape"),
         # cut short: there is not even a source to compare
         Case("v4 cut in the header", bytes(ether(web4 / syn))[: 14 + 12], "source"),
         Case("v6 cut in the header", bytes(ether(web6 / syn))[: 14 + 20], "source"),
         # the source is whole, the port is not
-        Case("v4 cut in the ports", bytes(ether(IP(src=ME4, dst=plain4, len=22) / syn))[: 14 + 22], "unlisted"),
+        Case("v4 cut in the ports", bytes(ether(IP(src=ME4, dst=plain4, len=22) / syn))[:36], "unlisted"),
         # not IP
         Case("ARP", ether(ARP(pdst="169.254.53.53"), dst="ff:ff:ff:ff:ff:ff"), "other"),
         Case("VLAN", ether(Dot1Q(vlan=7) / web4 / syn), "other"),

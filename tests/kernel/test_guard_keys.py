@@ -184,20 +184,6 @@ def test_a_revoked_host_leaves_its_address_unused(there: Topology) -> None:
     assert {there.address("plain.test", family) for family in (4, 6)} == old, "its own again"
 
 
-def test_a_reused_mark_does_not_lead_an_old_flow_on(there: Topology) -> None:
-    """Even when a name comes back, a stranger does not inherit: the address is another."""
-    sock = open_stream(there, 4)
-    there.apply(policy(*[r for r in ACME if r.key != "plain.test"]))
-    with pytest.raises(OSError):
-        for _ in range(100):
-            sock.send(b"x")
-    there.apply(policy(named("other.test", tcp(80))))
-    there.resolve("other.test", SERVER4)
-    raw = there.raw(there.sandbox(1), "eth0")
-    assert there.address("other.test") != str(POOLS.synthetic(1)[0])
-    raw.close()
-
-
 @FAMILIES
 def test_a_moved_name_keeps_its_open_connection(there: Topology, family: int) -> None:
     """Rotating records change the NAT map, which conntrack asks once per connection."""
@@ -232,6 +218,15 @@ def test_untracked_packets_are_not_forwarded(there: Topology) -> None:
     assert frames(uplink) == []
 
 
+@FAMILIES
+def test_a_link_without_a_guard_is_told_apart_and_gets_nowhere(there: Topology, family: int) -> None:
+    there.nft.run(["flush chain netdev egressd eg1", "delete chain netdev egressd eg1"])
+    uplink, before = there.raw(there.internet, "inet0"), there.counters().late["unmarked"].packets
+    assert there.timed(1, there.address("plain.test", family), 80, seconds=0.1)[0] != "ok"
+    assert there.counters().late["unmarked"].packets > before
+    assert frames(uplink) == []
+
+
 def test_a_chain_is_not_left_for_the_next_device_of_its_name(there: Topology) -> None:
     there.disconnect(1)
     assert diff.plan(there.observed(), there.wanted()) == ()
@@ -251,6 +246,9 @@ def test_unlinking_twice_and_with_everything_gone_is_no_error(there: Topology) -
 def test_one_connection_too_many_is_refused_at_once(there: Topology, family: int) -> None:
     there.apply(policy(*ACME, limits=Limits(connections=3)))
     there.connect(2)
+    resolver = "169.254.53.53" if family == 4 else "fd53:53::53"
+    for _ in range(5):
+        there.timed(1, resolver, 53, kind=socket.SOCK_DGRAM)  # questions do not count
     socks = [there.client(1, there.address("plain.test", family), 80) for _ in range(3)]
     before = there.counters()
     outcome, milliseconds = there.timed(1, there.address("plain.test", family), 80)
@@ -301,7 +299,10 @@ TAMPERING = {
     ],
     "a set added": ["add set inet egressd extra { type ipv4_addr; }"],
     "a map widened": ["add element netdev egressd unreachable4 { 8.8.8.8 }"],
-    "a counter taken": ["flush chain netdev egressd acme_source", "delete counter netdev egressd acme_source_denied"],
+    "a counter taken": [
+        "flush chain netdev egressd acme_source",
+        "delete counter netdev egressd acme_source_denied",
+    ],
     "a table asleep": ["add table netdev egressd { flags dormant; }"],
     "a table gone": ["delete table inet egressd"],
     "all gone": ["flush ruleset"],

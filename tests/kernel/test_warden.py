@@ -51,16 +51,29 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         yield world
 
 
+@pytest.fixture(scope="module")
+def serving(world: World) -> Warden:
+    """One process for most tests: two in one gateway would undo each other's work."""
+    return world.warden()
+
+
 @pytest.fixture
-def warden(world: World) -> Iterator[Warden]:
-    """With acme, and nothing else standing."""
-    warden = world.warden()
-    warden.begin(acme())
-    yield warden
-    world.children.remove(warden)
-    warden.stop()
+def warden(world: World, serving: Warden) -> Iterator[Warden]:
+    """As a controller finds it that has just started: with acme, and nothing else standing."""
+    serving.reconnect()
+    serving.begin(acme())
+    serving.unasked.clear()
+    yield serving
     while world.inhabitants:
         world.inhabitants.pop().close()
+
+
+@pytest.fixture
+def another(tmp_path: Path) -> Iterator[World]:
+    """A gateway whose wardens may come and go."""
+    with nothing_left(), World(tmp_path) as another:
+        another.found()
+        yield another
 
 
 def chains(world: World) -> str:
@@ -287,7 +300,7 @@ def test_a_want_that_claims_what_is_not_its_own_is_refused(what: str, world: Wor
 
 
 @pytest.mark.parametrize(
-    "data", [b"[", b"{}", b"[1]", b'[{"workspace":"a;b","index":1,"guard":"off"}]', b"\xff" * 9, b"[" * 5000]
+    "data", [b"[ ", b"{}", b"[1]", b'[{"workspace":"a;b","index":1,"guard":"off"}]', b"\xff" * 9, b"[" * 5000]
 )
 def test_a_payload_that_is_no_list_of_wants_is_refused(data: bytes, world: World, warden: Warden) -> None:
     before = ruleset(world)
@@ -381,7 +394,7 @@ def test_a_descriptor_too_many_ends_the_connection_and_leaks_none(world: World, 
         warden.controller.receive()
     warden.reconnect()
     warden.begin(acme())
-    assert len(list(descriptors.iterdir())) == before
+    poll(lambda: len(list(descriptors.iterdir())) == before, what="no descriptor to be left")
 
 
 def test_a_payload_that_could_still_change_is_refused(warden: Warden) -> None:
@@ -405,21 +418,19 @@ def test_a_controller_that_asks_and_goes_leaves_a_warden_that_serves_the_next(
     assert warden.process.poll() is None
 
 
-def test_it_ends_with_its_supervisor(world: World) -> None:
-    warden = world.warden()
+def test_it_ends_with_its_supervisor(another: World) -> None:
+    warden = another.warden()
     warden.supervisor.close()
     assert warden.process.wait(5) == 0
-    world.children.remove(warden)
-    warden.stop()
 
 
 # ---- restarts
 
 
-def test_a_new_warden_adopts_what_is_named_and_removes_the_rest(world: World) -> None:
-    first = world.warden()
+def test_a_new_warden_adopts_what_is_named_and_removes_the_rest(another: World) -> None:
+    first = another.warden()
     first.begin(acme(), want("other", element(1, 22, "ssh.test", index=2), index=2))
-    kept, left = world.inhabitant(), world.inhabitant()
+    kept, left = another.inhabitant(), another.inhabitant()
     first.open(30, kept.net)
     first.open(31, left.net, workspace="other")
     first.nat(*nat(PLAIN, "192.0.2.80"))
@@ -428,11 +439,13 @@ def test_a_new_warden_adopts_what_is_named_and_removes_the_rest(world: World) ->
     with namespaces.inside(kept.net), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
         udp.sendto(b"x" * 10, (str(synthetic), 443))
     first.stop()
-    world.children.remove(first)
+    another.children.remove(first)
 
-    second = world.warden()
+    second = another.warden()
     second.workspaces(acme())
-    assert "chain eg30 {" in chains(world) and "chain eg31 {" in chains(world)  # nothing is cut before Settle
+    assert "chain eg30 {" in chains(another) and "chain eg31 {" in chains(
+        another
+    )  # nothing is cut before Settle
     assert isinstance(
         second.ask(messages.KeepLink, link=30, workspace="acme", owner=USER, quota=None), messages.Done
     )
@@ -440,13 +453,12 @@ def test_a_new_warden_adopts_what_is_named_and_removes_the_rest(world: World) ->
     assert missing.reason == "namespace"
     assert second.nat(*nat(PLAIN, "192.0.2.80")).changes == 0  # it stands already
     second.ask(messages.Settle)
-    listing = world.nft("list ruleset")
+    listing = another.nft("list ruleset")
     assert "chain eg30 {" in listing and "eg31" not in listing and "ssh.test" not in listing
     assert _element(second, "quic.test") == (1, 38)  # the counter lived through it
     again = second.open(33, kept.net)
     assert again.reason == "namespace"  # its eth0 is there
     assert second.close(30).counters["ok"] == (1, 38)
-    second.workspaces()
 
 
 def test_a_new_controller_must_name_again_what_it_keeps(world: World, warden: Warden) -> None:
@@ -480,7 +492,7 @@ TAMPERING = {
     "the whole ruleset": "nft flush ruleset",
     "one table": "nft delete table inet egressd",
     "the other": "nft flush table netdev egressd",
-    "a rule on top that accepts": "nft insert rule inet egressd forward accept",
+    "a rule on top that accepts": "nft insert rule inet egressd forwarding accept",
     "an element of ours": "nft delete element netdev egressd acme_out4 { 198.18.0.4 . tcp . 80 }",
     "an element more": "nft add element netdev egressd acme_out4 { 198.18.9.0 . tcp . 80 : 0x80004009 }",
     "a counter of elements": "nft flush map netdev egressd acme_out6",
@@ -519,7 +531,7 @@ def test_what_others_change_is_restored_within_a_second_and_told(
 ) -> None:
     world, warden = settled
     sound = state(world)
-    warden.unasked.clear()
+    warden.quiet()
     began = time.monotonic()
     sh(TAMPERING[what], namespace=world.gateway)
     tampered = restored(warden)
@@ -543,11 +555,11 @@ def test_each_rule_of_the_ruleset_removed_alone_is_put_back(settled: tuple[World
                     for other in msgspec.json.decode(listing)["nftables"]
                     if other.get("rule", {}).get("chain") == rule["chain"]
                 ].index(rule["handle"])
+                warden.quiet()
                 _delete_rule(world, family, rule["chain"], place)
-                warden.unasked.clear()
                 restored(warden)
                 count += 1
-        assert ruleset(world) == sound
+        poll(lambda: ruleset(world) == sound, what="the ruleset to be whole")
     assert count > 40
 
 
@@ -561,10 +573,11 @@ def test_the_last_counters_of_what_others_delete_are_kept(world: World, warden: 
     one = world.inhabitant()
     warden.open(60, one.net)
     plumb(one, 60)
+    packets, octets = _element(warden, "quic.test") or (0, 0)  # the same want: its counter lives on
     with namespaces.inside(one.net), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
         udp.sendto(b"x" * 10, (str(POOLS.synthetic(QUIC)[0]), 443))
     world.nft(f"delete element netdev egressd acme_out4 {{ {POOLS.synthetic(QUIC)[0]} . udp . 443 }}")
-    assert restored(warden).lost == {"acme_out4 quic.test": (1, 38)}
+    assert restored(warden).lost == {"acme_out4 quic.test": (packets + 1, octets + 38)}
     assert _element(warden, "quic.test") == (0, 0)
     warden.close(60)
 

@@ -27,7 +27,7 @@ MAP = "type ipv4_addr . inet_proto . inet_service : mark"
 
 @contextlib.contextmanager
 def namespace(name: str) -> Iterator[None]:
-    with open("/proc/thread-self/ns/net") as before, open(f"/run/netns/{name}") as there:
+    with Path("/proc/thread-self/ns/net").open() as before, Path(f"/run/netns/{name}").open() as there:
         assert _libc.setns(there.fileno(), 0) == 0
         try:
             yield
@@ -272,10 +272,8 @@ def test_a_comment_may_have_127_bytes(nft: Nft) -> None:
 
 def test_conntrack_s_size_is_one_number_for_all_namespaces(netns: str) -> None:
     """The table of each namespace is its own, its bound is init's: the gateway cannot set one."""
-    with namespace(f"{netns}b"), pytest.raises(PermissionError), open(
-        "/proc/sys/net/netfilter/nf_conntrack_max", "w"
-    ) as file:  # fmt: skip
-        file.write("5")
+    with namespace(f"{netns}b"), pytest.raises(PermissionError):
+        Path("/proc/sys/net/netfilter/nf_conntrack_max").write_text("5")
 
 
 def test_ten_thousand_elements_in_one_batch_are_quick(nft: Nft) -> None:

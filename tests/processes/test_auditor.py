@@ -21,6 +21,7 @@ from scapy.layers.inet6 import IPv6
 
 from egressd.ipc import messages
 from egressd.journal import records, segments
+from egressd.ruleset.layout import LINK_INDEX
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="starts a process that gives up root")
 
@@ -165,13 +166,17 @@ def test_a_forged_source_is_attributed_by_the_interface_it_came_in_on(auditor: A
     auditor.bind(7, "acme", SOURCE4, SOURCE6)
     auditor.bind(8, "acme", "198.19.0.8", "fd53:1::8")
     forged = IP(src="198.19.0.8", dst="203.0.113.9") / TCP(dport=443)  # link 7 says it is link 8
-    denial(auditor, forged, "acme source", sequence=0, indev=12)
-    (unknown,) = auditor.wait_for("denied")
-    assert (unknown["link"], unknown["interface_index"], unknown["source"]) == (None, 12, "198.19.0.8")
-    denial(auditor, IP(src=SOURCE4, dst="203.0.113.9") / TCP(dport=1), sequence=1, indev=12)
-    auditor.wait_for("denied", 2)
-    denial(auditor, forged, "acme source", sequence=2, indev=12)
-    assert auditor.wait_for("denied", 3)[2]["link"] == "eg7"
+    denial(auditor, forged, "acme source", sequence=0, indev=LINK_INDEX + 7)
+    denial(auditor, forged, "acme source", sequence=1, indev=12)  # no interface of ours
+    denial(auditor, forged, "acme unlisted", sequence=2, indev=LINK_INDEX + 7)
+    denial(auditor, forged, "other source", sequence=3, indev=LINK_INDEX + 7)  # not its workspace's rule
+    denial(
+        auditor, forged, "other source", sequence=4, indev=LINK_INDEX + 9
+    )  # never heard of: the index says it
+    found = auditor.wait_for("denied", 5)
+    assert [f["link"] for f in found] == ["eg7", None, "eg7", None, "eg9"]
+    assert [f.get("interface_index") for f in found] == [None, 12, None, LINK_INDEX + 7, None]
+    assert {f["source"] for f in found} == {"198.19.0.8"}
 
 
 def test_a_link_of_another_workspace_is_never_named(auditor: Auditor) -> None:

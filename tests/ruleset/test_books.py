@@ -7,6 +7,7 @@ import msgspec
 from egressd.ruleset.books import Books, books
 from egressd.ruleset.observe import Counters, ElementCount, LinkCounts, Tally, counters
 
+NOTHING = Tally()
 NONE: dict[str, Tally] = {}
 
 
@@ -23,7 +24,7 @@ def element(packets: int, size: int, workspace: str = "acme") -> ElementCount:
     )
 
 
-def link(ok: Tally, denied: Tally = Tally(), other: Tally = Tally()) -> LinkCounts:
+def link(ok: Tally, denied: Tally = NOTHING, other: Tally = NOTHING) -> LinkCounts:
     return LinkCounts(in_=ok + denied + other, ok=ok, denied=denied, other=other)
 
 

@@ -6,6 +6,7 @@ import ctypes
 import os
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from policies import EXAMPLE, host, local, network, policy, tcp, udp
 
 from egressd.kernel.nft import Nft
+from egressd.model.errors import KernelError
 from egressd.model.identities import Link
 from egressd.policy.compiled import Guard, Policy
 from egressd.ruleset import build, diff, observe
@@ -31,7 +33,7 @@ def nft() -> Iterator[Nft]:
     name = f"rs-{os.getpid()}"
     subprocess.run(["ip", "netns", "add", name], check=True)
     libc = ctypes.CDLL(None, use_errno=True)
-    with open("/proc/thread-self/ns/net") as before, open(f"/run/netns/{name}") as there:
+    with Path("/proc/thread-self/ns/net").open() as before, Path(f"/run/netns/{name}").open() as there:
         assert libc.setns(there.fileno(), 0) == 0
         made = Nft()
         assert libc.setns(before.fileno(), 0) == 0
@@ -220,4 +222,22 @@ def test_a_rule_of_somebody_else_is_found_and_goes(nft: Nft, rule: str) -> None:
     operations = diff.plan(seen(nft), wanted)
     assert any("rules of" in operation.describe() for operation in operations)
     nft.run(diff.commands(operations))
+    assert diff.plan(seen(nft), wanted) == ()
+
+
+@pytest.mark.parametrize("guard", Guard)
+def test_a_workspace_comes_and_goes_by_the_fast_path(nft: Nft, guard: Guard) -> None:
+    reset(nft)
+    found = wants(policy(*EXAMPLE, guard=guard, connections=3))
+    nft.run(diff.commands(diff.changes(None, found["acme"])))
+    assert diff.plan(seen(nft), Desired(pools=POOLS, wants=found)) == ()
+    nft.run(diff.commands(diff.changes(found["acme"], None)))
+    assert diff.plan(seen(nft), Desired(pools=POOLS, wants={})) == ()
+
+
+def test_a_batch_that_fails_changes_nothing(nft: Nft) -> None:
+    wanted = everything(FULL)
+    construct(nft, wanted)
+    with pytest.raises(KernelError, match="No such file"):
+        nft.run(["flush chain netdev egressd acme_4", "delete counter netdev egressd not_there"])
     assert diff.plan(seen(nft), wanted) == ()

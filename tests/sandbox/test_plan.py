@@ -11,7 +11,7 @@ DEBIAN = Machine(
     roots={"bin": "usr/bin", "sbin": "usr/sbin", "lib": "usr/lib", "lib64": "usr/lib64"},
     overlays=tuple(Overlay(name=name, resolved=name) for name in room.DATA_FILES),
 )
-GATE = 'IFS= read -r g <&8 && [ "$g" = go ] || exit 125; exec 8<&-; ulimit -c 0; exec "$@"'
+GATE = 'echo >&7; exec 7>&-; IFS= read -r g <&8 && [ "$g" = go ] || exit 125; exec 8<&-; ulimit -c 0; exec "$@"'
 
 
 def words(spec: SandboxSpec, machine: Machine = DEBIAN) -> list[str]:
@@ -132,6 +132,6 @@ def test_the_description_can_be_pasted() -> None:
     text = describe(plan(SandboxSpec(command=("echo", "it's")), DEBIAN))
     first, *rest = text.splitlines()
     assert first.startswith("bwrap --unshare-all")
-    assert first.endswith("egressctl echo 'it'\"'\"'s' 8<<<go 11<<'EOF11' 12<<'EOF12' 13<<'EOF13'")
+    assert first.endswith("egressctl echo 'it'\"'\"'s' 7>/dev/null 8<<<go 11<<'EOF11' 12<<'EOF12' 13<<'EOF13'")
     assert "--seccomp" not in first
     assert rest[-1] == "EOF13"

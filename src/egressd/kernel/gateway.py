@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_interface
 
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
@@ -38,7 +38,7 @@ from egressd.ruleset import layout
 from egressd.ruleset.layout import HOST_LINK, UPLINK, Kind, Pools
 
 __all__ = [
-    "GATEWAY_SETTINGS", "GATEWAY_THINGS", "RULES", "Step", "backstops", "gateway_steps", "host_settings",
+    "GATEWAY_SETTINGS", "RULES", "Step", "backstops", "gateway_steps", "gateway_things", "host_settings",
     "host_steps", "make_pair", "run",
 ]  # fmt: skip
 
@@ -123,19 +123,22 @@ def _pair_end(
 _GATEWAY_END = (layout.UPLINK_GATEWAY4, layout.UPLINK_GATEWAY6)
 _HOST_END = (layout.UPLINK_HOST4, layout.UPLINK_HOST6)
 
-GATEWAY_THINGS: tuple[Thing, ...] = (
-    Address("lo", IPv4Address("127.0.0.1"), 8),
-    Address("lo", IPv6Address("::1"), 128),
-    Address("lo", layout.RESOLVER4, 32),
-    Address("lo", layout.RESOLVER6, 128),
-    *_pair_end(UPLINK, HOST_MAC, _GATEWAY_END, _HOST_END),
-    *(
-        Route(network=network, device="lo", table=layout.ROUTES_INSPECT, kind="local")
-        for network in (_ANY4, _ANY6)
-    ),
-    Route(network=_ANY4, device=UPLINK, table=layout.ROUTES_FORWARD, via=layout.UPLINK_HOST4),
-    Route(network=_ANY6, device=UPLINK, table=layout.ROUTES_FORWARD, via=layout.UPLINK_HOST6),
-)
+
+def gateway_things(pools: Pools) -> list[Thing]:
+    """Addresses, neighbours and routes of the gateway, sandboxes' links aside."""
+    things: list[Thing] = [
+        Address("lo", IPv4Address("127.0.0.1"), 8),
+        Address("lo", IPv6Address("::1"), 128),
+        Address("lo", layout.RESOLVER4, 32),
+        Address("lo", layout.RESOLVER6, 128),
+        *_pair_end(UPLINK, HOST_MAC, _GATEWAY_END, _HOST_END),
+        Route(network=_ANY4, device=UPLINK, table=layout.ROUTES_FORWARD, via=layout.UPLINK_HOST4),
+        Route(network=_ANY6, device=UPLINK, table=layout.ROUTES_FORWARD, via=layout.UPLINK_HOST6),
+    ]
+    for network in (_ANY4, _ANY6):
+        things.append(Route(network=network, device="lo", table=layout.ROUTES_INSPECT, kind="local"))
+    # An admitted packet that was not translated (somebody flushed `table inet`) ends here, unsent.
+    return things + [replace(route, table=layout.ROUTES_FORWARD) for route in backstops(pools)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +183,9 @@ def gateway_steps(route: Netlink, *, links: Links, live: Iterable[Link] = ()) ->
         for link in standing
         if not links.sound(devices[link.device])
     ]
-    wanted: list[Thing] = [thing for thing in GATEWAY_THINGS if _device_of(thing) in devices]
+    wanted: list[Thing] = [
+        thing for thing in gateway_things(links.pools) if _device_of(thing) in ("", *devices)
+    ]
     for link in standing:
         wanted += links.things(link)
     return steps + thing_steps(tables, devices, wanted, foreign_routes=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from egressd.kernel.monitor import Batch, Monitor
+from egressd.kernel.monitor import Batch, Count, Monitor
 from egressd.kernel.nft import Nft
 
 __all__ = ["Ledger"]
@@ -40,6 +40,10 @@ class Ledger:
             else:
                 self.foreign.append(batch)
         return own
+
+    def count(self, name: str) -> Count | None:
+        """See `Monitor.count`."""
+        return self._monitor.count(name)
 
     def look(self) -> bool:
         """Take in what was heard; True if the ruleset is not as our last batch left it."""

@@ -17,11 +17,9 @@ from ipaddress import IPv4Address, IPv6Address
 
 from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 
-from egressd.kernel.conntrack import Conntrack
 from egressd.kernel.ledger import Ledger
 from egressd.kernel.monitor import Count
 from egressd.kernel.netlink import CREATE, EXCLUSIVE, Netlink, NetlinkError, Request, attribute, encode
-from egressd.kernel.nft import Nft
 from egressd.kernel.routing import (
     IFF_NOARP,
     NEWLINK,
@@ -48,27 +46,30 @@ SANDBOX_DEVICE = "eth0"
 # next ones, sent along, can refer to it. Far above what the kernel hands out by itself.
 _INDEX_BASE = 1 << 20
 _MTU = 1500
+_PARTS = ("in", "ok", "denied", "other")  # of what came, see ruleset.build
 
 
 class Links:
     """The links of the gateway this thread is in."""
 
-    def __init__(self, route: Netlink, nft: Nft | Ledger, conntrack: Conntrack, pools: Pools) -> None:
-        self._route, self._nft, self._conntrack, self._pools = route, nft, conntrack, pools
+    def __init__(self, route: Netlink, ledger: Ledger | None, pools: Pools) -> None:
+        """`ledger` None: to look and to repair, not to open or close."""
+        self._route, self._ledger, self.pools = route, ledger, pools
 
     def open(self, link: Link, want: WorkspaceWant, *, namespace: int, quota: int | None) -> None:
         """Make the link, guard first. `Refused` if the namespace cannot take it, KernelError if the
         kernel fails; either way nothing of it is left."""
+        assert self._ledger is not None
         try:
             self._route.run([_create(link, namespace)])
         except NetlinkError as error:
             raise _told(error) from error
         try:
-            self._nft.run(build.link(link, want, self._pools, quota))
-            self._route.run(_raise(link, self._pools.sandbox(link)))
+            self._ledger.run(build.link(link, want, self.pools, quota))
+            self._route.run(_raise(link, self.pools.sandbox(link)))
         except BaseException:
             self._route.run([remove_link(link.device)])
-            self._nft.run(build.unlink(link))
+            self._ledger.run(build.unlink(link))
             raise
 
     def raise_device(self, device: Device) -> Request:
@@ -77,21 +78,16 @@ class Links:
 
     def things(self, link: Link) -> list[Thing]:
         """Neighbours and routes of the gateway's side."""
-        return [thing for address in self._pools.sandbox(link) for thing in _reaching(address, link.device)]
+        return [thing for address in self.pools.sandbox(link) for thing in _reaching(address, link.device)]
 
     def silence(self, link: Link) -> dict[str, Count]:
         """From now on nothing passes: device down, chain and counters gone. Whatever is gone already is no
         error. Returns its last counters, by "in", "ok", "denied", "other"."""
-        self._route.run([set_down(link.device)])
-        batch = self._nft.run(build.unlink(link))
-        prefix = f"{link.device}_"
-        found = batch.counters if batch else {}
-        return {name.removeprefix(prefix): count for name, count in found.items() if name.startswith(prefix)}
-
-    def erase(self, link: Link) -> None:
-        """The slow rest, about 30 ms of waiting for the kernel: device and connections."""
-        self._route.run([remove_link(link.device)])
-        self._conntrack.forget_sources(self._pools.sandbox(link))
+        assert self._ledger is not None
+        self._route.run([set_down(link.device)])  # waits until no packet is on its way through the chain
+        counts = {part: self._ledger.count(f"{link.device}_{part}") for part in _PARTS}
+        self._ledger.run(build.unlink(link))
+        return {part: count for part, count in counts.items() if count is not None}
 
     def present(self) -> dict[Link, Device]:
         """Every device with a link's name."""

@@ -2,8 +2,9 @@
 
 nftables numbers its rulesets: every committed batch adds one to the generation. egressd counts its own
 batches, so a generation that is not accounted for is somebody else's, also when the notification was lost.
-The notifications tell the rest: the process that committed (NFTA_GEN_PROC_*), and each deleted element or
-named counter with its last value, which exists nowhere else any more.
+The notifications tell the rest: the process that committed (NFTA_GEN_PROC_*), and each deleted element with
+its last counter, which exists nowhere else any more. (A deleted named counter comes without its value, and
+the elements of a deleted map do not come at all: these are read before.)
 
 Formats: linux/netfilter/nf_tables.h. Notifications of one batch end with its NEWGEN.
 """
@@ -16,15 +17,17 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from egressd.kernel import netlink
-from egressd.kernel.netlink import Netlink, NetlinkError, Reply, Request, attributes
+from egressd.kernel.netlink import Netlink, NetlinkError, Reply, Request, attribute, attributes
+from egressd.ruleset import layout
 
 __all__ = ["Batch", "Count", "GoneElement", "Monitor", "News"]
 
 _NFTABLES = 10 << 8  # NFNL_SUBSYS_NFTABLES
-_DELSET, _DELETE_ELEMENT, _NEWGEN, _GETGEN, _DELETE_OBJECT = 11, 14, 15, 16, 20
+_DELETE_ELEMENT, _NEWGEN, _GETGEN, _GET_OBJECT = 14, 15, 16, 19
 _GROUP_NFTABLES = 7  # NFNLGRP_NFTABLES
 _ROUTE_GROUPS = (1, 3, 5, 7, 8, 9, 11, 19)  # RTNLGRP_LINK, NEIGH, IPV4_{IFADDR,ROUTE,RULE}, IPV6_*
 _COMMENT = 0  # NFTNL_UDATA_SET_ELEM_COMMENT (libnftnl/udata.h)
+_NETDEV, _COUNTER = 5, 1  # NFPROTO_NETDEV, NFT_OBJECT_COUNTER
 _BUFFER = 32 << 20  # bytes; 100,000 deleted elements fit
 _ROUTE_BUFFER = 4 << 20
 
@@ -47,7 +50,6 @@ class Batch:
     generation: int = 0
     process: str = ""
     elements: list[GoneElement] = field(default_factory=list)
-    counters: dict[str, Count] = field(default_factory=dict)  # named counters that went
 
 
 @dataclass(slots=True)
@@ -80,6 +82,15 @@ class Monitor:
         (reply,) = self._asking.ask(request)
         return _u32(dict(attributes(reply.body[4:]))[1])
 
+    def count(self, name: str) -> Count | None:
+        """A named counter of `table netdev egressd`; None if there is none of that name."""
+        body = struct.pack("=BBH", _NETDEV, 0, 0)
+        body += attribute(1, f"{layout.TABLE}\0".encode()) + attribute(2, f"{name}\0".encode())
+        body += attribute(3, struct.pack(">I", _COUNTER))
+        gone = frozenset({errno.ENOENT})
+        replies = self._asking.ask(Request(_NFTABLES | _GET_OBJECT, body, f"read {name}", 0, gone))
+        return _count(dict(attributes(replies[0].body[4:]))[4]) if replies else None
+
     def news(self) -> News:
         """What has arrived; never waits. The kernel queues a batch's notifications before it
         acknowledges the batch, so those of our own last one are always here."""
@@ -101,8 +112,6 @@ class Monitor:
         kind = event.kind & 0xFF
         if kind == _DELETE_ELEMENT:
             self._open.elements += _elements(event.body)
-        elif kind == _DELETE_OBJECT:
-            self._open.counters |= _counter(event.body)
         elif kind == _NEWGEN:
             said = dict(attributes(event.body[4:]))
             self._open.generation = _u32(said.get(1, bytes(4)))
@@ -148,13 +157,6 @@ def _comment(data: bytes) -> str:
             return _text(data[at + 2 : at + 2 + length])
         at += 2 + length
     return ""
-
-
-def _counter(body: bytes) -> dict[str, Count]:
-    said = dict(attributes(body[4:]))
-    if _u32(said.get(3, bytes(4))) != 1:  # NFT_OBJECT_COUNTER
-        return {}
-    return {_text(said.get(2)): _count(said.get(4, b""))}
 
 
 def _count(data: bytes) -> Count:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from egressd.model.errors import KernelError
 
-__all__ = ["Netlink", "NetlinkError", "Reply", "Request", "attribute", "attributes", "encode"]
+__all__ = ["Netlink", "NetlinkError", "Reply", "Request", "attribute", "attributes", "encode", "enlarge"]
 
 ROUTE, NETFILTER = 0, 12  # linux/netlink.h
 ACK, REQUEST, DUMP = 0x004, 0x001, 0x300
@@ -96,6 +96,15 @@ def attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
         at += (length + 3) & ~3
 
 
+def enlarge(sock: socket.socket, size: int) -> None:
+    """Set the receive buffer, beyond net.core.rmem_max where that is allowed: in a child user namespace it
+    is not (sk_setsockopt asks for CAP_NET_ADMIN over init's), and a smaller one means earlier losses."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, size)
+    except PermissionError:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+
+
 class Netlink:
     """A socket of one netlink protocol in the namespace it was made in. Not for use by several threads."""
 
@@ -105,7 +114,7 @@ class Netlink:
         self._sequence = 0
         try:
             if buffer:
-                self.socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, buffer)
+                enlarge(self.socket, buffer)
             for option in (_CAP_ACK, _EXT_ACK, _STRICT_CHECK):
                 self.socket.setsockopt(_SOL_NETLINK, option, 1)
             self.socket.bind((0, 0))

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import ExitStack
 
-from egressd.kernel.netlink import ACK, NETFILTER, REQUEST, attribute
+from egressd.kernel.netlink import ACK, NETFILTER, REQUEST, attribute, enlarge
 from egressd.model.errors import KernelError
 from egressd.ruleset import layout
 
@@ -21,10 +21,10 @@ _BACKLOG = 1024
 _IP_TRANSPARENT, _IPV6_TRANSPARENT = 19, 75  # linux/in.h, linux/in6.h
 _CONFIG = 4 << 8 | 1  # NFNL_SUBSYS_ULOG << 8 | NFULNL_MSG_CONFIG
 _BIND, _COPY_PACKET = 1, 2  # NFULNL_CFG_CMD_BIND, NFULNL_COPY_PACKET (linux/netfilter/nfnetlink_log.h)
-_CFG_CMD, _CFG_MODE, _CFG_TIMEOUT, _CFG_THRESHOLD = 1, 2, 4, 5
+_CFG_CMD, _CFG_MODE, _CFG_TIMEOUT, _CFG_THRESHOLD, _CFG_FLAGS = 1, 2, 4, 5, 6
+_NUMBERED = 1  # NFULNL_CFG_F_SEQ: a gap in the numbers is exactly what was lost
 _COPY_BYTES = 256  # headers and the beginning of the payload
 _LOG_BUFFER = 8 << 20
-_SO_RCVBUFFORCE = 33
 
 
 def open_all() -> dict[str, socket.socket]:
@@ -74,7 +74,7 @@ def _log() -> socket.socket:
     """A netlink socket bound to our group of the kernel's packet log; the binding ends with the socket."""
     sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETFILTER)
     try:
-        sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _LOG_BUFFER)
+        enlarge(sock, _LOG_BUFFER)
         sock.bind((0, 0))
         sock.send(_log_configuration())
         _acknowledged(sock.recv(4096))
@@ -93,6 +93,7 @@ def _log_configuration() -> bytes:
     body += attribute(_CFG_CMD, struct.pack("=B", _BIND)) + attribute(_CFG_MODE, mode)
     body += attribute(_CFG_TIMEOUT, struct.pack(">I", 10))  # hundredths of a second
     body += attribute(_CFG_THRESHOLD, struct.pack(">I", 16))  # packets in one message
+    body += attribute(_CFG_FLAGS, struct.pack(">H", _NUMBERED))
     return struct.pack("=IHHII", 16 + len(body), _CONFIG, REQUEST | ACK, 1, 0) + body
 
 

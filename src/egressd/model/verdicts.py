@@ -35,6 +35,10 @@ class Reason(enum.StrEnum):
     UNRESOLVED = "unresolved"
     INVALID = "invalid"
     NOT_IP = "not-ip"
+    UNMARKED = "unmarked"
+    REPLY = "reply"
+    INSPECTOR = "inspector"
+    MISROUTED = "misrouted"
     # decided by the resolver
     NAME = "name"
     UPSTREAM = "upstream"
@@ -76,6 +80,10 @@ _TEXTS: dict[Reason, str] = {
     Reason.UNRESOLVED: "the name has no address in this family",
     Reason.INVALID: "connection tracking does not recognise the packet as part of any connection",
     Reason.NOT_IP: "the frame is neither IPv4 nor IPv6",
+    Reason.UNMARKED: "the packet came over a link without having passed its guard",
+    Reason.REPLY: "a sandbox answered; nobody may connect to one",
+    Reason.INSPECTOR: "the inspector, which must read this connection, is not running",
+    Reason.MISROUTED: "the packet was admitted, but its way does not lead to where its mark permits",
     Reason.NAME: "the name is not on the workspace's list",
     Reason.UPSTREAM: "the upstream resolver gave no usable answer",
     Reason.TYPE: "only address records are answered for this name",

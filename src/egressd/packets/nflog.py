@@ -87,10 +87,14 @@ class Subject:
 
 
 def subject(prefix: str) -> Subject:
-    """Read "WORKSPACE REASON". What is not of that form belongs to nobody, for an unknown reason."""
-    workspace, _, reason = prefix.strip().partition(" ")
+    """Read "WORKSPACE REASON", or "- REASON" of what was lost past the guard, where the ruleset does not
+    know the workspace and only the link tells it. Anything else is nobody's, for an unknown reason."""
+    workspace, _, word = prefix.strip().partition(" ")
+    reason = Reason.of(word.rstrip(":").strip())
+    if workspace == "-":
+        return Subject(None, reason)
     try:
-        return Subject(check_workspace(workspace), Reason.of(reason.rstrip(":").strip()))
+        return Subject(check_workspace(workspace), reason)
     except ValueError:
         return Subject(None, Reason.UNKNOWN)
 

@@ -8,8 +8,8 @@ hand something over -- is counted, and the count is recorded.
     audit-NAME   events of process NAME; what it says of its own name is not believed, the socket's is
     supervisor   new sockets for restarted processes
 
-A denial is attributed to a link by its validated source address, or by the interface it came in on once
-that has been seen with a validated source. A forged source attributes nothing.
+A denial is attributed to a link by the interface it came in on, else by its validated source address. A
+forged source attributes nothing.
 
 Floods: equal denials within a second are one record with the count of logged packets. The guard logs at a
 bounded rate, so that count is a lower bound; the exact totals are the kernel's counters.
@@ -46,7 +46,7 @@ from egressd.model.verdicts import Reason
 from egressd.packets import headers, nflog
 from egressd.processes import ritual
 from egressd.processes.journal_file import Draft, JournalBusy, JournalFile, Writer, timestamp
-from egressd.ruleset.layout import ADMITTED
+from egressd.ruleset.layout import ADMITTED, LINK_INDEX
 
 __all__ = ["Attribution", "Auditor", "Denial", "PacketLog", "main"]
 
@@ -57,7 +57,7 @@ Address = IPv4Address | IPv6Address
 _SOURCE_VALIDATED = frozenset(
     {Reason.UNLISTED, Reason.PORT, Reason.ADDRESS, Reason.UNRESOLVED, Reason.CONNECTIONS, Reason.INVALID}
 )
-_REMEMBERED = 4096  # ended links and interface indexes kept for late log messages
+_REMEMBERED = 65_536  # links, and addresses of ended ones, kept for late log messages
 _READS = 64  # datagrams per wake-up, so that a flood of denials does not starve the other sockets
 _LAST_READS = 4096  # messages still read from a socket that is about to be closed
 _DATAGRAM = 1 << 17  # at least NFULA_CFG_NLBUFSIZ, see nflog.configure
@@ -87,14 +87,18 @@ class Denial:
 
 
 class Attribution:
-    """Which link a packet belongs to, from what the controller bound and the guard validated."""
+    """Which link a packet belongs to: by the interface it came in on, which nobody in a sandbox can choose;
+    where that is not known, by a source address that the guard has validated."""
 
     def __init__(self) -> None:
         self._sources: dict[Address, tuple[Link, str]] = {}
         self._ended: OrderedDict[Address, tuple[Link, str]] = OrderedDict()
-        self._indev: OrderedDict[int, tuple[Link, str]] = OrderedDict()
+        self._workspaces: OrderedDict[Link, str] = OrderedDict()
 
     def bind(self, link: Link, workspace: str, *addresses: Address) -> None:
+        self._workspaces[link] = workspace
+        self._workspaces.move_to_end(link)
+        _bound(self._workspaces)
         for address in addresses:
             self._sources[address] = (link, workspace)
             self._ended.pop(address, None)
@@ -110,18 +114,22 @@ class Attribution:
             self.unbind(link)
 
     def link_of(self, denial: Denial) -> Link | None:
-        """None where nothing validated says whose it was."""
-        found = None
-        if denial.source is not None:
-            found = self._sources.get(denial.source) or self._ended.get(denial.source)
-        if found is not None and found[1] == denial.workspace:
-            if denial.indev is not None:
-                self._indev[denial.indev] = found
-                self._indev.move_to_end(denial.indev)
-                _bound(self._indev)
-            return found[0]
-        known = self._indev.get(denial.indev or 0)
-        return known[0] if known is not None and known[1] == denial.workspace else None
+        """None where nothing says whose it was, or where what is known of the link contradicts the rule
+        that logged it."""
+        link = _link_at(denial.indev)
+        if link is not None:
+            return link if self._workspaces.get(link, denial.workspace) == denial.workspace else None
+        if denial.source is None:
+            return None
+        found = self._sources.get(denial.source) or self._ended.get(denial.source)
+        return found[0] if found is not None and found[1] == denial.workspace else None
+
+
+def _link_at(index: int | None) -> Link | None:
+    try:
+        return None if index is None else Link(index - LINK_INDEX)
+    except ValueError:
+        return None
 
 
 def _bound(mapping: OrderedDict[Any, Any]) -> None:

@@ -14,8 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from egressd.policy.compiled import HostRule, Policy
 from egressd.processes import names, ritual
 from egressd.processes.control import ControlSocket
 from egressd.processes.leases import Leases, LinkNumbers, Sandbox
-from egressd.processes.reports import sum_links
+from egressd.processes.remembered import Account, Remembered
 from egressd.processes.workspaces import broken_workspaces, public_suffixes, read_workspaces
 from egressd.ruleset import allocate, plan
 from egressd.ruleset.observe import Counters, LinkCounts, Tally
@@ -47,26 +46,6 @@ _REPLIES = (messages.Done, messages.Failed, messages.Payload, messages.LinkClose
 Totals = dict[str, tuple[int, int]]
 
 
-@dataclass(slots=True)
-class Ended:
-    """What the links of a workspace that are gone had counted."""
-
-    links: int = 0
-    counts: LinkCounts = field(default_factory=LinkCounts)
-
-    def add(self, counters: Totals) -> None:
-        self.links += 1
-        last = {key: Tally(*pair) for key, pair in counters.items()}
-        none = Tally()
-        more = LinkCounts(
-            in_=last.get("in", none),
-            ok=last.get("ok", none),
-            denied=last.get("denied", none),
-            other=last.get("other", none),
-        )
-        self.counts = sum_links([self.counts, more])
-
-
 class Controller:
     """State and the decisions over it. The control socket (control.py) is where clients come in."""
 
@@ -76,12 +55,12 @@ class Controller:
         self.auditing = ritual.Auditing.over("controller", start.take("audit"))
         self.policies: dict[str, Policy] = {}
         self.problems: list[Problem] = []
-        self.allocation: allocate.Allocation | None = None
         self.wants: dict[str, WorkspaceWant] = {}
         self.addresses = names.Addresses(self.pools)
-        self.leases = Leases(self.pools, LinkNumbers(Path(self.config.run_dir, "controller", "next-link")))
-        self.ended: dict[str, Ended] = {}
-        self.retired: dict[str, dict[str, tuple[int, int]]] = {}
+        own = Path(self.config.run_dir, "controller")
+        self.leases = Leases(self.pools, LinkNumbers(own / "next-link"))
+        self.remembered = Remembered(own)
+        self.remembered.load()
         self.processes: tuple[messages.ProcessState, ...] = ()
         self.alarms: collections.deque[tuple[float, str]] = collections.deque(maxlen=100)
         self.since = time.time()
@@ -160,6 +139,12 @@ class Controller:
         await self._bind_all("inspector")
         await self._set_relays()
 
+    def auditor_came(self, sock: socket.socket) -> None:
+        """Another auditor: it has to know whose links there are."""
+        self.auditing.connect(sock)
+        for sandbox in list(self.leases.by_link.values()):
+            self.auditing.pass_on(_bind(1, sandbox))
+
     async def _bind_all(self, name: str) -> None:
         peer = self.peer(name)
         for sandbox in list(self.leases.by_link.values()):
@@ -178,13 +163,13 @@ class Controller:
             self._retire(message.workspace, message.elements)
 
     def _retire(self, workspace: str, elements: Totals) -> None:
-        kept = self.retired.setdefault(workspace, {})
-        for key, (packets, octets) in elements.items():
-            before = kept.get(key, (0, 0))
-            kept[key] = (before[0] + packets, before[1] + octets)
+        account = self.remembered.account(workspace)
+        for host, (packets, octets) in elements.items():
+            account.retire(host, Tally(packets, octets))
             self.auditing.record(
-                "host-retired", {"workspace": workspace, "host": key, "packets": packets, "bytes": octets}
+                "host-retired", {"workspace": workspace, "host": host, "packets": packets, "bytes": octets}
             )
+        self.remembered.save_books()
 
     def alarm(self, event: str, text: str, fields: dict[str, Any]) -> None:
         self.alarms.append((time.time(), text))
@@ -218,16 +203,17 @@ class Controller:
         await peer.ask(message, data=document, timeout=30.0)
 
     def _names_of(self, policy: Policy) -> WorkspaceNames:
-        return names.names_of(policy, self._blocks(policy.workspace))
+        return names.names_of(policy, self.blocks(policy.workspace))
 
-    def _blocks(self, workspace: str) -> Any:
-        assert self.allocation is not None
-        return self.allocation.blocks.get(workspace, {})
+    def blocks(self, workspace: str) -> Mapping[str, int]:
+        """Rule key -> block, of one workspace."""
+        numbers = self.remembered.allocation
+        return numbers.blocks.get(workspace, {}) if numbers else {}
 
     def services(self, policy: Policy) -> Iterable[messages.LocalService]:
         """The local services of a workspace, and where they lie inside its sandboxes."""
         for rule in policy.locals:
-            address4, address6 = self.pools.synthetic(self._blocks(policy.workspace)[rule.key])
+            address4, address6 = self.pools.synthetic(self.blocks(policy.workspace)[rule.key])
             for port in rule.ports:
                 yield messages.LocalService(
                     service=rule.service, port=port.number, address4=address4, address6=address6
@@ -239,7 +225,7 @@ class Controller:
             messages.Relay(
                 workspace=p.workspace,
                 service=r.service,
-                block=self._blocks(p.workspace)[r.key],
+                block=self.blocks(p.workspace)[r.key],
                 port=port.number,
             )
             for p in self.policies.values()
@@ -283,15 +269,47 @@ class Controller:
         broken = broken_workspaces(problems)
         return {name: policy for name, policy in self.policies.items() if name in broken}
 
+    async def begin(self) -> None:
+        """What the directory says at the start. The warden hears of it when it is connected."""
+        wanted, self.problems = await self._read()
+        self._record_changes(_changes({}, wanted), self.problems, "start")
+        allocation, wants = self._numbered(wanted)
+        self._stand(wanted, allocation, wants)
+
+    def _numbered(self, wanted: dict[str, Policy]) -> tuple[allocate.Allocation, dict[str, WorkspaceWant]]:
+        allocation = allocate.allocate(wanted.values(), self.remembered.allocation)
+        return allocation, {
+            name: plan.want(policy, allocation, self.pools) for name, policy in wanted.items()
+        }
+
+    def _stand(
+        self, wanted: dict[str, Policy], allocation: allocate.Allocation, wants: dict[str, WorkspaceWant]
+    ) -> tuple[NatEntry, ...]:
+        """From now on this is the policy; returns what changes in where names lead."""
+        self.policies, self.remembered.allocation, self.wants = wanted, allocation, wants
+        self.remembered.save_numbers()
+        return self.addresses.use(_host_rules(wanted, allocation))
+
     async def _become(self, wanted: dict[str, Policy]) -> None:
-        allocation = allocate.allocate(wanted.values(), self.allocation)
-        wants = {name: plan.want(policy, allocation, self.pools) for name, policy in wanted.items()}
+        allocation, wants = self._numbered(wanted)
         for name in self.policies.keys() - wanted.keys():
             await self._revoke_workspace(name)
         await self._set_workspaces(wants)
-        self.policies, self.allocation, self.wants = wanted, allocation, wants
-        await self._admitting.admit(self.addresses.use(_host_rules(wanted, allocation)))
+        for name in self.policies.keys() - wanted.keys():
+            self._close_account(name)
+        await self._admitting.admit(self._stand(wanted, allocation, wants))
         await self._tell_the_others()
+
+    def _close_account(self, workspace: str) -> None:
+        """A workspace that is gone is out of the books; its last totals are on record."""
+        account = self.remembered.accounts.pop(workspace, Account())
+        self.auditing.record(
+            "workspace-removed",
+            {"workspace": workspace, "links": account.links, "in_packets": account.ended.in_.packets,
+             "in_bytes": account.ended.in_.bytes, "ok_packets": account.ended.ok.packets,
+             "ok_bytes": account.ended.ok.bytes, "denied_packets": account.ended.denied.packets},
+        )  # fmt: skip
+        self.remembered.save_books()
 
     async def _tell_the_others(self) -> None:
         """The resolver and the inspector, if they run; one that does not is told when it comes back.
@@ -365,10 +383,14 @@ class Controller:
         self._account(sandbox, counters)
 
     def _account(self, sandbox: Sandbox, counters: Totals) -> None:
-        self.ended.setdefault(sandbox.workspace, Ended()).add(counters)
+        last = {key: Tally(*counters.get(key, (0, 0))) for key in ("in", "ok", "denied", "other")}
+        self.remembered.account(sandbox.workspace).end(
+            LinkCounts(in_=last["in"], ok=last["ok"], denied=last["denied"], other=last["other"])
+        )
+        self.remembered.save_books()
         facts = _facts(sandbox)
-        for key, (packets, octets) in counters.items():
-            facts |= {f"{key}_packets": packets, f"{key}_bytes": octets}
+        for key, tally in last.items():
+            facts |= {f"{key}_packets": tally.packets, f"{key}_bytes": tally.bytes}
         facts["seconds"] = round(time.time() - sandbox.since, 3)
         self.auditing.record("sandbox-closed", facts)
 
@@ -465,14 +487,11 @@ async def _serve(start: ritual.Start) -> None:
     supervisor: Channel[Any] = Channel(start.take("supervisor"), messages.TO_CHILD)
     stop = asyncio.Event()
     _watch_signals(controller, stop)
-    came = asyncio.Event()
-    asyncio.get_running_loop().add_reader(
-        supervisor.socket, _from_supervisor, controller, supervisor, came, stop
-    )
+    await controller.begin()
+    asyncio.get_running_loop().add_reader(supervisor.socket, _from_supervisor, controller, supervisor, stop)
     for name in ("warden", "resolver", "inspector"):
         controller.connect(name, start.take(name))
     await controller.settled.wait()
-    await controller.apply()
     controller.control.listen()
     supervisor.send(messages.Ready())
     await _beat_until(stop, supervisor)
@@ -487,9 +506,7 @@ async def _beat_until(stop: asyncio.Event, supervisor: Channel[Any]) -> None:
             await asyncio.wait_for(stop.wait(), messages.HEARTBEAT)
 
 
-def _from_supervisor(
-    controller: Controller, channel: Channel[Any], came: asyncio.Event, stop: asyncio.Event
-) -> None:
+def _from_supervisor(controller: Controller, channel: Channel[Any], stop: asyncio.Event) -> None:
     try:
         received = channel.receive()
     except BlockingIOError:
@@ -507,7 +524,7 @@ def _from_supervisor(
 def _new_peer(controller: Controller, received: Received[Any]) -> None:
     sock = socket.socket(fileno=received.take())
     if received.message.name == "audit":
-        controller.auditing.connect(sock)
+        controller.auditor_came(sock)
     else:
         controller.connect(received.message.name, sock)
 

@@ -155,7 +155,7 @@ def _gateway(config: FoundationConfig, namespace: int) -> list[str]:
     with namespaces.inside(namespace), _routing() as route:
         nft, conntrack = Nft(), Conntrack()
         try:
-            links = Links(route, nft, conntrack, config.pools)
+            links = Links(route, None, config.pools)
             done = _clear(links, route)
             nft.run(_afresh(config.pools))  # also loads connection tracking, whose settings come next
             conntrack.forget_all()

@@ -115,11 +115,9 @@ async def read_books(controller: Controller, *, attempts: int = 5) -> tuple[Coun
 
 
 def _books(controller: Controller, counters: Counters) -> Books:
-    retired = {
-        name: sum_tallies(Tally(*pair) for pair in hosts.values())
-        for name, hosts in controller.retired.items()
-    }
-    ended = {name: (total.counts,) for name, total in controller.ended.items()}
+    accounts = controller.remembered.accounts
+    retired = {name: sum_tallies(account.retired.values()) for name, account in accounts.items()}
+    ended = {name: (account.ended,) for name, account in accounts.items()}
     workspace_of = {s.link.device: s.workspace for s in controller.leases.by_link.values()}
     found = books(counters, retired, ended, workspace_of=workspace_of)
     # Without a workspace there is nothing to account for; that much is in balance.
@@ -143,24 +141,23 @@ def _account(controller: Controller, counters: Counters, found: Books, policy: P
         s.link.number: counters.links.get(s.link.device, LinkCounts())
         for s in controller.leases.of_workspace(name)
     }
-    ended = controller.ended.get(name)
-    total = sum_links([*links.values(), *([ended.counts] if ended else [])])
+    gone = controller.remembered.account(name)
+    total = sum_links([*links.values(), gone.ended])
     elements = [e for e in counters.elements if e.workspace == name]
-    retired = controller.retired.get(name, {})
     counted = sum_tallies(
         [
             *(Tally(e.packets, e.bytes) for e in elements),
-            *(Tally(*pair) for pair in retired.values()),
+            *gone.retired.values(),
             counters.unlisted.get(name, Tally()),
         ]
     )
     return {
         "workspace": name,
         "guard": policy.guard.value,
-        "hosts": _hosts(controller, counters, policy, elements) + _retired(retired),
+        "hosts": _hosts(controller, counters, policy, elements) + _retired(gone.retired),
         "denied": {reason: _pair(tally) for reason, tally in counters.denied.get(name, {}).items()},
         "links": [{"link": number, **_link(counts)} for number, counts in links.items()],
-        "ended": {"links": ended.links if ended else 0, **_link(ended.counts if ended else LinkCounts())},
+        "ended": {"links": gone.links, **_link(gone.ended)},
         "balance": {
             "balanced": found.balanced or not any(name in d.what for d in found.differences),
             **_link(total, admitted="admitted"),
@@ -180,7 +177,7 @@ def _hosts(
     by_block: dict[int, list[ElementCount]] = {}
     for element in elements:
         by_block.setdefault(Mark.of(element.mark).block, []).append(element)
-    blocks = controller.allocation.blocks.get(policy.workspace, {}) if controller.allocation else {}
+    blocks = controller.blocks(policy.workspace)
     documents = [
         {
             **_host(counters, rule.key, _kind(rule), by_block.get(blocks.get(rule.key, -1), [])),
@@ -213,7 +210,7 @@ def _host(counters: Counters, host: str, kind: str, elements: list[ElementCount]
 
 
 def _unlisted(controller: Controller, counters: Counters, workspace: str) -> Document:
-    index = controller.allocation.workspaces[workspace] if controller.allocation else 0
+    index = controller.wants[workspace].index
     marks = [
         m for m in counters.replies if (Mark.of(m).workspace, Mark.of(m).block) == (index, UNLISTED_BLOCK)
     ]
@@ -228,18 +225,18 @@ def _unlisted(controller: Controller, counters: Counters, workspace: str) -> Doc
     }
 
 
-def _retired(retired: Mapping[str, tuple[int, int]]) -> list[Document]:
+def _retired(retired: Mapping[str, Tally]) -> list[Document]:
     return [
         {
             "host": host,
             "kind": "removed",
             "ports": [],
             "addresses": [],
-            "out": list(pair),
+            "out": _pair(last),
             "in": [0, 0],
             "connections": 0,
         }
-        for host, pair in retired.items()
+        for host, last in retired.items()
     ]
 
 
@@ -301,7 +298,7 @@ def why(controller: Controller, policy: Policy, subject: str) -> Document:
     the subject cannot be read."""
     try:
         meant = _meant(controller, policy, subject)
-        found = explain(policy, meant, own=controller.pools.all)
+        found = explain(policy, meant, own=controller.pools.own)
     except Unfit as error:
         raise Refused(Reason.PROTOCOL, str(error)) from error
     details = list(found.sentences[1:])
@@ -323,8 +320,7 @@ def _meant(controller: Controller, policy: Policy, subject: str) -> str:
     if isinstance(asked.destination, str):
         return subject
     place = controller.pools.block_of(asked.destination)
-    blocks = controller.allocation.blocks.get(policy.workspace, {}) if controller.allocation else {}
-    for key, block in blocks.items():
+    for key, block in controller.blocks(policy.workspace).items():
         if place is not None and place[0] == block:
             return key if asked.port is None else f"{key}:{asked.port}/{asked.protocol}"
     return subject

@@ -19,7 +19,7 @@ import random
 import socket
 from collections.abc import Awaitable, Coroutine, Iterable
 from dataclasses import dataclass
-from ipaddress import IPv4Network, IPv6Network, ip_address
+from ipaddress import ip_address
 from typing import Any
 
 import msgspec
@@ -35,14 +35,13 @@ from egressd.dns.wire import Query
 from egressd.ipc import messages
 from egressd.ipc.channel import Received
 from egressd.ipc.peer import Peer, PeerGone
-from egressd.model.addresses import Address, Network
+from egressd.model.addresses import Address
 from egressd.model.errors import ProtocolError, Refused
 from egressd.model.verdicts import Reason
 from egressd.processes.config import Config
 from egressd.processes.listeners import Datagrams, Streams
 from egressd.processes.ritual import Auditing, Start, begin
 from egressd.processes.upstream import Upstream
-from egressd.ruleset import layout
 
 __all__ = ["Resolver", "main"]
 
@@ -69,7 +68,7 @@ class Resolver:
 
     def __init__(self, config: Config, auditing: Auditing) -> None:
         self.pools = config.pools.pools()
-        self.own = own_networks(self.pools)
+        self.own = self.pools.own
         self.static = static_hosts(config)
         self.upstream = Upstream(tuple(map(Server.parse, config.upstream)), ca_file=config.upstream_ca)
         # Spreading refreshes is no secret, so no source of secrets is spent on it.
@@ -410,20 +409,6 @@ def _keep(known: dict[bytes, bytes], query: bytes, answer: bytes) -> None:
     if len(known) >= _CACHE:
         known.clear()
     known[query] = answer
-
-
-def own_networks(pools: layout.Pools) -> tuple[Network, ...]:
-    """What no name may lead to, whatever its rule says: ranges that egressd itself uses."""
-    return (
-        pools.synthetic4,
-        pools.synthetic6,
-        pools.sandbox4,
-        pools.sandbox6,
-        IPv4Network(layout.RESOLVER4),
-        IPv6Network(layout.RESOLVER6),
-        IPv4Network((layout.UPLINK_HOST4, layout.UPLINK_PREFIX4), strict=False),
-        IPv6Network((layout.UPLINK_HOST6, layout.UPLINK_PREFIX6), strict=False),
-    )
 
 
 def static_hosts(config: Config) -> dict[str, tuple[Address, ...]]:

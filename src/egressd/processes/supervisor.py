@@ -35,6 +35,7 @@ from egressd.model.errors import EgressdError, KernelError, PolicyError, Protoco
 from egressd.processes import isolation
 from egressd.processes.cards import CARDS, Capability, Card, Namespace
 from egressd.processes.config import Account, Config, load
+from egressd.processes.remembered import forget
 from egressd.processes.ritual import Auditing
 
 __all__ = ["main"]
@@ -408,6 +409,7 @@ def prepare_state(config: Config) -> None:
     journal.mkdir(mode=0o750, exist_ok=True)
     own = Path(config.run_dir, "controller")
     own.mkdir(mode=0o700, exist_ok=True)
+    forget(own)
     accounts = config.accounts()
     os.chown(journal, accounts["audit"].uid, accounts["audit"].gid)
     os.chown(own, accounts["daemon"].uid, accounts["daemon"].gid)

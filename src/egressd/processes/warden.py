@@ -102,7 +102,7 @@ class Warden:
         self._eraser = Eraser(pools)
         self.monitor = Monitor(ignore=(self._route.port, self._eraser.port))
         self._ledger = Ledger(self._nft, self.monitor)
-        self._links = Links(self._route, self._ledger, self._conntrack, pools)
+        self._links = Links(self._route, self._ledger, pools)
         self.standing = Standing()
         self.adopted = False  # does `standing` describe the whole gateway?
         self._named: set[Link] = set()  # links and addresses this controller has spoken of
@@ -147,7 +147,7 @@ class Warden:
             return HANDLERS[type(received.message)](self, received)
         except Refused as refusal:
             return _failed(request, refusal.reason, str(refusal))
-        except ProtocolError as error:
+        except (ProtocolError, ValueError) as error:
             return _failed(request, Reason.PROTOCOL, str(error))
         except (KernelError, OSError) as error:
             log.error("%s: %s", type(received.message).__name__, error)  # noqa: TRY400
@@ -499,10 +499,9 @@ def _authors(batches: Iterable[Batch]) -> str:
 
 
 def _lost(batches: Iterable[Batch]) -> dict[str, Count]:
-    """Last counters of what others deleted: map and comment, or the counter's name."""
+    """Last counters of what others deleted: map and comment."""
     lost: dict[str, Count] = {}
     for batch in batches:
-        lost |= batch.counters
         for element in batch.elements:
             key = f"{element.name} {element.comment}".strip()
             lost[key] = _add(lost.get(key, (0, 0)), element.count)
@@ -589,7 +588,7 @@ class Loop:
         return True
 
     def _wait(self) -> list[Any]:
-        with selectors.DefaultSelector() as selector:
+        with selectors.PollSelector() as selector:
             things = (
                 self.supervisor,
                 self.warden.controller,

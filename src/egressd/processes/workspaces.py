@@ -129,7 +129,7 @@ def _read(source: str, opening: Callable[[], int], expected_name: str | None, po
         source=source,
         expected_name=expected_name,
         is_public_suffix=public_suffixes(),
-        own=pools.all,
+        own=pools.own,
     )
 
 

@@ -359,6 +359,7 @@ def _static_chains() -> Objects:
 _LINKS_IN, _LINKS_OUT = f"iifgroup {LINK_GROUP}", f"oifgroup {LINK_GROUP}"
 _UP_IN, _UP_OUT = f'iifname "{UPLINK}"', f'oifname "{UPLINK}"'
 _TO_INSPECT = f"meta mark & {_INSPECT} != {_ZERO}"
+_NOT_A_QUESTION = f"meta mark & {mark_text(Kind.RESOLVE)} == {_ZERO}"
 _TO_TRANSLATE = f"meta mark & {_DIRECT} == {_FORWARD}"  # bit 31 without bit 28
 
 _STEER = (
@@ -368,7 +369,8 @@ _STEER = (
     "ct state invalid,untracked goto late_invalid",
     "ct direction reply goto late_reply",
     "ct mark set meta mark",
-    "ct state new iifname @connections goto late_connections",
+    # questions to the resolver are not connections anybody would count, and linger for half a minute
+    f"ct state new {_NOT_A_QUESTION} iifname @connections goto late_connections",
     f"{_TO_INSPECT} meta nfproto ipv4 meta l4proto tcp tproxy ip to 127.0.0.1:{INSPECTOR_PORT} accept",
     f"{_TO_INSPECT} meta nfproto ipv6 meta l4proto tcp tproxy ip6 to [::1]:{INSPECTOR_PORT} accept",
     # tproxy ends the rule when no socket listens
@@ -625,6 +627,7 @@ def _guard(lease: LinkWant, name: str, pools: Pools) -> tuple[str, ...]:
         f'counter name "{device}_in"',
         # by what the frame says, VLAN tag included, not by what the kernel took it for
         f'ether type != {{ ip, ip6 }} counter name "{device}_other" drop',
+        # veth takes marks off only on the way between namespaces (skb_scrub_packet)
         f"meta mark set {_ZERO}",
         quota if lease.quota is not None else "",
         f"ip saddr {source4} jump {name}_4",

@@ -29,6 +29,7 @@ TABLE = "egressd"  # both `table netdev egressd` and `table inet egressd`, in th
 HOST_TABLE = "egressd_host"  # `table inet egressd_host`, in the host
 GATEWAY = "egressd"  # default name of the pinned gateway namespace
 LINK_GROUP = 53  # IFLA_GROUP of every sandbox link's gateway end
+LINK_INDEX = 1 << 20  # plus a link's number: its gateway end's interface index, which the log tells
 NFLOG_GROUP = 5
 UPLINK, HOST_LINK = "up0", "egw"  # the pair between gateway and host
 
@@ -36,6 +37,12 @@ RESOLVER4, RESOLVER6 = IPv4Address("169.254.53.53"), IPv6Address("fd53:53::53")
 NEXT_HOP4, NEXT_HOP6 = RESOLVER4, IPv6Address("fe80::53")  # never answered for: neighbours are static
 UPLINK_GATEWAY4, UPLINK_HOST4, UPLINK_PREFIX4 = IPv4Address("169.254.54.2"), IPv4Address("169.254.54.1"), 30
 UPLINK_GATEWAY6, UPLINK_HOST6, UPLINK_PREFIX6 = IPv6Address("fd53:2::2"), IPv6Address("fd53:2::1"), 64
+INFRASTRUCTURE: tuple[IPv4Network | IPv6Network, ...] = (
+    IPv4Network(RESOLVER4),
+    IPv6Network(RESOLVER6),
+    IPv4Network((UPLINK_HOST4, UPLINK_PREFIX4), strict=False),
+    IPv6Network((UPLINK_HOST6, UPLINK_PREFIX6), strict=False),
+)
 # One pair of MAC addresses serves every link: each is a segment of two ends with static neighbours.
 SANDBOX_MAC, GATEWAY_MAC = "02:53:00:00:00:01", "02:53:00:00:00:02"
 INSPECTOR_PORT = 8443  # TPROXY target on 127.0.0.1 and ::1 of the gateway
@@ -101,8 +108,9 @@ class Pools:
             raise ValueError("the synthetic and the sandbox pool overlap")
 
     @property
-    def all(self) -> tuple[IPv4Network | IPv6Network, ...]:
-        return (self.synthetic4, self.synthetic6, self.sandbox4, self.sandbox6)
+    def own(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        """Every network that is egressd's own: no rule may name one, no name may lead into one."""
+        return (self.synthetic4, self.synthetic6, self.sandbox4, self.sandbox6, *INFRASTRUCTURE)
 
     def synthetic(self, block: int, slot: int = 0) -> tuple[IPv4Address, IPv6Address]:
         """Both synthetic addresses of a slot of a block."""

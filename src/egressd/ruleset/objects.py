@@ -27,7 +27,7 @@ Network: TypeAlias = IPv4Network | IPv6Network
 
 _IDENTIFIER = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 _STRING = re.compile(r"[A-Za-z0-9.*:,;/()_ -]{1,120}")
-_CHUNK = 10_000  # elements in one command: bounds the parser's memory, not the batch
+_CHUNK = 50_000  # elements in one command: bounds the parser's memory, not the batch
 
 
 def identifier(name: str) -> str:
@@ -189,7 +189,7 @@ def fill(key: Key, thing: Object, table: str) -> Iterator[str]:
 
 
 def add_elements(key: Key, elements: Mapping[str, Entry], table: str) -> Iterator[str]:
-    """One command for up to ten thousand elements: nft's per-command work would dominate otherwise."""
+    """One command for up to fifty thousand elements: nft's per-command work would dominate otherwise."""
     texts = [_element(name, entry) for name, entry in elements.items()]
     for start in range(0, len(texts), _CHUNK):
         yield f"add element {key.path(table)} {{ {', '.join(texts[start : start + _CHUNK])} }}"

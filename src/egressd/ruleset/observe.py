@@ -91,7 +91,6 @@ class Observed(Struct, frozen=True):
 
     tables: dict[str, bool]
     things: Objects
-    handles: dict[str, int] = {}
 
 
 # --------------------------------------------------------------------------------------------------

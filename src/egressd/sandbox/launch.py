@@ -3,11 +3,14 @@
 The order is the safety, and every step that does not happen means the command never runs:
 
 1. `Enter`: the daemon says on what terms, or refuses;
-2. bubblewrap starts; its command is the gate (see plan.py), which waits for "go";
+2. the plumber is forked, who buries the sandbox if this process dies before step 6 (see plumb.py);
+   bubblewrap starts; its command is the gate (see plan.py), which waits for "go";
 3. as soon as bubblewrap names its child, that child's network namespace goes to the daemon (`Attach`), while
    bubblewrap still mounts;
-4. a plumber enters the namespace meanwhile, and lays the addresses once the `Lease` is there;
-5. "go". Only now does the command exist.
+4. the plumber enters the namespace meanwhile, and lays the addresses once the `Lease` is there;
+5. the gate says that it waits, and bubblewrap's first process inside is at rest: now the death of any of
+   them is the death of all;
+6. "go". Only now does the command exist.
 
 While it runs, the connection to the daemon is the lease: its end is the sandbox's end. The other way round
 too: this process dying closes the connection, and takes bubblewrap along (--die-with-parent).
@@ -47,6 +50,7 @@ __all__ = ["Interrupted", "Outcome", "Running", "Sandbox", "Wish", "start"]
 TIMED_OUT = 124  # as timeout(1)
 _BWRAP = ("/usr/bin/bwrap", "/usr/local/bin/bwrap", "/bin/bwrap")
 _LIFTED = 64  # descriptors are duplicated above this before they are put in their places
+_PATIENCE = 30.0  # seconds for each thing that is waited for while starting
 _GONE = 10.0  # seconds after which processes that survive SIGKILL are reported
 
 
@@ -135,7 +139,7 @@ def start(
     desk: SignalDesk | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Running:
-    """Steps 1 to 5. Returns with the command running, or raises with nothing left of the attempt:
+    """Steps 1 to 6. Returns with the command running, or raises with nothing left of the attempt:
     `Refused`, `KernelError`, `ProtocolError`, `Interrupted`. `say` is told what is done (--debug)."""
     tell = say or (lambda _: None)
     with contextlib.ExitStack() as undo:
@@ -146,34 +150,42 @@ def start(
         group = prepared.bounds.group
         if group is not None:
             undo.enter_context(group)
-        running = _spawn(prepared, stdio=stdio, desk=desk, control=control)
+        pipes = undo.enter_context(Pipes())
+        plumber = undo.enter_context(plumb.Plumber(gate=pipes.theirs[plan.GATE], close=pipes.ours(control)))
+        running = _spawn(prepared, pipes, stdio=stdio, desk=desk, control=control)
         undo.callback(running.destroy)
         tell(f"limits: {prepared.bounds.text}")
         tell(plan.describe(prepared.plan).partition("\n")[0])
-        _admit(running, prepared, control=control, desk=desk, command=" ".join(wish.command)[:1024])
+        _admit(running, prepared, plumber, desk=desk, command=" ".join(wish.command)[:1024])
         tell(f"gate opened; bubblewrap is process {running.pid}, the sandbox's first is {running.child}")
         running.keep(undo.pop_all(), wall=prepared.wall)
         return running
 
 
 def _admit(
-    running: Running, prepared: Prepared, *, control: Control, desk: SignalDesk | None, command: str
+    running: Running,
+    prepared: Prepared,
+    plumber: plumb.Plumber,
+    *,
+    desk: SignalDesk | None,
+    command: str,
 ) -> None:
-    """Steps 3 to 5."""
+    """Steps 3 to 6."""
+    control = running.control
     namespace = running.open_namespace()
     try:
         control.attach(namespace, command=command)
-        shut = (running.gate, control.fileno())
-        with plumb.Plumber(namespace, prepared.services, close=shut) as plumber:
-            _adopt(prepared.bounds.group, running)
-            _wait_for(control, desk)
-            lease = control.lease()
-            plumber.lay(plumb.Address(lease.address4, lease.address6))
-            if desk is not None:
-                _refuse_if_ending(desk)
-            running.open_gate()
+        plumber.enter(namespace, child=running.child_descriptor, services=prepared.services)
     finally:
         os.close(namespace)
+    _adopt(prepared.bounds.group, running)
+    _wait_for(control.fileno(), desk)
+    lease = control.lease()
+    plumber.lay(plumb.Address(lease.address4, lease.address6))
+    _wait_for(running.pipes.ready, desk)
+    running.at_rest()
+    running.open_gate()
+    plumber.release()
 
 
 def _adopt(group: limits.Group | None, running: Running) -> None:
@@ -183,15 +195,18 @@ def _adopt(group: limits.Group | None, running: Running) -> None:
             group.adopt(pid)
 
 
-def _wait_for(control: Control, desk: SignalDesk | None) -> None:
-    """Wait for the daemon's answer, but not deaf to Ctrl-C."""
-    if desk is None:
-        return
+def _wait_for(number: int, desk: SignalDesk | None) -> None:
+    """Wait until there is something to read, but not deaf to Ctrl-C."""
     poll = select.poll()
-    poll.register(control, select.POLLIN)
-    poll.register(desk, select.POLLIN)
-    while control.fileno() not in dict(poll.poll(30_000) or [(control.fileno(), 0)]):
-        _refuse_if_ending(desk)
+    poll.register(number, select.POLLIN)
+    if desk is not None:
+        poll.register(desk, select.POLLIN)
+    while True:
+        ready = [found for found, _ in poll.poll(_PATIENCE * 1000)]
+        if desk is not None:
+            _refuse_if_ending(desk)
+        if number in ready or not ready:
+            return  # too late is found out by who reads
 
 
 def _refuse_if_ending(desk: SignalDesk) -> None:
@@ -200,26 +215,50 @@ def _refuse_if_ending(desk: SignalDesk) -> None:
             raise Interrupted(arrived.signal)
 
 
+class Pipes:
+    """The three pipes to a sandbox being built. Leaving the block closes what is still open."""
+
+    def __init__(self) -> None:
+        self.status, status = os.pipe2(os.O_CLOEXEC)  # bubblewrap's reports
+        self.ready, ready = os.pipe2(os.O_CLOEXEC)  # the gate's word that it waits
+        gate, self.gate = os.pipe2(os.O_CLOEXEC)  # our "go"
+        self.theirs = {plan.STATUS: status, plan.READY: ready, plan.GATE: gate}
+
+    def ours(self, control: Control) -> tuple[int, ...]:
+        """What nobody but this process may hold, the connection that is the lease among it."""
+        return (self.gate, self.status, self.ready, control.fileno())
+
+    def __enter__(self) -> Pipes:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close_theirs()
+        for number in (self.status, self.ready, self.gate):
+            if number >= 0:
+                os.close(number)
+        self.status = self.ready = self.gate = -1
+
+    def close_theirs(self) -> None:
+        while self.theirs:
+            os.close(self.theirs.popitem()[1])
+
+    def close_gate(self) -> None:
+        os.close(self.gate)
+        self.gate = -1
+
+
 def _spawn(
-    prepared: Prepared, *, stdio: Sequence[int], desk: SignalDesk | None, control: Control
+    prepared: Prepared, pipes: Pipes, *, stdio: Sequence[int], desk: SignalDesk | None, control: Control
 ) -> Running:
-    """Start bubblewrap with exactly its descriptors: 0, 1, 2, the gate, the filter, the status, the texts."""
+    """Start bubblewrap with exactly its descriptors: 0, 1, 2, the gate's, the filter, the status, the texts."""
     with contextlib.ExitStack() as temporary:
-        status, status_end = os.pipe2(os.O_CLOEXEC)
-        gate_end, gate = os.pipe2(os.O_CLOEXEC)
-        places = dict(enumerate(stdio)) | {plan.GATE: gate_end, plan.STATUS: status_end}
-        for number in (status_end, gate_end):
-            temporary.callback(os.close, number)
-        try:
-            places[plan.SECCOMP] = _temporary(temporary, seccomp.program_descriptor())
-            for number, text in prepared.plan.data:
-                places[number] = _temporary(temporary, _memory_file(text))
-            pid = _posix_spawn(prepared.plan.arguments, places, desk=desk, temporary=temporary)
-        except BaseException:
-            os.close(status)
-            os.close(gate)
-            raise
-    return Running(pid=pid, status=status, gate=gate, control=control)
+        places = dict(enumerate(stdio)) | pipes.theirs
+        places[plan.SECCOMP] = _temporary(temporary, seccomp.program_descriptor())
+        for number, text in prepared.plan.data:
+            places[number] = _temporary(temporary, _memory_file(text))
+        pid = _posix_spawn(prepared.plan.arguments, places, desk=desk, temporary=temporary)
+    pipes.close_theirs()
+    return Running(pid=pid, pipes=pipes, control=control)
 
 
 def _temporary(stack: contextlib.ExitStack, descriptor: int) -> int:
@@ -279,6 +318,15 @@ def _lift(number: int, temporary: contextlib.ExitStack) -> int:
     return _temporary(temporary, lifted)
 
 
+def _state(pid: int) -> str:
+    """The letter of proc(5)'s stat, after the name in parentheses; "X" for a process that is gone."""
+    try:
+        with open(f"/proc/{pid}/stat") as stream:
+            return stream.read().rpartition(")")[2].split()[0]
+    except OSError:
+        return "X"
+
+
 def _children(pid: int) -> list[int]:
     """Direct children (CONFIG_PROC_CHILDREN)."""
     try:
@@ -295,14 +343,14 @@ def _children(pid: int) -> list[int]:
 class Running:
     """bubblewrap and what it holds. `watch` returns when it is over; `destroy` ends it at once."""
 
-    def __init__(self, *, pid: int, status: int, gate: int, control: Control) -> None:
-        self.pid, self.gate, self.control = pid, gate, control
+    def __init__(self, *, pid: int, pipes: Pipes, control: Control) -> None:
+        self.pid, self.pipes, self.control = pid, pipes, control
         self.child = 0  # first process in the sandbox, our pid for it
-        self._status = status
+        self.child_descriptor = -1  # and a pidfd of it
         self._reported = b""
-        self._child_descriptor = -1
         self._descriptor = os.pidfd_open(pid)
         self._exit: int | None = None  # wait status, once reaped
+        self._destroyed = False
         self._undo = contextlib.ExitStack()
         self._deadline: float | None = None
         self._wall: float | None = None
@@ -324,7 +372,7 @@ class Running:
         facts = self._first_report()
         try:
             self.child = int(facts["child-pid"])
-            self._child_descriptor = os.pidfd_open(self.child)
+            self.child_descriptor = os.pidfd_open(self.child)
             namespace = os.open(f"/proc/{self.child}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         except (KeyError, ProcessLookupError, FileNotFoundError) as error:
             raise self._not_built() from error
@@ -338,7 +386,7 @@ class Running:
 
     def _first_report(self) -> dict[str, Any]:
         while b"\n" not in self._reported:
-            data = os.read(self._status, 4096)
+            data = os.read(self.pipes.status, 4096)
             if not data:
                 raise self._not_built()
             self._reported += data
@@ -348,14 +396,30 @@ class Running:
     def _not_built(self) -> Refused:
         return Refused(Reason.UNAVAILABLE, "bubblewrap could not build the sandbox; its own message says why")
 
+    def at_rest(self) -> None:
+        """Wait until the gate waits, and its parent, the sandbox's first process, waits for it.
+
+        That parent sets its death signal after it has forked the gate and before it waits.
+        """
+        os.set_blocking(self.pipes.ready, False)
+        try:
+            word = os.read(self.pipes.ready, 1)
+        except BlockingIOError:
+            text = f"bubblewrap did not build the sandbox within {_PATIENCE:g} s"
+            raise Refused(Reason.UNAVAILABLE, text) from None
+        end = time.monotonic() + _PATIENCE
+        while not word or (state := _state(self.child)) != "S":
+            if not word or state in ("X", "Z") or time.monotonic() > end:
+                raise self._not_built()
+            time.sleep(0.0002)
+
     def open_gate(self) -> None:
         try:
-            os.write(self.gate, b"go\n")
+            os.write(self.pipes.gate, b"go\n")
         except BrokenPipeError:
             raise self._not_built() from None
         finally:
-            os.close(self.gate)
-            self.gate = -1
+            self.pipes.close_gate()
 
     # ---- while it runs
 
@@ -411,9 +475,9 @@ class Running:
 
     def _command_ran(self) -> bool:
         """bubblewrap reports an exit code only when set-up was finished."""
-        os.set_blocking(self._status, False)
+        os.set_blocking(self.pipes.status, False)
         with contextlib.suppress(BlockingIOError):
-            while data := os.read(self._status, 4096):
+            while data := os.read(self.pipes.status, 4096):
                 self._reported += data
         return b'"exit-code"' in self._reported
 
@@ -462,27 +526,27 @@ class Running:
 
     def destroy(self) -> None:
         """Kill whatever is left, wait until it is gone, give the lease back. Safe to call twice."""
-        if self._status < 0:
+        if self._destroyed:
             return
+        self._destroyed = True
         if self._exit is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)  # ours and not reaped: the number is still its own
         self._kill_child()
         self._reap()
-        for descriptor in (self._status, self._descriptor, self._child_descriptor, self.gate):
+        for descriptor in (self._descriptor, self.child_descriptor):
             if descriptor >= 0:
                 os.close(descriptor)
-        self._status = self.gate = -1
         self._undo.close()
 
     def _kill_child(self) -> None:
         """The first process of a pid namespace ends only after all others in it have."""
-        if self._child_descriptor < 0:
+        if self.child_descriptor < 0:
             return
         with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._child_descriptor, signal.SIGKILL)
+            signal.pidfd_send_signal(self.child_descriptor, signal.SIGKILL)
         poll = select.poll()
-        poll.register(self._child_descriptor, select.POLLIN)
+        poll.register(self.child_descriptor, select.POLLIN)
         if not poll.poll(_GONE * 1000):
             raise Refused(Reason.UNAVAILABLE, f"process {self.child} of the sandbox does not die")
 

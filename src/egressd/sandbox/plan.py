@@ -8,7 +8,7 @@ before files in it are covered, /run is made before directories in it, and what 
 (the root, /dev) is sealed last.
 
 The command never starts by itself. bubblewrap runs a *gate*, a line of shell that waits on descriptor 8
-for the word "go" and takes end of file for death: a broker that is killed at any moment leaves a closed
+for the word "go" (having said on 7 that it waits) and takes end of file for death: a broker that is killed at any moment leaves a closed
 pipe, and a closed pipe leaves no command. (bwrap's own --block-fd takes end of file for permission.)
 """
 
@@ -22,7 +22,7 @@ __all__ = [
     "DATA_FILES", "GATE", "Bind", "Limits", "Machine", "Overlay", "Plan", "SandboxSpec", "describe", "plan",
 ]  # fmt: skip
 
-GATE = 8  # the gate's descriptor: sh of dash has single digits only
+READY, GATE = 7, 8  # the gate's descriptors: sh of dash has single digits only
 SECCOMP, STATUS = 9, 10
 _FIRST_DATA = 11
 WORK = "/work"
@@ -190,7 +190,12 @@ def _gate(spec: SandboxSpec) -> list[str]:
 
 
 def _gate_script(limits: Limits) -> str:
-    lines = [f'IFS= read -r g <&{GATE} && [ "$g" = go ] || exit {FAILED}', f"exec {GATE}<&-", "ulimit -c 0"]
+    lines = [
+        f"echo >&{READY}; exec {READY}>&-",
+        f'IFS= read -r g <&{GATE} && [ "$g" = go ] || exit {FAILED}',
+        f"exec {GATE}<&-",
+        "ulimit -c 0",
+    ]
     if limits.memory is not None:
         lines.append(f"ulimit -d {max(1, limits.memory // 1024)} || exit {FAILED}")
     if limits.processes is not None:
@@ -231,5 +236,5 @@ def describe(made: Plan) -> str:
         del arguments[at : at + 2]
     documents = [f"{number}<<'EOF{number}'" for number, _ in made.data]
     bodies = "".join(f"{text}EOF{number}\n" for number, text in made.data)
-    line = " ".join([shlex.join(arguments), f"{GATE}<<<go", *documents])
+    line = " ".join([shlex.join(arguments), f"{READY}>/dev/null {GATE}<<<go", *documents])
     return f"{line}\n{bodies}"

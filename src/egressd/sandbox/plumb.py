@@ -5,8 +5,16 @@ network namespace belongs to one that bubblewrap made for the caller. So a forke
 speaks netlink there. It must be a fork: setns(CLONE_NEWUSER) is refused to a process with threads, and
 nobody comes back from it.
 
-The child (`Plumber`) is started while the daemon still makes the link; it sends what does not need an
-address first (the loopback's translation rules), then waits for the one message that holds the rest.
+The child (`Plumber`) is forked before bubblewrap is started, because it has a second duty: while a sandbox
+is being built it is the one who outlives the broker. bubblewrap's --die-with-parent has two gaps, both seen:
+
+- Between clone() and its first word to the clone, the outer process can be killed by the broker's death while the
+  inner one waits, with no death signal of its own yet, for that word: for ever.
+- Until the inner process has forked the gate it has no death signal either. A "go" that lies in the pipe by
+  then is read by a gate whose broker is dead.
+
+So until the broker says `release`, the end of its socket makes the plumber kill whoever holds the gate's pipe,
+and the sandbox's first process. It has a process group of its own, out of reach of a killed group.
 
 The netlink messages are written with `struct`: pyroute2 costs 60 ms to import, as long as all of
 `egressctl run`. The translation rules are nft syntax given to libnftables, whose loading costs 1 ms, and
@@ -29,24 +37,27 @@ import ctypes
 import errno
 import fcntl
 import os
-import pickle
 import signal
 import socket
 import struct
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
 from egressd.model.errors import KernelError
 from egressd.ruleset import layout
+from egressd.sandbox.plan import GATE
 
 __all__ = ["Address", "Plumber", "Service", "batch", "translation"]
 
 DEVICE = "eth0"
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x1000_0000, 0x4000_0000
 _NS_GET_USERNS = 0xB701  # linux/nsfs.h: _IO(0xb7, 1)
-_PR_SET_PDEATHSIG = 1
+_PATIENCE = 10.0  # seconds for the plumber's work
+_DONE, _RELEASED = b"done", b"released"
+_FAILED = "the sandbox's network could not be laid"
 
 # Written through /proc/sys/net, which shows the namespace of whoever opens it. Not written, because a new
 # namespace has it so already and a group that is not mapped here cannot be named (EINVAL):
@@ -250,70 +261,125 @@ class _Nft:
 
 
 class Plumber:
-    """A forked child in the sandbox's network namespace, waiting for its address.
+    """A forked child that lays the sandbox's network, and buries the sandbox if the broker dies first.
 
-    `with Plumber(...) as plumber: ...; plumber.lay(address)`. Leaving the block ends and reaps it.
+    `with Plumber(gate=..., close=...) as plumber:` before bubblewrap starts; then `enter`, `lay`, and, once
+    the gate is open, `release`. Leaving the block without it kills what is left of the sandbox.
     """
 
-    def __init__(self, namespace: int, services: Iterable[Service], *, close: Iterable[int]) -> None:
-        """`close` are descriptors the child must not keep: the gate's writing end, above all."""
+    def __init__(self, *, gate: int, close: Iterable[int]) -> None:
+        """`gate` is the reading end of the gate's pipe, by which its holders are known; `close` are
+        descriptors the child must not keep: the gate's writing end, above all."""
         self._socket, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        text = translation(services)
+        self._socket.settimeout(_PATIENCE)
         self._pid = os.fork()
         if self._pid == 0:
-            self._child(namespace, text, other, close)  # never returns
+            self._child(os.readlink(f"/proc/self/fd/{gate}"), other, (gate, *close))  # never returns
         other.close()
 
+    def enter(self, namespace: int, *, child: int, services: Iterable[Service]) -> None:
+        """`child` is a pidfd of the sandbox's first process. Does not wait."""
+        text = translation(services).encode()
+        self._tell(text or b"\n", descriptors=[namespace, child])
+
     def lay(self, address: Address) -> None:
-        """Configure eth0. KernelError naming the step that failed."""
-        self._socket.settimeout(10)
+        """Configure eth0, and wait until it is. KernelError naming the step that failed."""
+        self._tell(f"{address.v4} {address.v6}".encode())
         try:
-            self._socket.send(pickle.dumps((address.v4, address.v6)))
             answer = self._socket.recv(1 << 14)
         except OSError as error:
-            raise KernelError(f"the sandbox's network could not be laid: {error}") from error
-        if answer != b"done":
+            raise KernelError(f"{_FAILED}: {error}") from error
+        if answer != _DONE:
             problem = answer.decode(errors="replace") or "the plumber ended without a word"
-            raise KernelError(f"the sandbox's network could not be laid: {problem}")
+            raise KernelError(f"{_FAILED}: {problem}")
+
+    def release(self) -> None:
+        """From here on bubblewrap's own death signals hold."""
+        self._tell(_RELEASED)
+        self._end()
+
+    def _tell(self, data: bytes, *, descriptors: Sequence[int] = ()) -> None:
+        try:
+            socket.send_fds(self._socket, [data], list(descriptors), socket.MSG_NOSIGNAL)
+        except OSError as error:
+            raise KernelError(f"{_FAILED}: the plumber is gone ({error.strerror})") from error
 
     def __enter__(self) -> Plumber:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._socket.close()
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self._pid, 0)  # it ends at the end of its socket, within a millisecond
+        self._end()
 
-    def _child(self, namespace: int, text: str, channel: socket.socket, close: Iterable[int]) -> None:
+    def _end(self) -> None:
+        self._socket.close()
+        if self._pid:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self._pid, 0)
+            self._pid = 0
+
+    def _child(self, gate: str, channel: socket.socket, close: Iterable[int]) -> None:
+        sandbox: list[int] = []
         status = 1
         try:
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            os.setpgid(0, 0)
             self._socket.close()  # or we would keep our own end of file away
             for descriptor in close:
                 os.close(descriptor)
             try:
-                _work(namespace, text, channel)
-                status = 0
+                _work(channel, sandbox)
             except OSError as error:
                 where = f"{error.filename}: " if error.filename else ""
-                channel.send(f"{where}{error.strerror}".encode())
+                channel.send(f"{where}{error.strerror or error}".encode())
+            if channel.recv(64) == _RELEASED:
+                status = 0
         finally:
+            if status:
+                pass
             os._exit(status)
 
 
-def _work(namespace: int, text: str, channel: socket.socket) -> None:
+def _work(channel: socket.socket, sandbox: list[int]) -> None:
+    """Puts the pidfd into `sandbox` as soon as it is there; returns early at the end of the channel."""
+    text, descriptors, _, _ = socket.recv_fds(channel, 1 << 17, 2)
+    if not descriptors:
+        return
+    namespace, child = descriptors
+    sandbox.append(child)
     _enter(namespace)
-    if text:
-        _Nft().run(text)
+    rules = text.decode().strip()
+    if rules:
+        _Nft().run(rules)
     request = channel.recv(4096)
     if not request:
         return  # there will be no lease
-    v4, v6 = pickle.loads(request)  # noqa: S301 - from ourselves, through a fork
-    data, names = batch(_index(), Address(v4, v6), localnet=bool(text))
+    v4, v6 = request.decode().split()
+    address = Address(IPv4Address(v4), IPv6Address(v6))
+    data, names = batch(_index(), address, localnet=bool(rules))
     for name, value in _SYSCTLS:
         _write_sysctl(name, value)
     _send(data, names)
-    channel.send(b"done")
+    channel.send(_DONE)
+
+
+def _bury(gate: str, sandbox: Sequence[int]) -> None:
+    """Kill the sandbox's first process, and whoever has the gate's pipe where the gate has it: twice, for
+    who was being forked meanwhile. The broker's own end lies elsewhere, and its name is not bwrap."""
+    for _ in range(2):
+        for child in sandbox:
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(child, signal.SIGKILL)
+        for name in os.listdir("/proc"):
+            if name.isdigit() and _holds(name, gate):
+                with contextlib.suppress(OSError):
+                    os.kill(int(name), signal.SIGKILL)
+        time.sleep(0.005)
+
+
+def _holds(pid: str, gate: str) -> bool:
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/comm", "rb") as stream:
+        if stream.read() in (b"bwrap\n", b"sh\n"):
+            return os.readlink(f"/proc/{pid}/fd/{GATE}") == gate
+    return False
 
 
 def _index() -> int:

@@ -1,0 +1,1 @@
+"""Programs that run where the measuring happens: as another user, in the lab, in a sandbox."""

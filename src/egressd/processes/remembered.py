@@ -1,0 +1,79 @@
+"""What a controller must not forget when it is started again while the gateway lives on.
+
+The kernel keeps the counters of hosts; what links that are gone had counted, and what hosts that are gone
+had, is known only here, and without it the books would not balance. The numbers of names are remembered so
+that a name keeps its synthetic addresses. The files lie in the run directory; the supervisor removes them
+when it starts, because the gateway's tables begin anew then.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from egressd.ruleset.allocate import Allocation
+from egressd.ruleset.observe import LinkCounts, Tally
+
+__all__ = ["Account", "Remembered", "forget"]
+
+_BOOKS, _NUMBERS = "books.json", "numbers.json"
+
+
+class Account(Struct):
+    """What a workspace's links and hosts that are gone had counted."""
+
+    links: int = 0
+    ended: LinkCounts = LinkCounts()
+    retired: dict[str, Tally] = {}  # by host
+
+    def end(self, last: LinkCounts) -> None:
+        self.links += 1
+        self.ended = LinkCounts(
+            in_=self.ended.in_ + last.in_,
+            ok=self.ended.ok + last.ok,
+            denied=self.ended.denied + last.denied,
+            other=self.ended.other + last.other,
+        )
+
+    def retire(self, host: str, last: Tally) -> None:
+        self.retired[host] = self.retired.get(host, Tally()) + last
+
+
+class Remembered:
+    """Accounts by workspace, and the numbers of names; on disk as soon as they are `saved`."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.accounts: dict[str, Account] = {}
+        self.allocation: Allocation | None = None
+
+    def load(self) -> None:
+        """ValueError for a file that is not ours."""
+        books, numbers = self._directory / _BOOKS, self._directory / _NUMBERS
+        if books.exists():
+            self.accounts = msgspec.json.decode(books.read_bytes(), type=dict[str, Account])
+        if numbers.exists():
+            self.allocation = msgspec.json.decode(numbers.read_bytes(), type=Allocation)
+
+    def account(self, workspace: str) -> Account:
+        return self.accounts.setdefault(workspace, Account())
+
+    def save_books(self) -> None:
+        self._write(_BOOKS, self.accounts)
+
+    def save_numbers(self) -> None:
+        self._write(_NUMBERS, self.allocation)
+
+    def _write(self, name: str, value: object) -> None:
+        fresh = self._directory / f"{name}.new"
+        fresh.write_bytes(msgspec.json.encode(value))
+        os.replace(fresh, self._directory / name)  # noqa: PTH105 -- atomic: a crash leaves the old one
+
+
+def forget(directory: Path) -> None:
+    """The gateway's tables have begun anew."""
+    for name in (_BOOKS, _NUMBERS):
+        (directory / name).unlink(missing_ok=True)
