@@ -24,7 +24,7 @@ __all__ = ["Applier", "Cut", "cuts"]
 
 NETLINK_NETFILTER, SOL_NETLINK, NETLINK_ADD_MEMBERSHIP = 12, 270, 1
 NFNLGRP_NFTABLES = 7  # linux/netfilter/nfnetlink.h
-NEWGEN = 10 << 8 | 15  # NFNL_SUBSYS_NFTABLES, NFT_MSG_NEWGEN
+DELSETELEM, NEWGEN = 10 << 8 | 14, 10 << 8 | 15  # NFNL_SUBSYS_NFTABLES and the message, nf_tables.h
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,9 @@ class Applier:
 
 
 class _Commits:
-    """When the kernel committed batches in the gateway."""
+    """When the kernel committed batches in the gateway that took elements away.
+
+    The notification of a batch ends with NEWGEN; what it deleted comes before."""
 
     def __init__(self, daemon: Daemon) -> None:
         self._socket = daemon.lab.socket(
@@ -109,14 +111,19 @@ class _Commits:
         self._thread.start()
 
     def _read(self) -> None:
+        deleting = False
         while not self._ended:
             try:
                 data = self._socket.recv(1 << 17)
             except TimeoutError:
                 continue
             at = time.monotonic()
-            if NEWGEN in _kinds(data):
-                self._moments.append(at)
+            kinds = _kinds(data)
+            deleting |= DELSETELEM in kinds
+            if NEWGEN in kinds:
+                if deleting:
+                    self._moments.append(at)
+                deleting = False
 
     def after(self, moment: float) -> float:
         """The first commit since."""

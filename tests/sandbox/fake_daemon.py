@@ -5,6 +5,7 @@ plays the gateway, makes the veth pair into the descriptor it is handed, and ans
 address with "SERVICE SOURCE\n". The workspace's name says how it behaves; see `TERMS` and `_attach`.
 """
 
+# ruff: noqa: PTH101, PTH118, PTH123
 from __future__ import annotations
 
 import contextlib
@@ -144,9 +145,8 @@ class FakeDaemon:
             route.route("add", dst=f"{address}/{address.max_prefixlen}", oif=index)
 
     def _remove(self, link: Link) -> None:
-        with self.lock:
-            with contextlib.suppress(NetlinkError):  # it went with the other end's namespace
-                self.route.link("del", index=1000 + link.number)
+        with self.lock, contextlib.suppress(NetlinkError):  # it went with the other end's namespace
+            self.route.link("del", index=1000 + link.number)
 
 
 def _answer(service: messages.LocalService, address: IPv4Address | IPv6Address) -> None:

@@ -1,5 +1,6 @@
 """egressctl run, as an unprivileged caller, against a stand-in for egressd that makes real links."""
 
+# ruff: noqa: PTH115
 from __future__ import annotations
 
 import json
@@ -13,6 +14,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+
 from conftest import CALLER, Gateway, as_caller, eventually, processes_with
 
 pytestmark = pytest.mark.kernel
@@ -81,13 +83,15 @@ def test_a_reader_that_goes_away_ends_the_command(gateway: Gateway) -> None:
 
 def test_closed_standard_descriptors_are_null_not_something_else(gateway: Gateway) -> None:
     line = " ".join(gateway.argv("sh", "-c", "'readlink /proc/self/fd/0 >&2'"))
-    done = subprocess.run(["bash", "-c", f"{line} <&- >&-"], capture_output=True, text=True, check=True, cwd="/")
+    done = subprocess.run(
+        ["bash", "-c", f"{line} <&- >&-"], capture_output=True, text=True, check=True, cwd="/"
+    )
     assert done.stderr.strip() == "/dev/null"
 
 
 def test_words_reach_the_command_as_they_are(gateway: Gateway) -> None:
     words = ["", " ", "a b", "$HOME", "`id`", "'", '"', "*", "\n", "é", "-x", "--", "\\"]
-    done = gateway.python("import sys, json; print(json.dumps(sys.argv[1:]))" , workspace="plain")
+    done = gateway.python("import sys, json; print(json.dumps(sys.argv[1:]))", workspace="plain")
     assert json.loads(done.stdout) == []
     shown = gateway.run("/usr/bin/python3", "-c", "import sys, json; print(json.dumps(sys.argv[1:]))", *words)
     assert json.loads(shown.stdout) == words
@@ -97,14 +101,18 @@ def test_words_reach_the_command_as_they_are(gateway: Gateway) -> None:
 
 
 def test_the_environment_is_clean(gateway: Gateway) -> None:
-    done = gateway.run("env", env={"PATH": os.environ["PATH"], "SECRET": "s", "LD_PRELOAD": "", "TERM": "vt100"})
+    done = gateway.run(
+        "env", env={"PATH": os.environ["PATH"], "SECRET": "s", "LD_PRELOAD": "", "TERM": "vt100"}
+    )
     assert sorted(done.stdout.splitlines()) == [
         "HOME=/tmp", "LANG=C.UTF-8", "PATH=/usr/local/bin:/usr/bin:/bin", "PWD=/tmp",
     ]  # fmt: skip
 
 
 def test_named_variables_are_set(gateway: Gateway) -> None:
-    done = gateway.run("sh", "-c", "echo $A-$B-$HOME", options=("--env", "A=1", "--env", "B=x=y", "--env=HOME=/"))
+    done = gateway.run(
+        "sh", "-c", "echo $A-$B-$HOME", options=("--env", "A=1", "--env", "B=x=y", "--env=HOME=/")
+    )
     assert done.stdout == "1-x=y-/\n"
 
 
@@ -124,7 +132,9 @@ def test_no_descriptor_but_the_three_is_passed_on(gateway: Gateway) -> None:
 
 def test_no_capability_and_no_way_to_one(gateway: Gateway) -> None:
     status = dict(
-        line.split(":\t", 1) for line in gateway.run("cat", "/proc/self/status").stdout.splitlines() if ":\t" in line
+        line.split(":\t", 1)
+        for line in gateway.run("cat", "/proc/self/status").stdout.splitlines()
+        if ":\t" in line
     )
     sets = [status[name] for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")]
     assert set(sets) == {"0" * 16}
@@ -135,7 +145,9 @@ def test_no_capability_and_no_way_to_one(gateway: Gateway) -> None:
 def test_every_namespace_is_its_own(gateway: Gateway) -> None:
     done = gateway.run("sh", "-c", "readlink /proc/self/ns/*")
     inside = set(done.stdout.split())
-    outside = {os.readlink(f"/proc/self/ns/{n}") for n in ("user", "net", "mnt", "pid", "ipc", "uts", "cgroup")}
+    outside = {
+        os.readlink(f"/proc/self/ns/{n}") for n in ("user", "net", "mnt", "pid", "ipc", "uts", "cgroup")
+    }
     assert not inside & outside
     assert gateway.run("hostname").stdout == "sandbox\n"
 
@@ -172,7 +184,12 @@ def test_names_are_looked_up_at_our_resolver_only(gateway: Gateway) -> None:
 
 @pytest.mark.parametrize(
     "target",
-    ["../run/systemd/resolve/stub-resolv.conf", "/run/resolvconf/resolv.conf", "resolv.conf.real", "/nowhere/at/all"],
+    [
+        "../run/systemd/resolve/stub-resolv.conf",
+        "/run/resolvconf/resolv.conf",
+        "resolv.conf.real",
+        "/nowhere/at/all",
+    ],
 )
 def test_resolv_conf_may_be_a_link_on_the_machine(gateway: Gateway, target: str, tmp_path: Path) -> None:
     """Seen from a mount namespace whose /etc is a copy."""
@@ -185,7 +202,11 @@ def test_resolv_conf_may_be_a_link_on_the_machine(gateway: Gateway, target: str,
     line = gateway.argv("sh", "-c", "readlink /etc/resolv.conf; cat /etc/resolv.conf")
     script = f'mount --bind {etc} /etc && exec "$@"'
     done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", script, "sh", *line], capture_output=True, text=True, check=False, cwd="/"
+        ["unshare", "-m", "sh", "-c", script, "sh", *line],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd="/",
     )
     assert done.stderr == ""
     assert done.stdout == f"{target}\nnameserver 169.254.53.53\nnameserver fd53:53::53\noptions ndots:1\n"
@@ -260,12 +281,21 @@ with socket.create_connection(('127.0.0.1', 11434), 2) as s: print(s.recv(99).de
 
 def test_an_idle_sandbox_sends_nothing(gateway: Gateway) -> None:
     """No ARP, no neighbour discovery, no MLD: each would be a denied packet in the books."""
-    done = gateway.run("sh", "-c", "sleep 2; cat /sys/class/net/eth0/statistics/tx_packets 2>/dev/null || ip -s -j link show eth0")
+    done = gateway.run(
+        "sh",
+        "-c",
+        "sleep 2; cat /sys/class/net/eth0/statistics/tx_packets 2>/dev/null || ip -s -j link show eth0",
+    )
     assert json.loads(done.stdout)[0]["stats64"]["tx"]["packets"] == 0
 
 
 def test_no_icmp_sockets(gateway: Gateway) -> None:
-    script = "import socket\nfor f, p in ((2, 1), (10, 58)):\n  try: socket.socket(f, 2, p)\n  except OSError as e: print(e.errno)"
+    script = """
+import socket
+for family, protocol in ((2, 1), (10, 58)):
+    try: socket.socket(family, 2, protocol)
+    except OSError as error: print(error.errno)
+"""
     assert gateway.python(script).stdout == "13\n13\n"
 
 
@@ -332,7 +362,8 @@ def test_without_a_daemon_it_says_what_to_do(gateway: Gateway, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "options", [("--env", "A"), ("--env", "=x"), ("--wall", "soon"), ("--wall", "0"), ("--files", "/nonexistent")]
+    "options",
+    [("--env", "A"), ("--env", "=x"), ("--wall", "soon"), ("--wall", "0"), ("--files", "/nonexistent")],
 )
 def test_a_wrong_option_runs_nothing(gateway: Gateway, options: tuple[str, ...]) -> None:
     done = gateway.run("echo", "ran", options=options)
@@ -360,7 +391,10 @@ def test_a_dry_run_prints_a_line_that_builds_the_same_and_runs_nothing(gateway: 
 
 @pytest.mark.parametrize(
     ("workspace", "said"),
-    [("wordless", "egressd has ended, and with it the sandbox's lease"), ("revokes", "the workspace was removed")],
+    [
+        ("wordless", "egressd has ended, and with it the sandbox's lease"),
+        ("revokes", "the workspace was removed"),
+    ],
 )
 def test_the_end_of_the_lease_is_the_end_of_the_sandbox(gateway: Gateway, workspace: str, said: str) -> None:
     token = uuid.uuid4().hex

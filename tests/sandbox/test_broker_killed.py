@@ -11,13 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from conftest import Gateway, as_caller, eventually
 
 pytestmark = pytest.mark.kernel
 HERE = Path(__file__).resolve().parent
 
 
-def kill(gateway: Gateway, *, times: int, longest: int, workspace: str = "plain") -> dict[str, object]:
+def kill(gateway: Gateway, *, times: int, longest: int = 0, workspace: str = "plain") -> dict[str, object]:
     argv = [sys.executable, HERE / "victim.py", gateway.run_dir, workspace, times, longest, "seed"]
     done = subprocess.run(
         as_caller(*map(str, argv)), capture_output=True, text=True, timeout=60 + times, check=False, cwd="/"
@@ -29,7 +30,7 @@ def kill(gateway: Gateway, *, times: int, longest: int, workspace: str = "plain"
 
 
 def test_80_kills(gateway: Gateway) -> None:
-    found = kill(gateway, times=80, longest=30)
+    found = kill(gateway, times=80)
     assert found["ran though closed"] == 0
     assert found["survivors"] == []
     assert found["opened"] > 5, "the moments do not cover the end of the spawn"
@@ -44,5 +45,5 @@ def test_kills_while_the_daemon_is_slow(gateway: Gateway) -> None:
 
 @pytest.mark.slow
 def test_500_kills(gateway: Gateway) -> None:
-    found = kill(gateway, times=500, longest=40, workspace="acme")
+    found = kill(gateway, times=500, workspace="acme")
     assert (found["ran though closed"], found["survivors"]) == (0, [])

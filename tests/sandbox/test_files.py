@@ -55,9 +55,7 @@ def test_a_fifo_is_a_way_out(tree: Path) -> None:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="device nodes need root")
-@pytest.mark.parametrize(
-    ("mode", "said"), [(0o020600, "a character device"), (0o060600, "a block device")]
-)
+@pytest.mark.parametrize(("mode", "said"), [(0o020600, "a character device"), (0o060600, "a block device")])
 def test_a_device_is_refused(tree: Path, mode: int, said: str) -> None:
     os.mknod(tree / "node", mode, os.makedev(1, 3))
     assert f"node' is {said}" in refused(tree)

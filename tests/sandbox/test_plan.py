@@ -11,7 +11,9 @@ DEBIAN = Machine(
     roots={"bin": "usr/bin", "sbin": "usr/sbin", "lib": "usr/lib", "lib64": "usr/lib64"},
     overlays=tuple(Overlay(name=name, resolved=name) for name in room.DATA_FILES),
 )
-GATE = 'echo >&7; exec 7>&-; IFS= read -r g <&8 && [ "$g" = go ] || exit 125; exec 8<&-; ulimit -c 0; exec "$@"'
+GATE = (
+    'echo >&7; exec 7>&-; IFS= read -r g <&8 && [ "$g" = go ] || exit 125; exec 8<&-; ulimit -c 0; exec "$@"'
+)
 
 
 def words(spec: SandboxSpec, machine: Machine = DEBIAN) -> list[str]:
@@ -25,15 +27,16 @@ def pairs(arguments: list[str], option: str, width: int) -> list[tuple[str, ...]
 
 def test_the_whole_line_for_a_plain_command() -> None:
     line = words(SandboxSpec(command=("true",), environment={"PATH": "/bin"}))
-    assert line == (
-        "bwrap --unshare-all --hostname sandbox --die-with-parent --new-session"
-        " --ro-bind /usr /usr --symlink usr/bin /bin --symlink usr/sbin /sbin --symlink usr/lib /lib"
-        " --symlink usr/lib64 /lib64 --ro-bind /etc /etc --proc /proc --dev /dev"
-        " --perms 1777 --tmpfs /dev/shm --perms 1777 --tmpfs /tmp --perms 0755 --tmpfs /run"
-        " --perms 0444 --ro-bind-data 11 /etc/resolv.conf --perms 0444 --ro-bind-data 12 /etc/nsswitch.conf"
-        " --perms 0444 --ro-bind-data 13 /etc/hosts --chdir /tmp --remount-ro /dev --remount-ro /"
-        " --clearenv --setenv PATH /bin --seccomp 9 --json-status-fd 10 -- sh -c"
-    ).split() + [GATE, "egressctl", "true"]
+    expected = """
+        bwrap --unshare-all --hostname sandbox --die-with-parent --new-session
+        --ro-bind /usr /usr --symlink usr/bin /bin --symlink usr/sbin /sbin --symlink usr/lib /lib
+        --symlink usr/lib64 /lib64 --ro-bind /etc /etc --proc /proc --dev /dev
+        --perms 1777 --tmpfs /dev/shm --perms 1777 --tmpfs /tmp --perms 0755 --tmpfs /run
+        --perms 0444 --ro-bind-data 11 /etc/resolv.conf --perms 0444 --ro-bind-data 12 /etc/nsswitch.conf
+        --perms 0444 --ro-bind-data 13 /etc/hosts --chdir /tmp --remount-ro /dev --remount-ro /
+        --clearenv --setenv PATH /bin --seccomp 9 --json-status-fd 10 -- sh -c
+    """
+    assert line == [*expected.split(), GATE, "egressctl", "true"]
 
 
 def test_a_closed_pipe_must_never_be_permission() -> None:
@@ -132,6 +135,8 @@ def test_the_description_can_be_pasted() -> None:
     text = describe(plan(SandboxSpec(command=("echo", "it's")), DEBIAN))
     first, *rest = text.splitlines()
     assert first.startswith("bwrap --unshare-all")
-    assert first.endswith("egressctl echo 'it'\"'\"'s' 7>/dev/null 8<<<go 11<<'EOF11' 12<<'EOF12' 13<<'EOF13'")
+    assert first.endswith(
+        "egressctl echo 'it'\"'\"'s' 7>/dev/null 8<<<go 11<<'EOF11' 12<<'EOF12' 13<<'EOF13'"
+    )
     assert "--seccomp" not in first
     assert rest[-1] == "EOF13"

@@ -1,5 +1,7 @@
 """egressd.Sandbox, the Python interface: the same broker inside another program, in any of its threads."""
 
+# programs are easier to read in one line
+# ruff: noqa: E501
 from __future__ import annotations
 
 import json
@@ -8,6 +10,7 @@ import sys
 import textwrap
 
 import pytest
+
 from conftest import Gateway, as_caller
 
 pytestmark = pytest.mark.kernel
@@ -22,7 +25,12 @@ def script(gateway: Gateway, body: str) -> str:
         "def fds(): return sorted(os.listdir('/proc/self/fd'))\n"
     ) + textwrap.dedent(body)
     done = subprocess.run(
-        as_caller(sys.executable, "-c", whole), capture_output=True, text=True, timeout=60, check=False, cwd="/"
+        as_caller(sys.executable, "-c", whole),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd="/",
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -1,5 +1,7 @@
 """The filter, met by the calls themselves: bubblewrap with the program and nothing else of ours."""
 
+# programs are easier to read in one line
+# ruff: noqa: E501
 from __future__ import annotations
 
 import errno
@@ -16,8 +18,8 @@ from typing import Any
 
 import pyseccomp
 import pytest
-from conftest import as_caller
 
+from conftest import as_caller
 from egressd.sandbox import seccomp
 from egressd.sandbox.seccomp import RULES, program, program_descriptor
 
@@ -71,9 +73,7 @@ NEVER = [name for rule in RULES if not rule.when for name in rule.names if numbe
 
 def test_calls_that_are_never_allowed(filtered: Filtered) -> None:
     """One entry per call; arguments of zero, which most would answer otherwise without the filter."""
-    expected = {
-        name: errno.errorcode[rule.error] for rule in RULES if not rule.when for name in rule.names
-    }
+    expected = {name: errno.errorcode[rule.error] for rule in RULES if not rule.when for name in rule.names}
     found = attempts(filtered, {name: (number(name), [0] * 6) for name in NEVER})
     assert found == {name: expected[name] for name in NEVER}
     assert len(found) > 50
@@ -213,8 +213,16 @@ def test_python_works(filtered: Filtered, what: str) -> None:
 
 
 OTHERS = {
-    "node net": ["node", "-e", "require('net').createServer().listen(0, '::1', function () { this.close() })"],
-    "node unix": ["node", "-e", "require('net').createServer().listen('/tmp/n', function () { this.close() })"],
+    "node net": [
+        "node",
+        "-e",
+        "require('net').createServer().listen(0, '::1', function () { this.close() })",
+    ],
+    "node unix": [
+        "node",
+        "-e",
+        "require('net').createServer().listen('/tmp/n', function () { this.close() })",
+    ],
     "node worker": ["node", "-e", "new (require('worker_threads').Worker)('1', {eval: true})"],
     "node fork": ["node", "-e", "require('child_process').execSync('true')"],
     "node dns": ["node", "-e", "require('dns').lookup('localhost', e => process.exit(e ? 1 : 0))"],

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from conftest import Gateway, eventually
 
 pytestmark = pytest.mark.kernel
@@ -158,7 +159,9 @@ def terminal(gateway: Gateway) -> Iterator[list[Terminal]]:
         one.close()
 
 
-def test_ctrl_c_reaches_the_command_once_and_not_the_launcher(gateway: Gateway, terminal: list[Terminal]) -> None:
+def test_ctrl_c_reaches_the_command_once_and_not_the_launcher(
+    gateway: Gateway, terminal: list[Terminal]
+) -> None:
     terminal.append(Terminal(gateway.argv("/usr/bin/python3", "-c", SAYS)))
     tty = terminal[0]
     tty.wait_for("up\r\n")

@@ -1,4 +1,5 @@
 """Starts sandboxes and kills itself, again and again: `victim.py RUN_DIR WORKSPACE TIMES LONGEST_MS SEED`.
+LONGEST_MS 0 means: find out how long a spawn takes here and now, and go half as far again.
 
 Each attempt is a forked broker that is killed by SIGKILL at a random moment of its spawn. Prints one JSON
 document: how many got as far as opening the gate, and what must not be: commands that ran though the gate
@@ -34,8 +35,8 @@ def broker(run_dir: str, workspace: str, token: str, gate: int, said: int) -> No
     launch.start(wish, stdio=(0, said, 2)).watch()
 
 
-def attempt(run_dir: str, workspace: str, delay: float) -> tuple[bool, bool, str]:
-    """(gate opened, command ran, token of what to look for)."""
+def attempt(run_dir: str, workspace: str, delay: float | None) -> tuple[bool, bool, str]:
+    """(gate opened, command ran, token of what to look for). No delay: kill when the gate is opened."""
     token = uuid.uuid4().hex
     gate_end, gate = os.pipe2(os.O_CLOEXEC)
     said_end, said = os.pipe2(os.O_CLOEXEC)
@@ -49,7 +50,10 @@ def attempt(run_dir: str, workspace: str, delay: float) -> tuple[bool, bool, str
             os._exit(1)
     os.close(gate)
     os.close(said)
-    time.sleep(delay)
+    if delay is None:
+        select.select([gate_end], [], [], 5.0)
+    else:
+        time.sleep(delay)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     opened = os.read(gate_end, 1) == b"G"
@@ -58,6 +62,16 @@ def attempt(run_dir: str, workspace: str, delay: float) -> tuple[bool, bool, str
     os.close(gate_end)
     os.close(said_end)
     return opened, ran, token
+
+
+def usual(run_dir: str, workspace: str) -> float:
+    """Seconds from fork to the opened gate: the middle one of five."""
+    spent = []
+    for _ in range(5):
+        began = time.monotonic()
+        attempt(run_dir, workspace, None)
+        spent.append(time.monotonic() - began)
+    return sorted(spent)[2]
 
 
 def survivors(tokens: list[str]) -> list[str]:
@@ -77,7 +91,8 @@ def main() -> None:
     run_dir, workspace, times, longest, seed = sys.argv[1:]
     seccomp.program()
     moment = random.Random(seed)
-    results = [attempt(run_dir, workspace, moment.uniform(0, int(longest) / 1000)) for _ in range(int(times))]
+    most = int(longest) / 1000 or 1.5 * usual(run_dir, workspace)
+    results = [attempt(run_dir, workspace, moment.uniform(0, most)) for _ in range(int(times))]
     end = time.monotonic() + 1.0
     tokens = [token for _, _, token in results]
     while (left := survivors(tokens)) and time.monotonic() < end:

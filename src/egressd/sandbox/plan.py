@@ -7,9 +7,10 @@ The order of operations matters to bubblewrap, which carries them out one after 
 before files in it are covered, /run is made before directories in it, and what is read-only at the end
 (the root, /dev) is sealed last.
 
-The command never starts by itself. bubblewrap runs a *gate*, a line of shell that waits on descriptor 8
-for the word "go" (having said on 7 that it waits) and takes end of file for death: a broker that is killed at any moment leaves a closed
-pipe, and a closed pipe leaves no command. (bwrap's own --block-fd takes end of file for permission.)
+The command never starts by itself. bubblewrap runs a *gate*, a line of shell that says on descriptor 7 that
+it waits, waits on 8 for the word "go", and takes end of file for death: a broker that is killed at any moment
+leaves a closed pipe, and a closed pipe leaves no command. (bwrap's own --block-fd takes end of file for
+permission.)
 """
 
 from __future__ import annotations

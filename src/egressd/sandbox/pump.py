@@ -22,7 +22,7 @@ class Pump:
     def __init__(
         self,
         *,
-        input: bytes | str | None,  # noqa: A002
+        input: bytes | str | None,
         stdin: int | IO[Any] | None,
         stdout: int | IO[Any] | None,
         stderr: int | IO[Any] | None,
@@ -153,4 +153,4 @@ class Pump:
         for number, data in self._kept.items():
             with contextlib.suppress(BlockingIOError):
                 while piece := os.read(number, _CHUNK):
-                    data += piece
+                    data.extend(piece)

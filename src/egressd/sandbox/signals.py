@@ -14,11 +14,11 @@ import os
 import signal
 import struct
 from dataclasses import dataclass
-from signal import Signals as S
 from typing import Any
 
 __all__ = ["Arrived", "SignalDesk"]
 
+S = signal.Signals
 FORWARDED = (S.SIGINT, S.SIGQUIT, S.SIGTERM, S.SIGHUP, S.SIGUSR1, S.SIGUSR2, S.SIGWINCH, S.SIGCONT, S.SIGTSTP)
 # Sent to a whole process group, these would end bubblewrap's outer process and with it the sandbox.
 SHIELDED = (S.SIGINT, S.SIGQUIT, S.SIGTERM, S.SIGHUP, S.SIGUSR1, S.SIGUSR2)
