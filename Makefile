@@ -15,8 +15,8 @@ SHELL := /bin/bash
 #   mandoc                                                      checks the man pages
 PACKAGES := iproute2 nftables python3-nftables bubblewrap libseccomp2 python3-venv python3-systemd \
             curl bind9-dnsutils tcpdump conntrack mandoc
-# The peers that benchmarks compare with, and the traffic generator.
-BENCH_PACKAGES := iperf3 firejail
+# The peer that benchmarks compare with, beside bubblewrap. Traffic they make themselves.
+BENCH_PACKAGES := firejail
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -21,7 +21,9 @@ def main(names: list[str]) -> int:
         print(f"no such benchmark: {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}", file=sys.stderr)
         return 2
     if os.geteuid() != 0:
-        print("bench: root is needed, to measure what an ordinary user gets: sudo make bench", file=sys.stderr)
+        print(
+            "bench: root is needed, to measure what an ordinary user gets: sudo make bench", file=sys.stderr
+        )
         return 1
     for name in names or BENCHMARKS:
         report = Report(name)

@@ -3,39 +3,77 @@
     bare-box ──veth── bare-gate ──veth── bare-host ──veth── bare-net
 
 Four namespaces and three pairs, as from a sandbox over the gateway and the host to the internet; plain
-forwarding, not one rule, no connection tracking.
+forwarding, not one rule, no connection tracking. A second set (`nat-box` …) is the same with one masquerade rule in
+gate and host each: what a container's network costs anyway, before anybody guards anything.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from lab.machine import Lab
 
-__all__ = ["BOX", "NET", "SERVER", "build", "remove"]
+__all__ = ["Wires"]
 
-BOX, GATE, HOST, NET = "bare-box", "bare-gate", "bare-host", "bare-net"
-SERVER = "10.77.2.2"
-_CHAIN = (BOX, GATE, HOST, NET)
-_WIRES = ((BOX, GATE, "10.77.0"), (GATE, HOST, "10.77.1"), (HOST, NET, "10.77.2"))
-_ROUTES = ((BOX, "10.77.0.2"), (GATE, "10.77.1.2"), (HOST, "10.77.1.1"), (NET, "10.77.2.1"))
+_MASQUERADE = """table inet nat {
+  chain post {
+    type nat hook postrouting priority srcnat; policy accept;
+    oifname "r*" masquerade
+  }
+}
+"""
+_PARTS = ("box", "gate", "host", "net")
+_ROUTES = (("box", "10.77.0.2"), ("gate", "10.77.1.2"), ("host", "10.77.1.1"), ("net", "10.77.2.1"))
 
 
-def build(lab: Lab) -> None:
-    for name in _CHAIN:
-        lab.run(["ip", "netns", "add", name]).check()
-        lab.run(["ip", "link", "set", "lo", "up"], where=name).check()
-        lab.run(["sysctl", "-qw", "net.ipv4.ip_forward=1"], where=name).check()
-    for number, (left, right, network) in enumerate(_WIRES):
+@dataclass(frozen=True)
+class Wires:
+    """`with` nothing: `build`, then `remove`."""
+
+    name: str  # first part of the namespaces' names
+    nat: bool = False
+    server: str = "10.77.2.2"
+
+    def place(self, part: str) -> str:
+        return f"{self.name}-{part}"
+
+    def build(self, lab: Lab) -> None:
+        for part in _PARTS:
+            where = self.place(part)
+            lab.run(["ip", "netns", "add", where]).check()
+            lab.run(["ip", "link", "set", "lo", "up"], where=where).check()
+            lab.run(["sysctl", "-qw", "net.ipv4.ip_forward=1"], where=where).check()
+        for number, (left, right) in enumerate(zip(_PARTS, _PARTS[1:], strict=False)):
+            self._pair(lab, number, self.place(left), self.place(right))
+        for part, via in _ROUTES:
+            lab.run(["ip", "route", "add", "default", "via", via], where=self.place(part)).check()
+        for part in ("gate", "host") if self.nat else ():
+            lab.run(["nft", "-f", "-"], where=self.place(part), stdin=_MASQUERADE).check()
+
+    def _pair(self, lab: Lab, number: int, left: str, right: str) -> None:
+        """Towards the right the device is r0, r1, r2; its other end l0, l1, l2."""
         near, far = f"r{number}", f"l{number}"
-        lab.run(
-            ["ip", "link", "add", near, "netns", left, "type", "veth", "peer", "name", far, "netns", right]
-        ).check()
+        words = [
+            "ip",
+            "link",
+            "add",
+            near,
+            "netns",
+            left,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            far,
+            "netns",
+            right,
+        ]
+        lab.run(words).check()
         for where, device, host in ((left, near, 1), (right, far, 2)):
-            lab.run(["ip", "addr", "add", f"{network}.{host}/24", "dev", device], where=where).check()
+            address = f"10.77.{number}.{host}/24"
+            lab.run(["ip", "addr", "add", address, "dev", device], where=where).check()
             lab.run(["ip", "link", "set", device, "up"], where=where).check()
-    for where, via in _ROUTES:
-        lab.run(["ip", "route", "add", "default", "via", via], where=where).check()
 
-
-def remove(lab: Lab) -> None:
-    for name in _CHAIN:
-        lab.run(["ip", "netns", "del", name])
+    def remove(self, lab: Lab) -> None:
+        for part in _PARTS:
+            lab.run(["ip", "netns", "del", self.place(part)])

@@ -11,7 +11,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from bench import bare, memory, revoke, scene
+from bench import memory, revoke, scene
+from bench.bare import Wires
 from bench.figures import Figure, Report, interleaved
 from lab import topology
 from lab.daemon import Daemon
@@ -22,6 +23,7 @@ __all__ = ["measure"]
 
 ADDRESS = "11.22.33.77"
 GIGABIT = 1e9 / 8
+BARE, NAT = Wires("bare"), Wires("nat", nat=True)
 
 
 def policy(workspace: str, user: int, names: Sequence[str] = ()) -> str:
@@ -46,7 +48,7 @@ def measure(
     with scene.stage(lab) as (made, internet):
         _names(internet)
         policies = {name: policy(name, made.user) for name in ("few", "many")}
-        with scene.started(made, policies) as daemon, _bare(made), _clients(daemon) as clients:
+        with scene.started(made, policies) as daemon, _wires(made), _clients(daemon) as clients:
             measures = _Measures(clients, rounds, seconds, connections)
             _memory(report, "memory_idle", daemon)
             alone = _throughput(report, measures)
@@ -104,7 +106,10 @@ def _clients(daemon: Daemon) -> Iterator[dict[str, Client]]:
     words = ["/usr/bin/python3", "-I", "-c", text]
     lab = daemon.lab
     clients = {
-        "bare": Client(lab.start([*words, bare.SERVER], where=bare.BOX)),
+        wires.name: Client(lab.start([*words, wires.server], where=wires.place("box")))
+        for wires in (BARE, NAT)
+    }
+    clients |= {
         "few": Client(daemon.start_sandbox("few", [*words, "bench.test"])),
         "many": Client(daemon.start_sandbox("many", [*words, "bench.test"])),
     }
@@ -119,11 +124,13 @@ def _clients(daemon: Daemon) -> Iterator[dict[str, Client]]:
 
 
 @contextlib.contextmanager
-def _bare(lab: Lab) -> Iterator[None]:
-    bare.build(lab)
+def _wires(lab: Lab) -> Iterator[None]:
+    """The bare wires, and a server at the end of each way."""
+    for wires in (BARE, NAT):
+        wires.build(lab)
     servers = [
         lab.start(scene.program("server"), where=where, env=scene.environment(), cwd=str(scene.PROJECT))
-        for where in (bare.NET, topology.NET)
+        for where in (BARE.place("net"), NAT.place("net"), topology.NET)
     ]
     try:
         for server in servers:
@@ -133,7 +140,8 @@ def _bare(lab: Lab) -> Iterator[None]:
         for server in servers:
             server.kill()
             server.close()
-        bare.remove(lab)
+        for wires in (BARE, NAT):
+            wires.remove(lab)
 
 
 class _Measures:
@@ -160,11 +168,15 @@ class _Measures:
 
 
 def _throughput(report: Report, measures: _Measures) -> dict[str, list[float]]:
-    """Against the bare wires; returns the parts of what those gave, for later."""
-    streams, connections = measures.streams("bare", "few"), measures.connections("bare", "few")
-    target = ("at least", 0.95)
-    report.add(Figure.paired("datapath_throughput", streams["few"], streams["bare"], "Gbit/s", target=target))
-    report.add(Figure.paired("datapath_connections", connections["few"], connections["bare"], "conn/s"))
+    """Against the bare wires, and against wires with NAT; returns the parts of the former, for later."""
+    streams, connections = measures.streams("bare", "nat", "few"), measures.connections("bare", "nat", "few")
+    for name, peer, target in (
+        ("datapath_throughput", "bare", ("at least", 0.95)),
+        ("datapath_throughput_vs_nat", "nat", None),
+    ):
+        report.add(Figure.paired(name, streams["few"], streams[peer], "Gbit/s", target=target))
+    for name, peer in (("datapath_connections", "bare"), ("datapath_connections_vs_nat", "nat")):
+        report.add(Figure.paired(name, connections["few"], connections[peer], "conn/s"))
     return {"streams": _relative(streams), "connections": _relative(connections)}
 
 

@@ -55,9 +55,7 @@ class Figure:
     details: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod
-    def paired(
-        name: str, ours: Sequence[float], theirs: Sequence[float], unit: str, **more: Any
-    ) -> Figure:
+    def paired(name: str, ours: Sequence[float], theirs: Sequence[float], unit: str, **more: Any) -> Figure:
         """Of two interleaved series: the medians, and how the ratio of each pair spread."""
         a, b = Sample(tuple(ours)), Sample(tuple(theirs))
         pairs = Sample(tuple(x / y for x, y in zip(ours, theirs, strict=True)))

@@ -14,9 +14,7 @@ from pathlib import Path
 
 __all__ = ["STAND_IN", "command", "nanoseconds"]
 
-STAND_IN = (
-    "import os,struct,time;n=time.monotonic_ns();os.write(1,struct.pack('=qq',n//10**9,n%10**9))"
-)
+STAND_IN = "import os,struct,time;n=time.monotonic_ns();os.write(1,struct.pack('=qq',n//10**9,n%10**9))"
 _BASE = 0x400000
 _CODE = bytes.fromhex(
     "4883ec10"  # sub  $16, %rsp
@@ -38,7 +36,13 @@ _CODE = bytes.fromhex(
 def command(directory: Path, *, seen_as: str) -> list[str]:
     """Put the program into `directory`; the command line where that is visible as `seen_as`."""
     if platform.machine() != "x86_64":
-        return [sys.executable if seen_as == str(directory) else "/usr/bin/python3", "-I", "-S", "-c", STAND_IN]
+        return [
+            sys.executable if seen_as == str(directory) else "/usr/bin/python3",
+            "-I",
+            "-S",
+            "-c",
+            STAND_IN,
+        ]
     path = directory / "first"
     path.write_bytes(_elf())
     path.chmod(0o755)

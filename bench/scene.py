@@ -15,7 +15,7 @@ from lab.daemon import Daemon
 from lab.internet import Internet, start_internet
 from lab.machine import Lab
 
-__all__ = ["PROJECT", "alarms", "account", "environment",  "program", "shared_directory", "started", "stage"]
+__all__ = ["PROJECT", "alarms", "account", "environment", "program", "shared_directory", "started", "stage"]
 
 PROJECT = Path(__file__).resolve().parent.parent
 _ORDINARY = ("daemon", "www-data", "man")  # accounts every Debian has; not games, which firejail cannot map

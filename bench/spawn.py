@@ -101,7 +101,5 @@ def _tell(report: Report, found: dict[str, Any]) -> None:
         report.add(Figure.alone("spawn_cold_vs_firejail", times["egressd"], "ms", details=found["without"]))
     report.add(Figure.paired("spawn_cli_vs_bwrap", cli["egressctl"], cli["bwrap"], "ms"))
     alarms = {"alarms": found["alarms"]}
-    report.add(
-        Figure.alone("spawn_50_concurrent_p99", found["concurrent"], "ms", of="p99", details=alarms)
-    )
+    report.add(Figure.alone("spawn_50_concurrent_p99", found["concurrent"], "ms", of="p99", details=alarms))
     report.add(Figure.alone("spawn_50_concurrent_rate", found["rates"], "sandboxes/s"))

@@ -182,8 +182,8 @@ def _answer(pid: int, pipe: int) -> float:
 # --------------------------------------------------------------------------------------------------
 # where the time goes
 
-# What is done, in this order; each entry's time runs from the end of the one before. A step waits for others
-# (bubblewrap, the daemon) that worked meanwhile.
+# What is done. Each entry's time runs from the end of whatever ended before it, so they add up; a step that waits
+# (for bubblewrap, for the daemon) counts what those did meanwhile.
 STEPS: tuple[tuple[str, object, str], ...] = (
     ("enter: connect, and the daemon's terms", Control, "enter"),
     ("prepare: arguments, files looked through", launch, "prepare"),
@@ -220,17 +220,19 @@ def _noting(function: Any, ends: list[int], number: int) -> Any:
 
 def where(spawner: Spawner, rounds: int) -> dict[str, float]:
     """Median milliseconds of each step."""
-    found: dict[str, list[float]] = {name: [] for name, _, _ in STEPS}
-    last = "gate and bubblewrap's rest, until the command's first instruction"
-    found[last] = []
+    found: dict[str, list[float]] = {}
     for _ in range(rounds):
         ends = [0] * len(STEPS)
         with _watched(ends):
-            began = time.monotonic_ns()
+            before = time.monotonic_ns()
             output = spawner.box.run(spawner.command, capture_output=True).stdout
-        moments = [began, *ends, nanoseconds(output)]
-        for name, start, end in zip(found, moments, moments[1:], strict=False):
-            found[name].append((end - start) / 1e6)
+        moments = [(end, name) for end, (name, _, _) in zip(ends, STEPS, strict=True)]
+        moments.append(
+            (nanoseconds(output), "gate and bubblewrap's rest, until the command's first instruction")
+        )
+        for end, name in sorted(moments):
+            found.setdefault(name, []).append((end - before) / 1e6)
+            before = end
     return {name: round(percentile(values, 50), 3) for name, values in found.items()}
 
 

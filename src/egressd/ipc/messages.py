@@ -146,7 +146,16 @@ class Retired(_Message, frozen=True, tag=True):
     elements: dict[str, tuple[int, int]]  # comment -> (packets, bytes), summed
 
 
-FROM_WARDEN: TypeAlias = Done | Failed | Payload | LinkClosed | Tampered | Retired
+class LinkLost(_Message, frozen=True, tag=True):
+    """A link that nobody holds any more was removed, with its last counters. `workspace` is empty where
+    the warden, itself started anew, cannot know it."""
+
+    link: LinkNumber
+    workspace: Annotated[str, Meta(max_length=32)]
+    counters: dict[str, tuple[int, int]]
+
+
+FROM_WARDEN: TypeAlias = Done | Failed | Payload | LinkClosed | LinkLost | Tampered | Retired
 
 
 # --------------------------------------------------------------------------------------------------

@@ -159,8 +159,21 @@ class Controller:
                 f" ({'restored' if message.restored else 'NOT restored'})",
                 {"what": message.what, "restored": message.restored, "by": message.process},
             )
+        elif isinstance(message, messages.LinkLost):
+            self._link_lost(message)
         elif isinstance(message, messages.Retired):
             self._retire(message.workspace, message.elements)
+
+    def _link_lost(self, message: messages.LinkLost) -> None:
+        """A link of a former life of ours: its counters belong in the books all the same."""
+        workspace = message.workspace or "unknown"
+        if message.workspace:
+            self.remembered.account(workspace).end(_last(message.counters))
+            self.remembered.save_books()
+        facts: dict[str, Any] = {"link": message.link, "workspace": workspace}
+        for key, (packets, octets) in message.counters.items():
+            facts |= {f"{key}_packets": packets, f"{key}_bytes": octets}
+        self.auditing.record("sandbox-lost", facts)
 
     def _retire(self, workspace: str, elements: Totals) -> None:
         account = self.remembered.account(workspace)
@@ -383,14 +396,11 @@ class Controller:
         self._account(sandbox, counters)
 
     def _account(self, sandbox: Sandbox, counters: Totals) -> None:
-        last = {key: Tally(*counters.get(key, (0, 0))) for key in ("in", "ok", "denied", "other")}
-        self.remembered.account(sandbox.workspace).end(
-            LinkCounts(in_=last["in"], ok=last["ok"], denied=last["denied"], other=last["other"])
-        )
+        self.remembered.account(sandbox.workspace).end(_last(counters))
         self.remembered.save_books()
         facts = _facts(sandbox)
-        for key, tally in last.items():
-            facts |= {f"{key}_packets": tally.packets, f"{key}_bytes": tally.bytes}
+        for key, (packets, octets) in counters.items():
+            facts |= {f"{key}_packets": packets, f"{key}_bytes": octets}
         facts["seconds"] = round(time.time() - sandbox.since, 3)
         self.auditing.record("sandbox-closed", facts)
 
@@ -405,6 +415,18 @@ class Controller:
         warden = self.peer("warden")
         received = await warden.ask(messages.ReadRuleset(request=warden.next_request()), timeout=30.0)
         return received.payload().decode()
+
+
+def _last(counters: Totals) -> LinkCounts:
+    """From the warden's words to the books'."""
+    tallies = {key: Tally(*pair) for key, pair in counters.items()}
+    none = Tally()
+    return LinkCounts(
+        in_=tallies.get("in", none),
+        ok=tallies.get("ok", none),
+        denied=tallies.get("denied", none),
+        other=tallies.get("other", none),
+    )
 
 
 def _unexpected(peer: Peer, received: Received[Any]) -> None:

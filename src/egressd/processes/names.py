@@ -32,6 +32,11 @@ class Addresses:
     learned: dict[Key, tuple[Slots4, Slots6]] = field(default_factory=dict)
     _users: dict[Key, list[tuple[int, int]]] = field(default_factory=dict)  # (workspace index, block)
     _kernel: dict[tuple[int, str], NatEntry] = field(default_factory=dict)
+    # Entries of a rule, made once per set of addresses: ten thousand names are eighty thousand of them, which
+    # every change of any policy goes through.
+    _made: dict[tuple[Key, tuple[int, int]], tuple[tuple[Slots4, Slots6], tuple[NatEntry, ...]]] = field(
+        default_factory=dict
+    )
 
     def learn(self, resolved: messages.Resolved) -> tuple[NatEntry, ...]:
         """Remember where a name leads; returns what has to change in the kernel."""
@@ -46,6 +51,11 @@ class Addresses:
         for index, block, rule in rules:
             self._users.setdefault((rule.host, rule.private), []).append((index, block))
         self.learned = {key: slots for key, slots in self.learned.items() if key in self._users}
+        self._made = {
+            (key, user): made
+            for (key, user), made in self._made.items()
+            if key in self.learned and user in self._users[key]
+        }
         wanted = {
             (entry.mark, entry.synthetic)
             for key in self.learned
@@ -84,13 +94,19 @@ class Addresses:
                 if (known.real if known else None) != entry.real:
                     yield entry
 
-    def _entries(self, key: Key, user: tuple[int, int]) -> Iterable[NatEntry]:
+    def _entries(self, key: Key, user: tuple[int, int]) -> tuple[NatEntry, ...]:
+        slots = self.learned[key]
+        made = self._made.get((key, user))
+        if made is None or made[0] != slots:
+            made = self._made[key, user] = (slots, tuple(self._make(key, user, slots)))
+        return made[1]
+
+    def _make(self, key: Key, user: tuple[int, int], slots: tuple[Slots4, Slots6]) -> Iterable[NatEntry]:
         index, block = user
         mark = int(Mark(kind=Kind.FORWARD, workspace=index, block=block))
-        slots4, slots6 = self.learned[key]
         for slot in range(SLOTS):
             for synthetic, real in zip(
-                self.pools.synthetic(block, slot), (slots4[slot], slots6[slot]), strict=True
+                self.pools.synthetic(block, slot), (slots[0][slot], slots[1][slot]), strict=True
             ):
                 yield NatEntry(mark, str(synthetic), None if real is None else str(real), comment(key[0]))
 

@@ -399,7 +399,7 @@ def open_control_socket(config: Config) -> socket.socket:
     control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     control.bind(str(path))
     path.chmod(0o666)
-    control.listen(128)
+    control.listen(4096)  # the kernel bounds it by net.core.somaxconn
     return control
 
 

@@ -199,8 +199,10 @@ class Warden:
         indexes = {want.index for want in wants.values()}
         if len(indexes) < len(wants):
             raise ProtocolError("two workspaces share an index")
-        for link, lease in self.standing.leases.items():
-            if lease.want.workspace not in wants:
+        for link, lease in list(self.standing.leases.items()):
+            if lease.want.workspace not in wants and link not in self._named:
+                self._lose(link)  # its controller is gone, and nobody has asked to keep it
+            elif lease.want.workspace not in wants:
                 raise Refused(
                     Reason.WORKSPACE, f"workspace {lease.want.workspace} cannot go: {link.device} is in it"
                 )
@@ -349,13 +351,20 @@ class Warden:
         self._named.discard(link)
         return counters
 
+    def _lose(self, link: Link) -> None:
+        """Take a link away that nobody holds."""
+        lease = self.standing.leases.get(link)
+        counters = self._close(link)
+        workspace = lease.want.workspace if lease else ""
+        self._send(messages.LinkLost(link=link.number, workspace=workspace, counters=counters))
+
     def settle(self, received: Received[messages.Settle]) -> messages.Done:
         """Remove what this controller did not name; from now on `standing` is the whole truth."""
         began = time.monotonic()
         things = self._observe().things
         stale = {*self._links.present(), *_link_chains(things), *self.standing.leases} - self._named
         for link in sorted(stale):
-            self._close(link)
+            self._lose(link)
         for key in self.standing.nat.keys() - self._named_nat:
             del self.standing.nat[key]
         self.adopted = True

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import select
 import signal
@@ -158,10 +159,17 @@ def start(
         undo.callback(running.destroy)
         tell(f"limits: {prepared.bounds.text}")
         tell(plan.describe(prepared.plan).partition("\n")[0])
-        _admit(running, prepared, plumber, desk=desk, command=" ".join(wish.command)[:1024])
+        _admit(running, prepared, plumber, desk=desk, command=named(wish.command))
         tell(f"gate opened; bubblewrap is process {running.pid}, the sandbox's first is {running.child}")
         running.keep(undo.pop_all(), wall=prepared.wall)
         return running
+
+
+def named(command: Sequence[str]) -> str:
+    """What the record calls a command: its program, and a digest of all its words. The words themselves may
+    hold prompts and keys, which are nobody's business but the caller's."""
+    digest = hashlib.sha256("\0".join(command).encode(errors="surrogateescape")).hexdigest()
+    return f"{command[0][:256]} (sha256:{digest})"
 
 
 def _admit(

@@ -31,7 +31,7 @@ PATH = "/usr/local/bin:/usr/bin:/bin"
 FAILED = 125  # as env(1), timeout(1) and chroot(1): the launcher itself failed
 
 # What a sandbox knows of names. No search list and ndots:1: "ollama" is asked for as it stands.
-RESOLV_CONF = "nameserver 169.254.53.53\nnameserver fd53:53::53\noptions ndots:1\n"
+RESOLV_CONF = "nameserver 169.254.53.53\nnameserver fd53:53::53\noptions ndots:1 timeout:1 attempts:5\n"
 NSSWITCH_CONF = (
     "passwd: files\ngroup: files\nshadow: files\nhosts: files dns\n"
     "networks: files\nprotocols: files\nservices: files\nethers: files\nrpc: files\n"

@@ -93,10 +93,11 @@ class Service:
 # netlink, as far as it is needed (linux/rtnetlink.h, if_link.h, if_addr.h, neighbour.h)
 
 _NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_REPLACE, _NLM_F_CREATE = 0x1, 0x4, 0x100, 0x400
-_RTM_NEWLINK, _RTM_NEWADDR, _RTM_NEWROUTE, _RTM_NEWNEIGH = 16, 20, 24, 28
+_RTM_NEWLINK, _RTM_GETLINK, _RTM_NEWADDR, _RTM_NEWROUTE, _RTM_NEWNEIGH = 16, 18, 20, 24, 28
 _NLMSG_ERROR = 2
 _IFF_UP, _IFF_NOARP = 0x1, 0x80
 _IFLA_AF_SPEC, _IFLA_INET_CONF, _IFLA_INET6_ADDR_GEN_MODE = 26, 1, 8
+_IFLA_OPERSTATE, _IF_OPER_UP = 16, 6  # linux/if.h
 _ADDR_GEN_MODE_NONE, _ROUTE_LOCALNET = 1, 26  # IPV4_DEVCONF_ROUTE_LOCALNET, linux/ip.h
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS, _IFA_F_NODAD = 1, 2, 8, 0x02
 _NDA_DST, _NDA_LLADDR, _NUD_PERMANENT = 1, 2, 0x80
@@ -208,6 +209,34 @@ def _send(data: bytes, names: tuple[str, ...]) -> None:
                         raise OSError(-code, os.strerror(-code), names[number])
                     waiting -= 1
                 answer = answer[(length + 3) & ~3 :]
+
+
+def _await_carrier() -> None:
+    """Until both ends of the pair really pass packets. The kernel brings a veth's queues to life from a
+    worker (linkwatch) after the "up" was acknowledged; what the gateway answers before that is lost, and a
+    refused connect would be felt only when TCP tries again, a second later. Mostly 0.1 ms, at most some 12."""
+    deadline = time.monotonic() + _PATIENCE / 2
+    question = struct.pack("=IHHII", 32, _RTM_GETLINK, _NLM_F_REQUEST, 0, 0) + _link(_index(), 0)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0) as netlink:
+        netlink.settimeout(5)
+        while True:
+            netlink.send(question)
+            if _operational(netlink.recv(1 << 16)):
+                return
+            if time.monotonic() > deadline:
+                raise OSError(errno.ENETDOWN, os.strerror(errno.ENETDOWN), DEVICE)
+            time.sleep(0.0001)
+
+
+def _operational(answer: bytes) -> bool:
+    """IFLA_OPERSTATE of an RTM_NEWLINK: after struct nlmsghdr and struct ifinfomsg."""
+    at = 16 + 16
+    while at + 4 <= len(answer):
+        length, kind = struct.unpack_from("=HH", answer, at)
+        if kind == _IFLA_OPERSTATE:
+            return answer[at + 4] == _IF_OPER_UP
+        at += max(4, (length + 3) & ~3)
+    return False
 
 
 # --------------------------------------------------------------------------------------------------
@@ -360,6 +389,7 @@ def _work(channel: socket.socket, sandbox: list[int]) -> None:
     for name, value in _SYSCTLS:
         _write_sysctl(name, value)
     _send(data, names)
+    _await_carrier()
     channel.send(_DONE)
 
 
