@@ -3,12 +3,13 @@
     bare-box ──veth── bare-gate ──veth── bare-host ──veth── bare-net
 
 Four namespaces and three pairs, as from a sandbox over the gateway and the host to the internet; plain
-forwarding, not one rule, no connection tracking. A second set (`nat-box` …) is the same with one masquerade rule in
-gate and host each: what a container's network costs anyway, before anybody guards anything.
+forwarding, not one rule, no connection tracking. A second set (`nat-box` …) is the same with one masquerade
+rule in gate and host each: what a container's network costs anyway, before anybody guards anything.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from lab.machine import Lab
@@ -43,7 +44,7 @@ class Wires:
             lab.run(["ip", "netns", "add", where]).check()
             lab.run(["ip", "link", "set", "lo", "up"], where=where).check()
             lab.run(["sysctl", "-qw", "net.ipv4.ip_forward=1"], where=where).check()
-        for number, (left, right) in enumerate(zip(_PARTS, _PARTS[1:], strict=False)):
+        for number, (left, right) in enumerate(itertools.pairwise(_PARTS)):
             self._pair(lab, number, self.place(left), self.place(right))
         for part, via in _ROUTES:
             lab.run(["ip", "route", "add", "default", "via", via], where=self.place(part)).check()

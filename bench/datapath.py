@@ -37,7 +37,7 @@ def policy(workspace: str, user: int, names: Sequence[str] = ()) -> str:
 def measure(
     report: Report,
     *,
-    lab: Lab | None = None,
+    given: tuple[Lab, Internet] | None = None,
     rounds: int = 11,
     seconds: float = 0.4,
     connections: int = 400,
@@ -45,7 +45,7 @@ def measure(
     sandboxes: int = 200,
     revocations: int = 50,
 ) -> None:
-    with scene.stage(lab) as (made, internet):
+    with scene.stage(given) as (made, internet):
         _names(internet)
         policies = {name: policy(name, made.user) for name in ("few", "many")}
         with scene.started(made, policies) as daemon, _wires(made), _clients(daemon) as clients:

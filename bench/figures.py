@@ -60,7 +60,11 @@ class Figure:
         a, b = Sample(tuple(ours)), Sample(tuple(theirs))
         pairs = Sample(tuple(x / y for x, y in zip(ours, theirs, strict=True)))
         details = dict(more.pop("details", {}))
-        details |= {"ours": a.document(), "theirs": b.document(), "ratio_of_pairs": pairs.document()}
+        details |= {
+            "ours_spread": a.document(),
+            "theirs_spread": b.document(),
+            "ratio_of_pairs": pairs.document(),
+        }
         return Figure(name, a.median, unit, b.median, details=details, **more)
 
     @staticmethod
@@ -68,7 +72,7 @@ class Figure:
         """Without a peer. `of` is "median" or a percentile such as "p99"."""
         sample = Sample(tuple(values))
         ours = sample.median if of == "median" else percentile(values, float(of.removeprefix("p")))
-        details = dict(more.pop("details", {})) | {"ours": sample.document()}
+        details = dict(more.pop("details", {})) | {"ours_spread": sample.document()}
         return Figure(name, ours, unit, details=details, **more)
 
     @property

@@ -1,7 +1,7 @@
 """Memory of processes of the lab, as the kernel accounts for it.
 
-PSS (proportional set size, proc(5)): private pages, plus each shared page divided by how many share it. So the
-sum over processes is what they really take together. Kernel memory (links, rules) is not in it.
+PSS (proportional set size, proc(5)): private pages, plus each shared page divided by how many share it. So
+the sum over processes is what they really take together. Kernel memory (links, rules) is not in it.
 """
 
 from __future__ import annotations

@@ -15,20 +15,20 @@ from lab.daemon import Daemon
 from lab.internet import Internet, start_internet
 from lab.machine import Lab
 
-__all__ = ["PROJECT", "alarms", "account", "environment", "program", "shared_directory", "started", "stage"]
+__all__ = ["PROJECT", "account", "alarms", "environment", "program", "shared_directory", "stage", "started"]
 
 PROJECT = Path(__file__).resolve().parent.parent
 _ORDINARY = ("daemon", "www-data", "man")  # accounts every Debian has; not games, which firejail cannot map
 
 
 @contextlib.contextmanager
-def stage(lab: Lab | None = None) -> Iterator[tuple[Lab, Internet]]:
-    """A lab of our own with its servers, or the caller's (which keeps it)."""
-    if lab is not None:
-        yield lab, start_internet(lab)[0]
+def stage(given: tuple[Lab, Internet] | None = None) -> Iterator[tuple[Lab, Internet]]:
+    """A lab of our own with its servers, or the caller's, who keeps it."""
+    if given is not None:
+        yield given
         return
-    with Lab() as made:
-        yield made, start_internet(made)[0]
+    with Lab() as lab:
+        yield lab, start_internet(lab)[0]
 
 
 @contextlib.contextmanager

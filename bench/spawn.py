@@ -17,6 +17,7 @@ from typing import Any
 from bench import first, scene
 from bench.figures import Figure, Report
 from lab.daemon import Daemon
+from lab.internet import Internet
 from lab.machine import Lab
 
 __all__ = ["measure"]
@@ -32,11 +33,16 @@ allow:
 
 
 def measure(
-    report: Report, *, lab: Lab | None = None, rounds: int = 60, at_once: int = 50, waves: int = 3
+    report: Report,
+    *,
+    given: tuple[Lab, Internet] | None = None,
+    rounds: int = 60,
+    at_once: int = 50,
+    waves: int = 3,
 ) -> None:
     user = scene.account()
     policy = POLICY.format(uid=user.pw_uid)
-    with scene.stage(lab) as (made, _), scene.started(made, {"acme": policy}) as daemon:
+    with scene.stage(given) as (made, _), scene.started(made, {"acme": policy}) as daemon:
         found = _spawner(daemon, user, rounds=rounds, at_once=at_once, waves=waves)
         found["alarms"] = scene.alarms(daemon)
     _tell(report, found)

@@ -1,9 +1,8 @@
 """Starts sandboxes and says how long each took until its command's first instruction.
 
 Run as the caller that is to be measured: `python -m bench.inside.spawner ORDERS`, ORDERS a JSON object with
-`run_dir`, `files` (the directory with the command), `inside` and `outside` (the command as seen there), `rounds`,
-`at_once` and `waves`. Prints one
-JSON object; all times in milliseconds.
+`run_dir`, `files` (the directory with the command), `inside` and `outside` (the command as seen there),
+`rounds`, `at_once` and `waves`. Prints one JSON object; all times in milliseconds.
 """
 
 from __future__ import annotations
@@ -118,7 +117,7 @@ class Spawner:
             return str(error)
         if done.returncode != 0 or not done.stdout.startswith("net:"):
             return (done.stderr or done.stdout).strip()[:300]
-        same = done.stdout.strip() == os.readlink("/proc/self/ns/net")
+        same = done.stdout.strip() == str(Path("/proc/self/ns/net").readlink())
         return "it makes no sandbox on this machine (a container?)" if same else ""
 
 
@@ -137,7 +136,7 @@ def _until(output: bytes, began: int) -> float:
 
 
 def wave(spawn: Callable[[], float], count: int) -> tuple[list[float], float]:
-    """`count` processes start a sandbox each at the same moment: (milliseconds each, sandboxes per second)."""
+    """`count` processes start a sandbox each at one moment: (milliseconds each, sandboxes per second)."""
     ready, go = os.pipe(), os.pipe()
     answers = [_worker(spawn, ready[1], go) for _ in range(count)]
     os.close(ready[1])
@@ -182,8 +181,8 @@ def _answer(pid: int, pipe: int) -> float:
 # --------------------------------------------------------------------------------------------------
 # where the time goes
 
-# What is done. Each entry's time runs from the end of whatever ended before it, so they add up; a step that waits
-# (for bubblewrap, for the daemon) counts what those did meanwhile.
+# What is done. Each entry's time runs from the end of whatever ended before it, so they add up; a step that
+# waits (for bubblewrap, for the daemon) counts what those did meanwhile.
 STEPS: tuple[tuple[str, object, str], ...] = (
     ("enter: connect, and the daemon's terms", Control, "enter"),
     ("prepare: arguments, files looked through", launch, "prepare"),

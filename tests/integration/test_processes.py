@@ -112,10 +112,13 @@ def test_open_streams_go_on_while_a_process_is_replaced(daemon: Any, name: str) 
 def test_a_sandbox_ends_with_the_controller_that_held_its_lease(daemon: Any) -> None:
     poll(lambda: running(daemon), timeout=10)
     resident = Resident(daemon)
+    assert resident.tries(("tcp", "plain.test", 7, "x"))[0].result == "ok"
     daemon.lab.signal(daemon.pids()["controller"], signal.SIGKILL)
     assert resident.process.wait(10) == 125
     assert "egressd" in resident.process.err
     poll(lambda: running(daemon) and "chain eg" not in daemon.json("ruleset")["text"], timeout=10)
+    account = daemon.counters("acme")
+    assert account["balance"]["balanced"] and account["ended"]["in"][0] > 0, account["balance"]
 
 
 @pytest.mark.parametrize("name", CHILDREN)

@@ -118,6 +118,7 @@ def test_the_warden_mends_within_a_second_and_flows_that_are_allowed_go_on(
         in_gateway(daemon, *taken)
         poll(lambda: works(resident), timeout=1, what="the warden mends")
         assert daemon.json("status")["alarms"]
+    poll(lambda: daemon.json("status")["balanced"], timeout=5, what="the books balance, or begin anew")
 
 
 def test_each_rule_alone_is_missed_and_opens_nothing(daemon: Any, uplink: Any) -> None:

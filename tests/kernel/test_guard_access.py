@@ -31,7 +31,7 @@ from guard_topology import (
 from egressd.model.identities import Link
 from egressd.packets import nflog
 from egressd.ruleset import diff
-from egressd.ruleset.books import books
+from egressd.ruleset.books import books, equations
 from egressd.ruleset.layout import INSPECTOR_PORT, NFLOG_GROUP, RESOLVER4, RESOLVER6, Kind
 from egressd.ruleset.observe import Counters, Tally
 
@@ -76,7 +76,7 @@ def server(family: int) -> str:
 
 def balanced(t: Topology) -> bool:
     workspaces = {lease.link.device: lease.workspace for lease in t.links.values()}
-    result = books(t.counters(), {}, {}, workspace_of=workspaces)
+    result = books(equations(t.counters(), {}, {}, workspace_of=workspaces))
     return result.balanced
 
 

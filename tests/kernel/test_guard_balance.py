@@ -26,7 +26,7 @@ from scapy.layers.l2 import ARP, Dot1Q, Ether
 from scapy.packet import Packet, Raw
 
 from egressd.model.identities import Link
-from egressd.ruleset.books import books
+from egressd.ruleset.books import books, equations
 from egressd.ruleset.layout import GATEWAY_MAC, SANDBOX_MAC
 from egressd.ruleset.observe import Tally
 
@@ -169,7 +169,7 @@ def test_every_frame_is_counted_once_and_as_what_it_is(there: Topology) -> None:
         elif left := frames(uplink):
             wrong.append((case.name, "left the uplink", left))
     assert not wrong, "\n".join(map(str, wrong))
-    result = books(there.counters(), {}, {}, workspace_of={"eg1": "acme", "eg2": "acme"})
+    result = books(equations(there.counters(), {}, {}, workspace_of={"eg1": "acme", "eg2": "acme"}))
     assert result.balanced, result.differences
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from egressd.ruleset.books import Books, books
+from egressd.ruleset.books import Books, books, contradictions, equations
 from egressd.ruleset.observe import Counters, ElementCount, LinkCounts, Tally, counters
 
 NOTHING = Tally()
@@ -50,7 +50,7 @@ FAIR = count(
 
 def check(counts: Counters, **fields: object) -> Books:
     given = {"retired": NONE, "ended": {}, "workspace_of": {"eg1": "acme"}, **fields}
-    return books(counts, given.pop("retired"), given.pop("ended"), **given)  # type: ignore[arg-type]
+    return books(equations(counts, given.pop("retired"), given.pop("ended"), **given))  # type: ignore[arg-type]
 
 
 def test_fair_books_balance() -> None:
@@ -106,3 +106,38 @@ def test_books_and_counters_travel_as_json() -> None:
 
 def test_a_listing_without_our_tables_counts_nothing() -> None:
     assert counters({"nftables": [{"metainfo": {}}]}) == count()
+
+
+def in_motion(first: Counters, second: Counters) -> Books:
+    readings = [equations(each, NONE, {}, workspace_of={"eg1": "acme"}) for each in (first, second)]
+    return contradictions(*readings)
+
+
+def read_at(*, in_: int, ok: int, listed: int) -> Counters:
+    """One reading: packets of 100 bytes, each counter read at its own moment."""
+    counts = LinkCounts(in_=Tally(in_, in_ * 100), ok=Tally(ok, ok * 100))
+    return count(links={"eg1": counts}, elements=(element(listed, listed * 100),))
+
+
+def test_a_reading_under_traffic_is_not_exact_and_not_wrong() -> None:
+    first, second = read_at(in_=10, ok=12, listed=15), read_at(in_=20, ok=22, listed=25)
+    assert not check(first).balanced and not check(second).balanced
+    assert in_motion(first, second).balanced
+
+
+def test_what_cannot_have_been_equal_is_wrong_whatever_flowed() -> None:
+    first, second = read_at(in_=10, ok=12, listed=100), read_at(in_=20, ok=22, listed=125)
+    found = in_motion(first, second)
+    assert [each.what for each in found.differences] == ["acme: ok = elements + unlisted + retired"]
+    missing = in_motion(read_at(in_=50, ok=12, listed=12), read_at(in_=60, ok=22, listed=22))
+    assert [each.what for each in missing.differences] == ["eg1: in = ok + denied + other"]
+
+
+def test_while_nothing_flows_two_readings_are_as_strict_as_one() -> None:
+    still = read_at(in_=10, ok=10, listed=10)
+    assert in_motion(still, still).balanced
+    assert not in_motion(read_at(in_=10, ok=10, listed=9), read_at(in_=10, ok=10, listed=9)).balanced
+
+
+def test_a_link_that_came_or_went_between_readings_is_not_judged() -> None:
+    assert in_motion(FAIR, count(denied=FAIR.denied, elements=FAIR.elements)).equations == 2

@@ -25,10 +25,11 @@ from egressd.ipc import messages
 from egressd.ipc.channel import Channel, Received
 from egressd.ipc.peer import Peer, PeerGone
 from egressd.model.errors import EgressdError, PolicyError, Problem, ProtocolError, Refused
+from egressd.model.identities import Link
 from egressd.model.verdicts import Reason
 from egressd.policy import diff
 from egressd.policy.compiled import HostRule, Policy
-from egressd.processes import names, ritual
+from egressd.processes import names, reports, ritual
 from egressd.processes.control import ControlSocket
 from egressd.processes.leases import Leases, LinkNumbers, Sandbox
 from egressd.processes.remembered import Account, Remembered
@@ -41,6 +42,7 @@ __all__ = ["Controller", "main"]
 
 log = logging.getLogger("controller")
 
+_BOOKS_EVERY = 5.0  # seconds
 _NAT_BATCH = 512  # messages.SetNat's bound
 _REPLIES = (messages.Done, messages.Failed, messages.Payload, messages.LinkClosed)
 Totals = dict[str, tuple[int, int]]
@@ -67,6 +69,8 @@ class Controller:
         self.peers: dict[str, Peer | None] = {"warden": None, "resolver": None, "inspector": None}
         self.settled = asyncio.Event()  # the warden enforces what we last said
         self._changing = asyncio.Lock()
+        self._closing: set[Link] = set()
+        self._unbalanced = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._admitting = names.Admitting(self._set_nat, self.addresses.acknowledged)
         self.control: ControlSocket | None = None
@@ -159,10 +163,41 @@ class Controller:
                 f" ({'restored' if message.restored else 'NOT restored'})",
                 {"what": message.what, "restored": message.restored, "by": message.process},
             )
+            self._retire_lost(message.lost)
+            self.background(self._reopen_books(), "reopening the books")
         elif isinstance(message, messages.LinkLost):
             self._link_lost(message)
         elif isinstance(message, messages.Retired):
             self._retire(message.workspace, message.elements)
+
+    def _retire_lost(self, lost: Totals) -> None:
+        """Elements somebody deleted, by "acme_out4 host": back at zero, but their last counters are known."""
+        for key, (packets, octets) in lost.items():
+            name, _, host = key.partition(" ")
+            workspace = name.rpartition("_")[0]
+            if workspace in self.policies:
+                self.remembered.account(workspace).retire(host, Tally(packets, octets))
+        self.remembered.save_books()
+
+    async def _reopen_books(self) -> None:
+        """Somebody may have flushed the tables, and with them what hosts and links had counted. If the books
+        would balance but for what was counted before, they begin anew, and the record says so."""
+        _, found = await reports.read_books(self)
+        if found.balanced:
+            return
+        before, self.remembered.accounts = self.remembered.accounts, {}
+        _, found = await reports.read_books(self)
+        if not found.balanced:
+            self.remembered.accounts = before  # not a flush: the difference stays an alarm
+            return
+        self.remembered.save_books()
+        for workspace, account in before.items():
+            totals = {"in_packets": account.ended.in_.packets, "in_bytes": account.ended.in_.bytes}
+            self.alarm(
+                "books-restarted",
+                f"the counters of {workspace} were lost with the ruleset; its books begin anew",
+                {"workspace": workspace, "links": account.links, **totals},
+            )
 
     def _link_lost(self, message: messages.LinkLost) -> None:
         """A link of a former life of ours: its counters belong in the books all the same."""
@@ -380,7 +415,9 @@ class Controller:
 
     async def close(self, sandbox: Sandbox) -> None:
         """Take link, chain and elements away; keep the last counters for the books."""
-        self.leases.close(sandbox)
+        if sandbox.link not in self.leases.by_link or sandbox.link in self._closing:
+            return
+        self._closing.add(sandbox.link)
         counters: Totals = {}
         warden = self.peers["warden"]
         if warden is not None:
@@ -393,6 +430,9 @@ class Controller:
                 with contextlib.suppress(PeerGone):
                     peer.send(messages.UnbindSource(request=peer.next_request(), link=sandbox.link.number))
         self.auditing.pass_on(messages.UnbindSource(request=1, link=sandbox.link.number))
+        # Together, with nothing awaited between: a reading of the books sees the link here or there.
+        self.leases.close(sandbox)
+        self._closing.discard(sandbox.link)
         self._account(sandbox, counters)
 
     def _account(self, sandbox: Sandbox, counters: Totals) -> None:
@@ -405,6 +445,23 @@ class Controller:
         self.auditing.record("sandbox-closed", facts)
 
     # ---- reading
+
+    async def watch_books(self) -> None:
+        """Read the books for ever; what does not add up is an alarm, told once."""
+        while True:
+            began = time.monotonic()
+            with contextlib.suppress(Refused, PeerGone):
+                await self.check_books()
+            self.auditing.flush()
+            # Reading holds the warden up, half a second with 10,000 hosts: it is given at most a fiftieth.
+            await asyncio.sleep(max(_BOOKS_EVERY, 50 * (time.monotonic() - began)))
+
+    async def check_books(self) -> None:
+        _, found = await reports.read_books(self)
+        if not found.balanced and not self._unbalanced:
+            what = "; ".join(f"{d.what}: {d.packets} packets, {d.bytes} bytes" for d in found.differences)
+            self.alarm("books-unbalanced", f"the books do not balance: {what}", {"differences": what})
+        self._unbalanced = not found.balanced
 
     async def counters(self) -> Counters:
         warden = self.peer("warden")
@@ -515,6 +572,7 @@ async def _serve(start: ritual.Start) -> None:
         controller.connect(name, start.take(name))
     await controller.settled.wait()
     controller.control.listen()
+    controller.background(controller.watch_books(), "reading the books")
     supervisor.send(messages.Ready())
     await _beat_until(stop, supervisor)
     await controller.control.close_all("egressd is stopping")

@@ -15,7 +15,7 @@ from egressd.policy.compiled import CidrRule, HostRule, LocalRule, Policy, Rule
 from egressd.policy.explain import Subject, explain_policy
 from egressd.policy.explain import why as explain
 from egressd.processes.workspaces import broken_workspaces
-from egressd.ruleset.books import Books, books
+from egressd.ruleset.books import Books, Equation, books, contradictions, equations
 from egressd.ruleset.layout import RESOLVER_BLOCK, UNLISTED_BLOCK, Mark
 from egressd.ruleset.observe import Counters, ElementCount, LinkCounts, Tally
 
@@ -100,28 +100,25 @@ def _sandbox(sandbox: Sandbox) -> Document:
 # ---- counters
 
 
-async def read_books(controller: Controller, *, attempts: int = 5) -> tuple[Counters, Books]:
-    """The kernel's counters and whether they add up.
-
-    The kernel lists counters one after the other while packets go on, so an equation may be off by what
-    passed meanwhile: read again, a few times, until it holds. Books that never balance are an alarm.
-    """
-    for left in reversed(range(attempts)):
+async def read_books(controller: Controller) -> tuple[Counters, Books]:
+    """The kernel's counters, and whether they add up: exactly, or, while packets flow, as far as two readings
+    can tell."""
+    counters = await controller.counters()
+    first = _equations(controller, counters)
+    found = books(first)
+    if not found.balanced and found.equations:
         counters = await controller.counters()
-        found = _books(controller, counters)
-        if found.balanced or not left:
-            return counters, found
-    raise AssertionError("unreachable")
+        found = contradictions(first, _equations(controller, counters))
+    # Without a workspace there is nothing to account for; that much is in balance.
+    return counters, found if found.equations else msgspec.structs.replace(found, balanced=True)
 
 
-def _books(controller: Controller, counters: Counters) -> Books:
+def _equations(controller: Controller, counters: Counters) -> tuple[Equation, ...]:
     accounts = controller.remembered.accounts
     retired = {name: sum_tallies(account.retired.values()) for name, account in accounts.items()}
     ended = {name: (account.ended,) for name, account in accounts.items()}
     workspace_of = {s.link.device: s.workspace for s in controller.leases.by_link.values()}
-    found = books(counters, retired, ended, workspace_of=workspace_of)
-    # Without a workspace there is nothing to account for; that much is in balance.
-    return msgspec.structs.replace(found, balanced=True) if not found.equations else found
+    return equations(counters, retired, ended, workspace_of=workspace_of)
 
 
 async def _counters(controller: Controller, visible: Visible) -> Document:

@@ -102,10 +102,14 @@ class Auditing:
         self.pass_on(messages.Event(process=self.process, event=event, fields=dict(fields)))
 
     def pass_on(self, message: messages.TO_AUDITOR) -> None:
-        if self.lost and self._sent(messages.Losses(process=self.process, count=self.lost)):
-            self.lost = 0
+        self.flush()
         if not self._sent(message):
             self.lost += 1
+
+    def flush(self) -> None:
+        """Tell of losses even if nothing else happens."""
+        if self.lost and self._sent(messages.Losses(process=self.process, count=self.lost)):
+            self.lost = 0
 
     def _sent(self, message: messages.TO_AUDITOR) -> bool:
         if self.channel is None:

@@ -214,7 +214,7 @@ def _send(data: bytes, names: tuple[str, ...]) -> None:
 def _await_carrier() -> None:
     """Until both ends of the pair really pass packets. The kernel brings a veth's queues to life from a
     worker (linkwatch) after the "up" was acknowledged; what the gateway answers before that is lost, and a
-    refused connect would be felt only when TCP tries again, a second later. Mostly 0.1 ms, at most some 12."""
+    refused connect would be felt only when TCP tries again, a second later. Mostly 0.1 ms, at most 12."""
     deadline = time.monotonic() + _PATIENCE / 2
     question = struct.pack("=IHHII", 32, _RTM_GETLINK, _NLM_F_REQUEST, 0, 0) + _link(_index(), 0)
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0) as netlink:
