@@ -216,3 +216,13 @@ def test_only_root_and_the_daemon_may_apply_policies_or_see_the_ruleset(daemon: 
         result = daemon.ctl(*words, uid=4001)
         assert result.status == 125 and "sudo" in result.err, (words, result)
     assert daemon.ctl("status", uid=4002).out.count("acme") == 0
+
+
+@pytest.mark.parametrize("verb", [[], ["--foundation"], ["--dismantle"]])
+def test_a_second_egressd_keeps_its_hands_off_the_first(daemon: Any, verb: list[str]) -> None:
+    before = daemon.json("ruleset")["text"]
+    program = daemon.ctl_argv()[0].replace("egressctl", "egressd")
+    result = daemon.lab.run([program, "--config", daemon.config_file, *verb])
+    assert result.status == 1
+    assert "running already" in result.err and str(daemon.pids()["supervisor"]) in result.err
+    assert daemon.json("ruleset")["text"].count("chain") == before.count("chain") and spawns(daemon)

@@ -15,6 +15,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import ctypes
+import fcntl
 import json
 import logging
 import os
@@ -415,6 +416,26 @@ def prepare_state(config: Config) -> None:
     os.chown(own, accounts["daemon"].uid, accounts["daemon"].gid)
 
 
+@contextlib.contextmanager
+def alone(config: Config) -> Iterator[None]:
+    """One egressd per gateway: a second one would begin the first one's tables anew. The lock ends with the
+    process that holds it; KernelError names that process."""
+    path = Path("/run", f"egressd.{config.gateway}.lock")
+    with path.open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.seek(0)
+            raise KernelError(
+                f"egressd is running already for gateway {config.gateway!r}, process {lock.read(16) or '?'};"
+                " stop it first, or name another `gateway`"
+            ) from error
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
 def serve(config: Config) -> int:
     _check_accounts(config)
     held, gateway = lay_foundation(config)
@@ -469,9 +490,10 @@ def main(arguments: list[str] | None = None) -> int:
         if options.check:
             print(f"{options.config}: ok")
             return 0
-        if options.foundation or options.dismantle:
-            return _one_shot(config, "--dismantle" if options.dismantle else "--foundation")
-        return serve(config)
+        with alone(config):
+            if options.foundation or options.dismantle:
+                return _one_shot(config, "--dismantle" if options.dismantle else "--foundation")
+            return serve(config)
     except PolicyError as error:
         for problem in error.problems:
             print(f"egressd: {problem}", file=sys.stderr)
