@@ -60,6 +60,7 @@ log = logging.getLogger("egressd")
 _TICK = 1.0  # seconds: how often everything cheap is looked at, heard of or not
 _PATIENCE = 0.2  # seconds between two looks at the routing tables, which our own work changes too
 _SEND_WITHIN = 2.0  # seconds; a controller that does not read its answers for so long is gone
+_LONELY = 20.0  # seconds without a controller after which this process begins anew, to be introduced again
 _TEXT = 4000  # characters of messages.Text
 
 NatKey = tuple[int, str]  # mark, synthetic address
@@ -183,6 +184,7 @@ class Warden:
         self._check_workspaces(wants)
         operations = self._operations(wants)
         removed = self._removed_marks(wants)
+        self._conntrack.forget_marks(self._fresh_marks(wants))
         nat = [self.standing.nat[key] for key in self.standing.nat if key[0] in removed]
         taken = [NatEntry(e.mark, e.synthetic, None, e.comment) for e in nat]
         commands = [*build.nat(taken, self._translations()), *diff.commands(operations)]
@@ -190,7 +192,6 @@ class Warden:
         self.standing.wants = wants
         for entry in nat:
             del self.standing.nat[_key(entry)]
-        self._conntrack.forget_marks(removed)
         self._retire(batch)
         return messages.Done(request=request, changes=len(operations), microseconds=_since(began))
 
@@ -229,11 +230,15 @@ class Warden:
         return list(diff.plan(_without_links(self._observe(), wants), desired))
 
     def _removed_marks(self, wants: Mapping[str, WorkspaceWant]) -> set[int]:
-        if self.adopted:
-            before = {element.mark for want in self.standing.wants.values() for element in want.elements}
-        else:
-            before = _marks(self._observe().things)
-        return before - {element.mark for want in wants.values() for element in want.elements}
+        return self._standing_marks() - _marks_of(wants)
+
+    def _fresh_marks(self, wants: Mapping[str, WorkspaceWant]) -> set[int]:
+        """Marks that come into use. Connections of a revoked host stay in conntrack, so that its answers can
+        be turned into resets; before their mark means anything again, they must be gone."""
+        return _marks_of(wants) - self._standing_marks()
+
+    def _standing_marks(self) -> set[int]:
+        return _marks_of(self.standing.wants) if self.adopted else _marks(self._observe().things)
 
     def _retire(self, batch: Batch) -> None:
         """Elements that left the maps, with their last counters."""
@@ -433,10 +438,22 @@ class Warden:
             done += [f"{key} was {before}" for key, (before, _) in sysctl.ensure(settings).items()]
         if self._ledger.routing:
             self._ledger.routing, self._looked = False, now
-            live = self.standing.leases if self.adopted else self._links.present()
-            done += gateway.run(self._route, gateway.gateway_steps(self._route, links=self._links, live=live))
+            done += self._mend_routing()
         if done:
             self._tell("; ".join(done))
+
+    def _mend_routing(self) -> list[str]:
+        """A sandbox's namespace takes its link along when it dies, before its lease ends: nothing to mend.
+        It may do so while we look; then we look again."""
+        present = self._links.present()
+        live = present.keys() & self.standing.leases.keys() if self.adopted else present.keys()
+        try:
+            return gateway.run(self._route, gateway.gateway_steps(self._route, links=self._links, live=live))
+        except KernelError:
+            if self._links.present().keys() == present.keys():
+                raise
+            self._ledger.routing = True
+            return []
 
     def _tell(
         self, what: str, *, restored: bool = True, process: str = "", lost: dict[str, Count] | None = None
@@ -534,6 +551,10 @@ def _translations(things: Objects) -> Iterable[NatEntry]:
             yield NatEntry(int(mark, 16), synthetic, entry.data, entry.comment)
 
 
+def _marks_of(wants: Mapping[str, WorkspaceWant]) -> set[int]:
+    return {element.mark for want in wants.values() for element in want.elements}
+
+
 def _marks(things: Objects) -> set[int]:
     """Every mark that some workspace admits."""
     found = things.get(Key("inet", "set", "in"))
@@ -572,6 +593,7 @@ class Loop:
     supervisor: Channel[messages.TO_CHILD]
     beat: float = 0.0
     ticked: float = 0.0
+    met: float = field(default_factory=time.monotonic)  # when there last was a controller
 
     def run(self) -> None:
         self.supervisor.send(messages.Ready())
@@ -579,7 +601,7 @@ class Loop:
             pass
 
     def turn(self) -> bool:
-        """Wait for something and deal with it; False when the supervisor is gone."""
+        """Wait for something and deal with it; False without a supervisor, or long without a controller."""
         ready = self._wait()
         if self.supervisor in ready and not self._supervised():
             return False
@@ -590,6 +612,12 @@ class Loop:
         self.warden.watch(tick=tick)
         if tick:
             self.ticked = now
+        if self.warden.controller is not None:
+            self.met = now
+        elif now - self.met > _LONELY:
+            # A channel that broke while both its ends live: the supervisor joins processes when they start.
+            log.error("no controller for %g s: starting anew", _LONELY)
+            return False
         if now - self.beat >= messages.HEARTBEAT:
             self.beat = now
             with suppress(OSError):

@@ -301,7 +301,8 @@ def _static_inet() -> Objects:
     things: Objects = {
         _inet("counter", f"late_{reason}"): Counter(comment=text) for reason, text in LATE.items()
     }
-    things[_inet("counter", "stray")] = Counter(comment="not of a sandbox, or a reply to a revoked host")
+    things[_inet("counter", "stray")] = Counter(comment="not of a sandbox, and no answer to one")
+    things[_inet("counter", "revoked")] = Counter(comment="answers of hosts that were revoked")
     things |= {
         _inet("set", "in"): Set(type="mark", counter=True, comment="what may be answered; counts replies"),
         _inet("set", "opened"): Set(type="mark", counter=True, comment="counts connections"),
@@ -311,6 +312,9 @@ def _static_inet() -> Objects:
         _inet("set", "real4"): Set(type="mark . ipv4_addr", data="ipv4_addr", comment="names lead here"),
         _inet("set", "real6"): Set(type="mark . ipv6_addr", data="ipv6_addr", comment="names lead here"),
         _inet("chain", "refuse"): Chain(rules=_REFUSE, comment="says no at once"),
+        _inet("chain", "revoked"): Chain(
+            rules=_REVOKED, comment="answers of revoked hosts, turned into resets"
+        ),
     }
     for reason in LATE:
         things[_inet("chain", f"late_{reason}")] = _late(reason)
@@ -385,10 +389,14 @@ _PASS = (
     f"{_LINKS_IN} {_UP_OUT} meta mark & {_DIRECT} == {_DIRECT} accept",
     f"{_LINKS_IN} {_UP_OUT} {_TO_TRANSLATE} ct status dnat accept",
     f"{_UP_IN} {_LINKS_OUT} ct direction reply ct mark @in accept",
+    f"{_UP_IN} {_LINKS_OUT} ct direction reply goto revoked",
     f"{_LINKS_IN} {_TO_TRANSLATE} goto late_unresolved",
     f"{_LINKS_IN} goto late_misrouted",
     'counter name "stray"',
 )
+# The sandbox may be waiting for just this answer and say nothing itself: dropped, the connection would hang
+# until its next word. As a reset in sequence (RFC 5961 3.2) it ends at once, and its data is never delivered.
+_REVOKED = ('counter name "revoked"', "tcp flags set rst accept", "drop")
 _NEIGHBOURS = "icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept"
 _LOCAL_IN = (
     f"{_LINKS_IN} meta mark & {mark_text(Kind.INSPECT | Kind.RESOLVE)} != {_ZERO} accept",
