@@ -369,6 +369,8 @@ _TO_TRANSLATE = f"meta mark & {_DIRECT} == {_FORWARD}"  # bit 31 without bit 28
 _STEER = (
     f"iifgroup != {LINK_GROUP} return",
     f"meta mark < {_LEAST_ADMITTED} goto late_unmarked",
+    # the many: the guard has looked them up, conntrack knows them, and their mark stands in their entry
+    f"ct state established ct direction original meta mark >= {_FORWARD} accept",
     # untracked: somebody's `notrack`; what conntrack does not see is neither translated nor disguised
     "ct state invalid,untracked goto late_invalid",
     "ct direction reply goto late_reply",
