@@ -13,7 +13,7 @@ declare -gA _egressctl_below=(
 )
 declare -gA _egressctl_options=(
     ["egressctl"]="-h --help --run-dir --json --version"
-    ["egressctl run"]="-h --help -w --workspace --files --bind-ro --env --wall --dry-run --debug"
+    ["egressctl run"]="-h --help --run-dir -w --workspace --files --bind-ro --env --wall --dry-run --debug"
     ["egressctl status"]="-h --help --json --run-dir"
     ["egressctl policy"]="-h --help --json --run-dir"
     ["egressctl policy check"]="-h --help --json --run-dir"
@@ -34,6 +34,7 @@ declare -gA _egressctl_arguments=(
 # command and option -> the kind of its value
 declare -gA _egressctl_values=(
     ["egressctl --run-dir"]="directory"
+    ["egressctl run --run-dir"]="directory"
     ["egressctl run -w"]="workspace"
     ["egressctl run --workspace"]="workspace"
     ["egressctl run --files"]="directory"

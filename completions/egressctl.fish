@@ -5,7 +5,7 @@ function __egressctl_workspaces
 end
 
 complete -c egressctl -f
-complete -c egressctl -n 'not __fish_seen_subcommand_from run status policy why counters ruleset' -a run -d 'run a command in a workspace'\''s sandbox'
+complete -c egressctl -n 'not __fish_seen_subcommand_from run status policy why counters ruleset' -a run -d 'run a command in a sandbox of a workspace'
 complete -c egressctl -n 'not __fish_seen_subcommand_from run status policy why counters ruleset' -a status -d 'is egressd enforcing; which workspaces, which sandboxes'
 complete -c egressctl -n 'not __fish_seen_subcommand_from run status policy why counters ruleset' -a policy -d 'check, compare, apply or explain policies'
 complete -c egressctl -n 'not __fish_seen_subcommand_from run status policy why counters ruleset' -a why -d 'why a name, an address or a sandbox is allowed or denied'
@@ -16,6 +16,7 @@ complete -c egressctl -n 'not __fish_seen_subcommand_from run status policy why 
 complete -c egressctl -n 'not __fish_seen_subcommand_from run status policy why counters ruleset' -l json -d 'one JSON document on standard output'
 complete -c egressctl -n 'not __fish_seen_subcommand_from run status policy why counters ruleset' -l version -d 'show program'\''s version number and exit'
 complete -c egressctl -n '__fish_seen_subcommand_from run' -s h -l help -d 'show this help message and exit'
+complete -c egressctl -n '__fish_seen_subcommand_from run' -l run-dir -x -a '(__fish_complete_directories)' -d 'where the control socket is'
 complete -c egressctl -n '__fish_seen_subcommand_from run' -s w -l workspace -x -a '(__egressctl_workspaces)' -d 'the workspace whose policy holds'
 complete -c egressctl -n '__fish_seen_subcommand_from run' -l files -x -a '(__fish_complete_directories)' -d 'show DIR read-only at /work and start there'
 complete -c egressctl -n '__fish_seen_subcommand_from run' -l bind-ro -x -a '(__fish_complete_directories)' -d 'show DIR read-only where it is'
@@ -53,7 +54,7 @@ complete -c egressctl -n '__fish_seen_subcommand_from policy; and __fish_seen_su
 complete -c egressctl -n '__fish_seen_subcommand_from why' -s h -l help -d 'show this help message and exit'
 complete -c egressctl -n '__fish_seen_subcommand_from why' -l json -d 'one JSON document'
 complete -c egressctl -n '__fish_seen_subcommand_from why' -l run-dir -x -a '(__fish_complete_directories)' -d 'where the control socket is'
-complete -c egressctl -n '__fish_seen_subcommand_from why' -s w -l workspace -x -a '(__egressctl_workspaces)' -d 'in which workspace; a sandbox'\''s link needs none'
+complete -c egressctl -n '__fish_seen_subcommand_from why' -s w -l workspace -x -a '(__egressctl_workspaces)' -d 'in which workspace; not needed for a link, and where there is only one for you'
 complete -c egressctl -n '__fish_seen_subcommand_from counters' -s h -l help -d 'show this help message and exit'
 complete -c egressctl -n '__fish_seen_subcommand_from counters' -l json -d 'one JSON document'
 complete -c egressctl -n '__fish_seen_subcommand_from counters' -l run-dir -x -a '(__fish_complete_directories)' -d 'where the control socket is'

@@ -47,6 +47,10 @@ ROADS = (
     ("tcp", topology.HOST4, 9998, "a service on the host's uplink"),
     ("tcp", topology.HOST6, 9997, "the same over IPv6"),
 )
+AT_THE_RESOLVER = 2  # of these roads: the names end there
+INSIDE = 1  # of these roads: 127.0.0.1 is the sandbox's own, and nobody listens there
+# The rest is refused by the kernel, one packet each; "another port" is tried in both families.
+REFUSED_PACKETS = len(ROADS) - AT_THE_RESOLVER - INSIDE + 1
 
 
 @dataclass
@@ -54,6 +58,7 @@ class Story:
     """What the reader sees, and whether it went as told."""
 
     colour: bool
+    held: int = 0
     failed: list[str] = field(default_factory=list)
     _step: int = 0
 
@@ -79,7 +84,9 @@ class Story:
 
     def expect(self, *, held: bool, text: str) -> None:
         mark = self._paint("32", "✓") if held else self._paint("31", "✗")
-        if not held:
+        if held:
+            self.held += 1
+        else:
             self.failed.append(text)
         print(f"   {mark} {text}", flush=True)
 
@@ -166,10 +173,17 @@ def proof(stage: Stage) -> None:
     story.expect(
         held=result.status == 0, text="the books balance: in = admitted + denied + other, to the byte"
     )
+    refused = daemon.counters("acme")["denied"]["unlisted"][0]
+    story.say(
+        f"Of the {len(ROADS)} roads {AT_THE_RESOLVER} ended at egressd's resolver, which knows no unlisted"
+        f" name,\nand {INSIDE} at the sandbox's own loopback. Each of the others is a packet that the\n"
+        "kernel refused; one of them tried both IPv4 and IPv6:"
+    )
+    story.expect(held=refused == REFUSED_PACKETS, text=f"{refused} packets refused, none uncounted")
     story.command("egressctl why -w acme evil.test")
     result = daemon.ctl("why", "-w", "acme", "evil.test")
     story.show(result.out + result.err)
-    story.expect(held="denied" in result.out, text="and each denial has its reason")
+    story.expect(held="evil.test: denied in" in result.out, text="and a denial has its reason")
 
 
 def verdict(stage: Stage) -> None:
@@ -196,7 +210,10 @@ def verdict(stage: Stage) -> None:
 
 def main() -> int:
     story = Story(colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ)
-    print("egressd: a sandboxed inference reaches exactly the hosts its workspace allows.")
+    print(
+        "egressd: a sandboxed inference reaches the hosts its workspace lists, and no other.\n"
+        "What stands behind | is real output, and every check mark is worked out from what happened."
+    )
     began = time.monotonic()
     with Lab() as lab:
         story.step("A machine, its uplink and a little internet, in namespaces of their own")
@@ -216,7 +233,8 @@ def main() -> int:
                 part(stage)
     story.step("Everything is gone again")
     story.say(
-        f"{time.monotonic() - began:.0f} s in all. Try it by hand: make lab. Where to go next: README.md"
+        f"{story.held} of {story.held + len(story.failed)} checks held, in {time.monotonic() - began:.0f} s."
+        " Try it by hand: make lab. Where to go next: README.md"
     )
     for text in story.failed:
         print(f"FAILED: {text}", file=sys.stderr)

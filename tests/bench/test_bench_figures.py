@@ -43,13 +43,12 @@ def test_a_target_is_met_or_missed(ours: float, target: tuple[str, float] | None
 def test_the_spread_of_pairs_is_in_the_file(tmp_path: Path) -> None:
     said: list[str] = []
     report = Report("spawn", say=said.append)
-    report.add(
-        Figure.paired("x", [2.0, 6.0], [1.0, 2.0], "ms", target=("at most", 4.0), details={"why": "w"})
-    )
-    (figure,) = json.loads(report.write(tmp_path).read_text())["figures"]
+    figure = Figure.paired("x", [2.0, 6.0], [1.0, 2.0], "ms", target=("at most", 4.0), details={"why": "w"})
+    report.add(figure)
+    (told,) = json.loads(report.write(tmp_path).read_text())["figures"]
     assert said == ["x 2.667 4 1.5 ms"]
-    assert (figure["ratio_of_pairs"]["min"], figure["ratio_of_pairs"]["max"]) == (2.0, 3.0)
-    assert (figure["ours"], figure["ours_spread"]["n"], figure["met"], figure["why"]) == (4.0, 2, True, "w")
+    assert (told["ratio_of_pairs"]["min"], told["ratio_of_pairs"]["max"]) == (2.0, 3.0)
+    assert (told["ours"], told["ours_spread"]["n"], told["met"], told["why"]) == (4.0, 2, True, "w")
 
 
 def test_everybody_has_a_turn_in_every_round_and_nobody_is_always_first() -> None:

@@ -20,10 +20,13 @@ from egressd.model.errors import ProtocolError
 
 @dataclass
 class Daemon:
-    """Answers everything with `document`, or refuses with `refusal`; remembers what it was asked."""
+    """Answers everything with `document`, or refuses with `refusal`; remembers what it was asked. `status` is
+    its answer to that question if it is to be another."""
 
     run_dir: Path
     document: Any = field(default_factory=dict)
+    status: Any = None
+    then: Any = None  # what `document` becomes after the first answer
     refusal: messages.Refusal | None = None
     hang_up: bool = False
     asked: list[Any] = field(default_factory=list)
@@ -38,18 +41,28 @@ class Daemon:
                 self._answer(Channel(connection, messages.FROM_CLIENT))
 
     def _answer(self, channel: Channel[Any]) -> None:
-        try:
-            self.asked.append(channel.receive().message)
-        except (EOFError, ProtocolError):
-            return
-        if self.hang_up:
-            return
-        if self.refusal is not None:
-            channel.send(self.refusal)
-            return
-        data = json.dumps(self.document).encode()
-        with payload(data) as descriptor:
-            channel.send(messages.Answer(payload_length=len(data)), descriptor=descriptor)
+        """One client, until it has no more questions."""
+        while True:
+            try:
+                asked = channel.receive().message
+            except (EOFError, ProtocolError):
+                return
+            self.asked.append(asked)
+            if self.hang_up:
+                return
+            if self.refusal is not None:
+                channel.send(self.refusal)
+                continue
+            data = json.dumps(self._document_for(asked)).encode()
+            with payload(data) as descriptor:
+                channel.send(messages.Answer(payload_length=len(data)), descriptor=descriptor)
+
+    def _document_for(self, asked: Any) -> Any:
+        if self.status is not None and asked == messages.Ask(what="status"):
+            return self.status
+        document = self.document
+        self.document = self.document if self.then is None else self.then
+        return document
 
 
 @pytest.fixture

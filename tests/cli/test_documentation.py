@@ -15,7 +15,12 @@ from egressd.processes.cards import CARDS, Capability
 from egressd.ruleset import layout
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "man").iterdir())]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs" / "man").iterdir()),
+]
+NOT_EVENTS = {"auditor", "resolver", "controller", "warden", "inspector", "supervisor"}
 OURS = ("src/", "tests/", "docs/", "systemd/", "completions/", "bench/", "demo/")
 
 
@@ -98,6 +103,27 @@ def test_addresses_and_numbers_are_those_of_the_layout() -> None:
         f"table {layout.ROUTES_FORWARD}: the default route",
     ):
         assert phrase in text
+
+
+def test_the_table_of_journal_events_is_what_the_processes_record() -> None:
+    documented = {
+        event
+        for row in rows(page("operations.md"), "## Logs and journal")
+        for event in re.findall(r"[a-z-]+", row[0].replace("`", " "))
+    }
+    source = "\n".join(path.read_text() for path in (ROOT / "src" / "egressd").rglob("*.py"))
+    said = set(re.findall(r'"([a-z]+(?:-[a-z]+)*)"', source))
+    assert documented <= said
+    recorded = re.findall(r'(?:\brecord|\b_count|\b_Denied|\balarm)\(\s*"([a-z-]+)"', source)
+    prefixes = ("dns-", "relay-", "sandbox-", "policy-", "process-", "journal-", "books-")
+    started = {word for word in said if word.startswith(prefixes)} - {"dns-port"}
+    assert set(recorded) | started <= documented | NOT_EVENTS
+
+
+def test_every_fact_about_nftables_stands_beside_its_test() -> None:
+    proofs = (ROOT / "tests" / "kernel_facts" / "test_nftables.py").read_text()
+    documented = [row[-1] for row in rows(page("kernel-facts.md"), "## nftables")]
+    assert documented == re.findall(r"^def (test_\w+)", proofs, re.MULTILINE)
 
 
 def test_every_error_of_ours_is_explained() -> None:

@@ -38,7 +38,8 @@ def test_every_command_explains_itself_with_examples(egressctl: Any, path: tuple
     told = egressctl(*path, "--help")
     assert told.status == 0
     assert told.out.startswith(f"usage: {' '.join(('egressctl', *path))} ")
-    assert "examples:" in told.out or path == ("run",)
+    assert "examples:" in told.out
+    assert all(len(line) <= 110 for line in told.out.splitlines())
     assert not told.err
 
 
@@ -66,7 +67,13 @@ def test_the_table_of_verbs_is_what_the_parser_knows() -> None:
         (["policy"], "required: ACTION"),
         (["policy", "check"], "required: FILE"),
         (["why", "-w", "acme"], "required: SUBJECT"),
-        (["status", "--verbose"], "unrecognized arguments: --verbose"),
+        (["status", "--verbose"], "usage: egressctl status "),
+        (
+            ["status", "--verbose"],
+            "egressctl: unrecognized arguments: --verbose (see egressctl status --help)",
+        ),
+        (["policy", "diff", "x"], "unrecognized arguments: x (see egressctl policy diff --help)"),
+        (["counters", "acme", "\x1b[2J"], r"unrecognized arguments: \x1b[2J (see"),
         (["counters", "--js"], "unrecognized arguments: --js"),  # no abbreviations
         ([], "verbs:"),
     ],
@@ -76,6 +83,25 @@ def test_a_wrong_command_line_is_status_2(egressctl: Any, words: list[str], says
     assert told.status == 2
     assert says in told.err
     assert not told.out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["run"], "egressctl: the following arguments are required: -w/--workspace"),
+        (["run", "-w", "acme", "--verbose", "--", "id"], "egressctl: unrecognized arguments: --verbose"),
+        (["run", "-w", "acme"], "egressctl: there is no command to run: egressctl run -w acme -- CMD ..."),
+        (["run", "-w", "acme", "--"], "egressctl: there is no command to run"),
+        (["run", "-w", "acme", "--wall", "soon", "id"], "egressctl: --wall 'soon': write a time such as 30s"),
+        (["run", "-w", "acme", "--env", "A", "id"], "egressctl: --env 'A': write NAME=VALUE"),
+    ],
+)
+def test_a_wrong_command_line_of_run_is_125_because_2_could_be_the_commands(
+    egressctl: Any, words: list[str], says: str
+) -> None:
+    told = egressctl(*words)
+    assert (told.status, told.out) == (125, "")
+    assert says in told.err
 
 
 def test_version(egressctl: Any) -> None:
@@ -108,6 +134,23 @@ def test_a_refusal_is_125_with_the_daemons_words_made_harmless(
     assert told.status == 125
     assert not told.out
     assert told.err == "egressctl: you are not a member\\x1b[31m of acme\n"
+
+
+@pytest.mark.parametrize("words", ASKING, ids=" ".join)
+def test_a_refusal_in_json_is_a_document_and_a_line(egressctl: Any, daemon: Any, words: list[str]) -> None:
+    daemon.refusal = messages.Refusal(reason="member", text="not yours\x1b[31m")
+    told = egressctl("--json", "--run-dir", daemon.run_dir, *words)
+    assert told.status == 125
+    assert told.json == {"error": {"reason": "member", "text": "not yours\x1b[31m"}}
+    assert "\x1b" not in told.out
+    assert told.err == "egressctl: not yours\\x1b[31m\n"
+
+
+def test_no_daemon_in_json_is_a_document_too(egressctl: Any, tmp_path: Path) -> None:
+    told = egressctl("--json", "--run-dir", tmp_path, "status")
+    assert told.status == 125
+    assert told.json["error"]["reason"] == "unavailable"
+    assert "egressd is not running" in told.json["error"]["text"]
 
 
 def test_a_daemon_that_hangs_up_is_125(egressctl: Any, daemon: Any) -> None:
@@ -150,6 +193,47 @@ def test_each_verb_asks_one_question_and_json_is_its_answer(
     assert before.status == 0
 
 
+def seeing(*names: str) -> dict[str, Any]:
+    """STATUS for somebody who is a member of these."""
+    first = STATUS["workspaces"][0]
+    return changed(STATUS, workspaces=[{**first, "workspace": name} for name in names])
+
+
+def test_why_without_a_workspace_is_about_the_only_one_there_is_for_the_caller(
+    egressctl: Any, daemon: Any
+) -> None:
+    daemon.document, daemon.status = WHY, seeing("acme")
+    told = egressctl("--run-dir", daemon.run_dir, "why", "x.example")
+    assert told.status == 0
+    assert daemon.asked[1:] == [messages.Why(workspace="acme", subject="x.example")]
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (("lab", "acme"), "in which workspace? Say -w with one of acme, lab"),
+        ((), "there is no workspace you may ask about"),
+    ],
+)
+def test_why_without_a_workspace_asks_back_where_it_is_not_one(
+    egressctl: Any, daemon: Any, names: tuple[str, ...], says: str
+) -> None:
+    daemon.document, daemon.status = WHY, seeing(*names)
+    told = egressctl("--run-dir", daemon.run_dir, "why", "x.example")
+    assert (told.status, told.out) == (125, "")
+    assert says in told.err
+    assert daemon.asked == [messages.Ask(what="status")]
+
+
+@pytest.mark.parametrize(("uid", "says"), [(0, "nobody may spawn"), (4001, "that you are a member of")])
+def test_no_workspaces_means_something_else_to_root(
+    egressctl: Any, daemon: Any, monkeypatch: pytest.MonkeyPatch, uid: int, says: str
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    daemon.document = changed(STATUS, workspaces=[])
+    assert says in egressctl("--run-dir", daemon.run_dir, "status").out
+
+
 # ---- exit statuses that an operator may rely on
 
 
@@ -173,6 +257,33 @@ def test_numbers_that_do_not_add_up_are_status_1_whatever_the_daemon_says(
     assert told.err == "egressctl: the books do not balance\n"
 
 
+def moved(by: int, *, lagging: int) -> dict[str, Any]:
+    """COUNTERS after `by` more packets to a host; the link's own were listed `lagging` packets earlier."""
+    document = changed(COUNTERS)
+    balance = document["workspaces"][0]["balance"]
+    for field in ("in", "admitted", "elements"):
+        behind = 0 if field == "elements" else lagging
+        balance[field] = [balance[field][0] + by - behind, balance[field][1] + 100 * (by - behind)]
+    return document
+
+
+def test_packets_that_flow_while_the_books_are_read_are_no_contradiction(egressctl: Any, daemon: Any) -> None:
+    daemon.document, daemon.then = moved(10, lagging=2), moved(20, lagging=3)
+    told = egressctl("--run-dir", daemon.run_dir, "counters")
+    assert told.status == 0
+    assert "the books balance; packets flowed while they were read" in told.out
+    assert "admitted 28 != hosts 31" in told.out  # what was read is shown as it was read
+    daemon.document = moved(10, lagging=2)
+    assert egressctl("--run-dir", daemon.run_dir, "--json", "counters").json["moving"] is True
+
+
+def test_two_readings_that_cannot_meet_are_status_1(egressctl: Any, daemon: Any) -> None:
+    daemon.document, daemon.then = moved(10, lagging=5), moved(12, lagging=5)
+    told = egressctl("--run-dir", daemon.run_dir, "counters")
+    assert told.status == 1
+    assert "THE BOOKS DO NOT BALANCE" in told.out
+
+
 def test_books_the_daemon_calls_unbalanced_are_status_1_in_json_too(egressctl: Any, daemon: Any) -> None:
     daemon.document = changed(COUNTERS, balanced=False, differences=["acme: 1 packets, 60 bytes"])
     told = egressctl("--run-dir", daemon.run_dir, "--json", "counters")
@@ -193,7 +304,7 @@ def test_books_the_daemon_calls_unbalanced_are_status_1_in_json_too(egressctl: A
             "1970-01-01 00:00:00Z  the",
         ),
         ({"sandboxes": []}, 0, "no sandboxes"),
-        ({"workspaces": []}, 0, "no workspaces: nobody may spawn"),
+        ({"workspaces": []}, 0, "no workspaces"),
     ],
 )
 def test_status_is_1_when_something_is_wrong_now(
@@ -250,6 +361,40 @@ def test_a_reader_that_has_seen_enough_is_no_error(daemon: Any) -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141
+
+
+CLOSED = ">&- ", "2>&- ", ">&- 2>&- ", "<&- >&- 2>&- "
+
+
+@pytest.mark.parametrize("closed", CLOSED, ids=str.strip)
+@pytest.mark.parametrize(
+    ("words", "status"), [("status", 0), ("--help", 0), ("conters", 2), ("run", 125), ("policy check /", 0)]
+)
+def test_closed_descriptors_change_no_exit_status(daemon: Any, closed: str, words: str, status: int) -> None:
+    daemon.document = STATUS
+    line = f"exec {sys.executable} -m egressd.cli.main --run-dir {daemon.run_dir} {words} {closed}"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+    # `policy check /` finds what is wrong with the machine's root, whatever that is
+    assert done.returncode in ((0, 1) if "check" in words else (status,))
+
+
+@pytest.mark.parametrize("words", [("status",), ("--json", "status"), ("--help",), ("--version",)])
+def test_a_full_disk_is_told_and_is_125(daemon: Any, words: tuple[str, ...]) -> None:
+    daemon.document = STATUS
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "egressd.cli.main", "--run-dir", str(daemon.run_dir), *words]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 125
+    assert done.stderr == "egressctl: the answer cannot be written: No space left on device\n"
+
+
+def test_a_terminal_without_the_letters_is_shown_their_numbers(daemon: Any) -> None:
+    daemon.document = {**WHY, "text": "b\u00fccher"}
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    told = egressctl_process("--run-dir", str(daemon.run_dir), "why", "-w", "acme", "x", env=environment)
+    assert told.returncode == 0
+    assert "b\\xfccher" in told.stdout
 
 
 LOADED = """

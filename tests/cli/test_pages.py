@@ -97,7 +97,27 @@ def test_a_link_that_does_not_add_up_shows_it() -> None:
 
 def test_nothing_yet() -> None:
     document = changed(COUNTERS, workspaces=[], late={})
-    assert counters.render(document, paint=PLAIN) == "read 2026-09-21 14:13:20Z\n\nno workspaces"
+    assert counters.render(document, paint=PLAIN) == "read 2026-09-21 14:13:20Z\n\nno workspaces to show"
+
+
+def test_a_narrow_terminal_gets_paragraphs_that_lose_nothing() -> None:
+    narrow = Paint(io.StringIO(), no_color=True, columns=60)
+    page = counters.render(COUNTERS, paint=narrow)
+    table = page.split("\n\n")[2].splitlines()
+    assert table[:4] == [
+        "  host (resolver)",
+        "    ports 53/udp 53/tcp, packets out 4, bytes out 244,",
+        "    packets in 4, bytes in 512, connections 4",
+        "  host eu.api.openai.com",
+    ]
+    assert all(len(line) <= 60 for line in table)
+    assert counters.render(COUNTERS, paint=Paint(io.StringIO(), no_color=True, columns=200)) == COUNTERS_PAGE
+    sandbox = status.render(STATUS, paint=narrow, now=1_790_000_000 + 7200).split("\n\n")[3]
+    assert sandbox.splitlines() == [
+        "sandbox eg7",
+        "  workspace acme, uid 4001, pid 9120, age 1 h 00 min,",
+        "  IPv4 198.19.0.7, IPv6 fd53:1::7, command python3 infer.py",
+    ]
 
 
 def hostile(document: Any) -> Any:

@@ -74,7 +74,7 @@ def test_remarks_are_told_and_are_no_problems(egressctl: Any, place: Path) -> No
     path.write_text(GOOD.replace("guard: enforce", "guard: observe"))
     told = egressctl("policy", "check", path)
     assert told.status == 0
-    assert told.err.startswith(f"remark: {path}: guard: guard: observe restricts nothing")
+    assert told.err.startswith(f"{path}: remark: guard: guard: observe restricts nothing")
     assert told.out.startswith("acme: ok, guard observe")
     as_document = egressctl("--json", "policy", "check", place).json
     assert as_document["ok"] is True
@@ -324,3 +324,13 @@ def test_explain_what_is_in_force(egressctl: Any, daemon: Any) -> None:
     daemon.document = {"workspace": "acme", "digest": "sha256:00", "text": "acme may reach\n\tx\x1b.example"}
     told = egressctl("--run-dir", daemon.run_dir, "policy", "explain", "acme")
     assert (told.status, told.out) == (0, "acme may reach\n\tx\\x1b.example\n")
+
+
+def test_explaining_a_broken_file_in_json_is_a_document_of_its_problems(egressctl: Any, place: Path) -> None:
+    path = good(place)
+    path.write_text("workspace: acme\ngaurd: off\n")
+    told = egressctl("--json", "policy", "explain", path)
+    assert told.status == 1
+    assert told.json["ok"] is False
+    assert [problem["where"] for problem in told.json["problems"]] == ["gaurd"]
+    assert "did you mean guard?" in told.err

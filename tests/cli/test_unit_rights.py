@@ -36,11 +36,12 @@ allow: [{cidr: 10.20.0.0/16, ports: [5432/tcp]}]
 SCRIPT = r"""
 set -eu
 mount --make-rprivate /
-mkdir -p /run/netns && mount -t tmpfs none /run/netns
+mount -t tmpfs none /run && mkdir /run/netns
 ip link set lo up
 egressd="$2/egressd --config $1/egressd.yaml"
 $egressd --foundation 2>/dev/null
 $3 $egressd >"$1/out" 2>"$1/err" & daemon=$!
+trap 'kill -KILL $daemon 2>/dev/null || true' EXIT
 for _ in $(seq 200); do grep -q ready "$1/out" && break; kill -0 $daemon; sleep 0.05; done
 "$2/egressctl" --run-dir "$1/run" status
 grep -E 'NoNewPrivs|Seccomp:|CapBnd|CapEff' /proc/$daemon/status

@@ -176,7 +176,10 @@ def test_core_dumps_are_off(gateway: Gateway) -> None:
 
 def test_names_are_looked_up_at_our_resolver_only(gateway: Gateway) -> None:
     done = gateway.run("cat", "/etc/resolv.conf", "/etc/hosts", "/etc/nsswitch.conf")
-    assert "nameserver 169.254.53.53\nnameserver fd53:53::53\noptions ndots:1\n" in done.stdout
+    assert (
+        "nameserver 169.254.53.53\nnameserver fd53:53::53\noptions ndots:1 timeout:1 attempts:5\n"
+        in done.stdout
+    )
     assert "search" not in done.stdout
     assert "hosts: files dns\n" in done.stdout
     assert socket.gethostname() not in done.stdout.split()
@@ -209,7 +212,10 @@ def test_resolv_conf_may_be_a_link_on_the_machine(gateway: Gateway, target: str,
         cwd="/",
     )
     assert done.stderr == ""
-    assert done.stdout == f"{target}\nnameserver 169.254.53.53\nnameserver fd53:53::53\noptions ndots:1\n"
+    assert (
+        done.stdout
+        == f"{target}\nnameserver 169.254.53.53\nnameserver fd53:53::53\noptions ndots:1 timeout:1 attempts:5\n"
+    )
 
 
 # ---- the network, as plumbed

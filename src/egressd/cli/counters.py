@@ -1,25 +1,28 @@
 """`egressctl counters`: who was talked to, what was denied, and whether it adds up.
 
 The balance is shown as the equation it is, and its sign is worked out here from the numbers shown: the
-daemon's own word for it is not enough to print an equals sign.
+daemon's own word for it is not enough to print an equals sign. The kernel lists counters one by one; while
+packets flow the later ones have seen more. Then it is read twice: counters only grow, so each side of
+an equation had, at the moment between, a value between its two readings; if those cannot meet, it is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 from egressd.cli.arguments import Subparsers, verb_parser
 from egressd.cli.daemon import Document, answer
 from egressd.cli.exits import FOUND, OK
-from egressd.cli.screen import paint
+from egressd.cli.screen import complain, paint
 from egressd.cli.status import moment
 from egressd.cli.text import Paint, amount, escape, table
+from egressd.sandbox.control import Control
 
 __all__ = ["add", "balances", "render", "run"]
 
+Balance: TypeAlias = Mapping[str, Any]
 _TERMS = ("admitted", "denied", "other")
 _UNITS = ("packets", "bytes")
 
@@ -43,30 +46,75 @@ def add(subparsers: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     return answer(
         args,
-        lambda control: control.ask("counters", workspace=args.workspace),
+        lambda control: _read(control, args.workspace),
         show=lambda document: print(render(document, paint=paint())),
         status=_status,
     )
 
 
+def _read(control: Control, workspace: str | None) -> Document:
+    """The counters; `moving` is added where packets flowed and two readings leave no contradiction."""
+    first: Document = control.ask("counters", workspace=workspace)
+    if balances(first):
+        return first
+    second: Document = control.ask("counters", workspace=workspace)
+    return {**second, "moving": not balances(second) and _may_meet(first, second)}
+
+
+def _may_meet(first: Document, second: Document) -> bool:
+    later = {each["workspace"]: each["balance"] for each in second["workspaces"]}
+    pairs = [(e["balance"], later[e["workspace"]]) for e in first["workspaces"] if e["workspace"] in later]
+    return all(
+        left[0] <= right[1] and right[0] <= left[1]
+        for before, after in pairs
+        for left, right in zip(_sides(before, after), _sides(before, after, right=True), strict=True)
+    )
+
+
+def _sides(before: Balance, after: Balance, *, right: bool = False) -> list[tuple[int, int]]:
+    """One side of the four equations of a workspace, each in both readings."""
+    return [
+        (side(before, unit), side(after, unit))
+        for unit in (0, 1)
+        for side in ((_all_terms, _of_hosts) if right else (_all_in, _admitted))
+    ]
+
+
+def _all_in(balance: Balance, unit: int) -> int:
+    return int(balance["in"][unit])
+
+
+def _all_terms(balance: Balance, unit: int) -> int:
+    return sum(balance[term][unit] for term in _TERMS)
+
+
+def _admitted(balance: Balance, unit: int) -> int:
+    return int(balance["admitted"][unit])
+
+
+def _of_hosts(balance: Balance, unit: int) -> int:
+    return int(balance["elements"][unit])
+
+
 def _status(document: Document) -> int:
     if balances(document):
         return OK
-    print("egressctl: the books do not balance", file=sys.stderr)
+    complain("the books do not balance")
     return FOUND
 
 
 def balances(document: Document) -> bool:
-    """Whether the daemon says so and the numbers of every workspace agree."""
+    """Whether the daemon says so and the numbers of every workspace agree, or may while they move."""
+    moving = document.get("moving", False)
     return bool(document["balanced"]) and all(
-        w["balance"]["balanced"] and _adds_up(w["balance"]) for w in document["workspaces"]
+        w["balance"]["balanced"] and (moving or _adds_up(w["balance"])) for w in document["workspaces"]
     )
 
 
-def _adds_up(balance: Mapping[str, Any]) -> bool:
+def _adds_up(balance: Balance) -> bool:
     return all(
-        balance["in"][unit] == sum(balance[term][unit] for term in _TERMS)
-        and balance["admitted"][unit] == balance["elements"][unit]
+        _all_in(balance, unit) == _all_terms(balance, unit)
+        and _admitted(balance, unit) == _of_hosts(balance, unit)
         for unit in (0, 1)
     )
 
@@ -74,26 +122,27 @@ def _adds_up(balance: Mapping[str, Any]) -> bool:
 def render(document: Document, *, paint: Paint) -> str:
     """The whole page, one block per workspace."""
     parts = [f"read {moment(document['time'])}"]
-    parts += [_workspace(workspace, paint) for workspace in document["workspaces"]]
+    moving = document.get("moving", False)
+    parts += [_workspace(workspace, paint, moving=moving) for workspace in document["workspaces"]]
     if not document["workspaces"]:
-        parts.append("no workspaces")
-    parts.append(_late(document["late"]))
+        parts.append("no workspaces to show")
+    parts.append(_late(document["late"], paint))
     parts.append("\n".join(escape(text) for text in document.get("differences", ())))
     return "\n\n".join(part for part in parts if part)
 
 
-def _workspace(workspace: Mapping[str, Any], paint: Paint) -> str:
+def _workspace(workspace: Mapping[str, Any], paint: Paint, *, moving: bool) -> str:
     title = f"{paint.strong(escape(workspace['workspace']))}  guard {escape(workspace['guard'])}"
     parts = [
-        _hosts(workspace["hosts"]),
-        _denied(workspace["denied"]),
-        _links(workspace["links"], workspace["ended"]),
-        _balance(workspace["balance"], paint),
+        _hosts(workspace["hosts"], paint),
+        _denied(workspace["denied"], paint),
+        _links(workspace["links"], workspace["ended"], paint),
+        _balance(workspace["balance"], paint, moving=moving),
     ]
     return "\n\n".join([title, *(part for part in parts if part)])
 
 
-def _hosts(hosts: list[dict[str, Any]]) -> str:
+def _hosts(hosts: list[dict[str, Any]], paint: Paint) -> str:
     head = ["host", "ports", "packets out", "bytes out", "packets in", "bytes in", "connections"]
     rows = [
         [
@@ -109,24 +158,26 @@ def _hosts(hosts: list[dict[str, Any]]) -> str:
     ]
     if not rows:
         return "  no host is allowed"
-    return table(head, rows, right="packets out,packets in,bytes out,bytes in,connections", indent="  ")
+    right = "packets out,packets in,bytes out,bytes in,connections"
+    return table(head, rows, right=right, indent="  ", columns=paint.columns)
 
 
-def _denied(denied: Mapping[str, list[int]]) -> str:
+def _denied(denied: Mapping[str, list[int]], paint: Paint) -> str:
     rows = [[escape(reason), str(p), amount(b)] for reason, (p, b) in denied.items() if p or b]
     if not rows:
         return "  nothing was denied"
-    return table(["denied", "packets", "bytes"], rows, right="packets,bytes", indent="  ")
+    head = ["denied", "packets", "bytes"]
+    return table(head, rows, right="packets,bytes", indent="  ", columns=paint.columns)
 
 
-def _links(links: list[dict[str, Any]], ended: Mapping[str, Any]) -> str:
+def _links(links: list[dict[str, Any]], ended: Mapping[str, Any], paint: Paint) -> str:
     rows = [[f"eg{link['link']}", *_sums(link)] for link in links]
     if ended["links"]:
         rows.append([f"{ended['links']} ended", *_sums(ended)])
     if not rows:
         return ""
     head = ["link", "packets: in = admitted + denied + other", "bytes: in = admitted + denied + other"]
-    return table(head, rows, indent="  ")
+    return table(head, rows, indent="  ", columns=paint.columns)
 
 
 def _sums(link: Mapping[str, Any]) -> list[str]:
@@ -143,17 +194,19 @@ def _sign(left: int, right: int) -> str:
     return "=" if left == right else "!="
 
 
-def _balance(balance: Mapping[str, Any], paint: Paint) -> str:
-    good = balance["balanced"] and _adds_up(balance)
+def _balance(balance: Balance, paint: Paint, *, moving: bool) -> str:
+    good = balance["balanced"] and (moving or _adds_up(balance))
     verdict = paint.good("the books balance") if good else paint.bad("THE BOOKS DO NOT BALANCE")
+    if good and not _adds_up(balance):
+        verdict += "; packets flowed while they were read, and two readings leave no contradiction"
     lines = [f"  {verdict}", *(f"    {_equation(balance, unit)}" for unit in (0, 1))]
-    if any(balance["difference"]):
+    if any(balance["difference"]) and not good:
         packets, size = balance["difference"]
         lines.append(f"    difference {packets} packets, {size} bytes")
     return "\n".join(lines)
 
 
-def _equation(balance: Mapping[str, Any], unit: int) -> str:
+def _equation(balance: Balance, unit: int) -> str:
     """`packets  in 44 = admitted 11 + denied 31 + other 2;  admitted 11 = hosts 11`"""
     total, admitted = balance["in"][unit], balance["admitted"][unit]
     parts = {term: balance[term][unit] for term in _TERMS}
@@ -165,8 +218,9 @@ def _equation(balance: Mapping[str, Any], unit: int) -> str:
     )
 
 
-def _late(late: Mapping[str, list[int]]) -> str:
+def _late(late: Mapping[str, list[int]], paint: Paint) -> str:
     rows = [[escape(reason), str(p), amount(b)] for reason, (p, b) in late.items() if p or b]
     if not rows:
         return ""
-    return table(["admitted, then lost", "packets", "bytes"], rows, right="packets,bytes")
+    head = ["admitted, then lost", "packets", "bytes"]
+    return table(head, rows, right="packets,bytes", columns=paint.columns)

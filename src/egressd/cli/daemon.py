@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from egressd.cli.exits import OK, REFUSED
-from egressd.cli.screen import print_json
-from egressd.cli.text import escape
+from egressd.cli.screen import complain, print_json
 from egressd.model.errors import EgressdError
+from egressd.model.verdicts import Reason
 from egressd.sandbox.control import Control
 
 __all__ = ["Document", "answer"]
@@ -25,12 +24,19 @@ def answer(
     show: Callable[[Document], None],
     status: Callable[[Document], int] = lambda _: OK,
 ) -> int:
-    """Ask, `show` the answer (or print it as JSON), and return `status` of it; 125 if there is none."""
+    """Ask, `show` the answer (or print it as JSON), and return `status` of it; 125 if there is none.
+
+    A refusal is a line on standard error and, for those who asked for JSON, a document too:
+    `{"error": {"reason": "member", "text": "..."}}`.
+    """
     try:
         with Control(args.run_dir) as control:
             document = question(control)
     except (EgressdError, OSError, ValueError) as error:  # ValueError: an answer that is not JSON
-        print(f"egressctl: {escape(str(error))}", file=sys.stderr)
+        if args.json:
+            reason = getattr(error, "reason", Reason.UNKNOWN)
+            print_json({"error": {"reason": reason.value, "text": str(error)}})
+        complain(str(error))
         return REFUSED
     if args.json:
         print_json(document)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from typing import Final, Protocol, cast
 
 from egressd import __version__
-from egressd.cli.exits import BROKEN_PIPE, INTERRUPTED, USAGE
+from egressd.cli.arguments import Parser, Subparsers
+from egressd.cli.exits import BROKEN_PIPE, INTERRUPTED, REFUSED, USAGE
+from egressd.cli.screen import complain, discard_output, prepare
 
 __all__ = ["DEFAULT_RUN_DIR", "VERBS", "VerbModule", "main", "parser_for", "whole_parser"]
 
@@ -39,12 +40,13 @@ examples:
   egressctl policy diff                        what `policy apply` would change
   egressctl why -w acme tracker.example        why is this name denied in acme?
   egressctl counters acme                      who was talked to, what was denied, does it add up?
+  egressctl ruleset | less                     the kernel's own word
   egressctl --json status                      the same answers for programs
 
 exit status:
   0    done, and nothing is wrong        1    problems were found, or the books do not balance
   2    the command line is wrong         125  egressd refused, or cannot be reached
-  `run` returns the status of its command.
+  `run` returns the status of its command, and 125 for everything that is wrong before it begins.
 
 egressctl VERB --help says more about a verb.  See also egressctl(1), egressd(8), egressd.yaml(5).
 """
@@ -53,28 +55,49 @@ egressctl VERB --help says more about a verb.  See also egressctl(1), egressd(8)
 class VerbModule(Protocol):
     """What a verb's module offers."""
 
-    def add(self, subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> object: ...
+    def add(self, subparsers: Subparsers) -> object: ...
 
     def run(self, args: argparse.Namespace) -> int: ...
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program. Returns the exit status; argparse leaves with 2 by itself for a wrong command line."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    """The program. Returns the exit status, also where argparse would leave by itself."""
+    prepare()
+    try:
+        status = _obey(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader has seen enough
+        discard_output()
+        return BROKEN_PIPE
+    except OSError as error:  # whatever else can fail is dealt with where it fails
+        complain(f"the answer cannot be written: {error.strerror or error}")
+        discard_output()
+        return REFUSED
+    return status
+
+
+def _obey(words: list[str]) -> int:
     verb = _verb_of(words)
     if verb is not None and verb not in VERBS:
         return _unknown(verb)
     parser = parser_for(() if verb is None else (verb,))
-    args = parser.parse_args(words)
+    try:
+        args, unknown = parser.parse_known_args(words)
+        if unknown:  # said by the verb, whose usage is the one that helps
+            getattr(args, "parser", parser).error(f"unrecognized arguments: {' '.join(unknown)}")
+    except SystemExit as leaving:  # --help, --version, or a wrong command line
+        return leaving.code if isinstance(leaving.code, int) else USAGE
     if verb is None:
         parser.print_help(sys.stderr)
         return USAGE
-    return _run(_load(verb), args)
+    return _load(verb).run(args)
 
 
-def parser_for(verbs: Sequence[str]) -> argparse.ArgumentParser:
+def parser_for(verbs: Sequence[str]) -> Parser:
     """The command line with only these verbs' arguments described, so only their modules loaded."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="egressctl",
         usage="egressctl [--run-dir DIR] [--json] VERB ...",
         description="Ask egressd, or run a command under it.\n\nverbs:\n" + _verb_lines(),
@@ -98,7 +121,7 @@ def parser_for(verbs: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def whole_parser() -> argparse.ArgumentParser:
+def whole_parser() -> Parser:
     """The command line with everything in it: what man page and completions are compared with."""
     return parser_for(tuple(VERBS))
 
@@ -127,25 +150,10 @@ def _load(verb: str) -> VerbModule:
 def _unknown(verb: str) -> int:
     import difflib  # noqa: PLC0415
 
-    from egressd.cli.text import escape  # noqa: PLC0415
-
     near = difflib.get_close_matches(verb, VERBS, n=1)
     hint = f"did you mean '{near[0]}'?" if near else f"the verbs are {', '.join(VERBS)}"
-    print(f"egressctl: there is no verb '{escape(verb)}': {hint}", file=sys.stderr)
+    complain(f"there is no verb '{verb}': {hint}")
     return USAGE
-
-
-def _run(module: VerbModule, args: argparse.Namespace) -> int:
-    try:
-        status = module.run(args)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The reader has seen enough. Without this the interpreter complains once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
-    return status
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def _print(findings: Findings) -> None:
     for problem in findings.problems:
         print(escape(str(problem)), file=sys.stderr)
     for remark in findings.remarks:
-        print(f"remark: {escape(str(remark))}", file=sys.stderr)
+        print(escape(str(replace(remark, where=f"remark: {remark.where}"))), file=sys.stderr)
     for policy in findings.policies:
         rules = f"{len(policy.rules)} rule{'' if len(policy.rules) == 1 else 's'}"
         print(f"{policy.workspace}: ok, guard {policy.guard}, {rules}, {policy.digest[:19]}")

@@ -20,6 +20,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _explain_file(args: argparse.Namespace) -> int:
+    from dataclasses import asdict  # noqa: PLC0415
+
     from egressd.model.errors import PolicyError  # noqa: PLC0415
     from egressd.policy.explain import explain_policy  # noqa: PLC0415
     from egressd.processes.workspaces import read_policy_file  # noqa: PLC0415
@@ -27,6 +29,8 @@ def _explain_file(args: argparse.Namespace) -> int:
     try:
         policy = read_policy_file(Path(args.subject))
     except PolicyError as error:
+        if args.json:
+            print_json({"ok": False, "problems": [asdict(problem) for problem in error.problems]})
         for problem in error.problems:
             print(escape(str(problem)), file=sys.stderr)
         return FOUND

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import sys
 from typing import TYPE_CHECKING, Any
 
+from egressd.cli.arguments import Subparsers, verb_parser
+from egressd.cli.exits import REFUSED
+from egressd.cli.screen import complain
 from egressd.model.errors import EgressdError
 
 if TYPE_CHECKING:
@@ -15,19 +17,33 @@ if TYPE_CHECKING:
 
 __all__ = ["add", "run"]
 
-FAILED = 125
 _UNITS = {"": 1.0, "s": 1.0, "ms": 0.001, "m": 60.0, "h": 3600.0}
 
 
-def add(subparsers: Any) -> argparse.ArgumentParser:
-    """Add the verb to `subparsers` (of argparse.ArgumentParser.add_subparsers)."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
+def add(subparsers: Subparsers) -> None:
+    parser = verb_parser(
+        subparsers,
         "run",
-        help="run a command in a workspace's sandbox",
-        description="Run CMD in a sandbox of WORKSPACE. The exit status is CMD's; 125 when egressd refuses,"
-        " 124 when the time is up, 126 and 127 when CMD cannot be executed or found.",
+        summary="run a command in a sandbox of a workspace",
+        says="Run CMD in a new sandbox of WORKSPACE, as you. It sees a read-only system, a /tmp of its\n"
+        "own, a clean environment, and of the network only what the workspace's policy lists.\n"
+        "Standard input, output and error, signals and the exit status are CMD's. 125: egressd refuses,\n"
+        "or the command line is wrong; 124: the time is up; 126, 127: CMD cannot be executed or found.",
+        examples="  egressctl run -w acme -- curl https://eu.api.openai.com/v1/models\n"
+        "  egressctl run -w acme --files ./job -- python3 infer.py      ./job is /work, read-only\n"
+        "  egressctl run -w acme --bind-ro ~/venv -- ~/venv/bin/python infer.py\n"
+        '  egressctl run -w acme --env OPENAI_API_KEY="$KEY" --wall 2m -- python3 infer.py\n'
+        "  egressctl run -w acme --dry-run -- true                      what would be run, and nothing is",
+        json=False,
     )
-    parser.add_argument("-w", "--workspace", required=True, help="the workspace whose policy holds")
+    parser.usage = (
+        "egressctl run -w WORKSPACE [--files DIR] [--bind-ro DIR] [--env NAME=VALUE]\n"
+        "                     [--wall TIME] [--dry-run] [--debug] [--run-dir DIR] [--] CMD ..."
+    )
+    parser.usage_status = REFUSED  # 2 could be the command's own
+    parser.add_argument(
+        "-w", "--workspace", metavar="WORKSPACE", required=True, help="the workspace whose policy holds"
+    )
     parser.add_argument("--files", metavar="DIR", help="show DIR read-only at /work and start there")
     parser.add_argument(
         "--bind-ro", metavar="DIR", action="append", default=[], help="show DIR read-only where it is"
@@ -38,14 +54,11 @@ def add(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--wall", metavar="TIME", help="end CMD after TIME (30s, 500ms, 2m)")
     parser.add_argument("--dry-run", action="store_true", help="print the sandbox's plan and run nothing")
     parser.add_argument("--debug", action="store_true", help="say on stderr what is done")
-    parser.add_argument("command", metavar="CMD", nargs=argparse.REMAINDER, help="the command")
-    parser.set_defaults(handler=run)
-    return parser
+    parser.add_argument("command", metavar="CMD", nargs=argparse.REMAINDER, help="command and arguments")
 
 
 def run(args: argparse.Namespace) -> int:
     """The exit status. Never raises for a refusal: says why on stderr and gives 125."""
-    _fill_standard_descriptors()
     try:
         wish = _wish(args)
     except ValueError as error:
@@ -61,11 +74,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _wish(args: argparse.Namespace) -> Wish:
+    """ValueError for what is not meant as it was typed."""
     from egressd.sandbox.launch import Wish  # noqa: PLC0415 - the other verbs do not need it
 
     command = list(args.command)
     if command and command[0] == "--":
         command.pop(0)
+    if not command:
+        raise ValueError(f"there is no command to run: egressctl run -w {args.workspace} -- CMD ...")
     return Wish(
         workspace=args.workspace,
         command=tuple(command),
@@ -76,18 +92,6 @@ def _wish(args: argparse.Namespace) -> Wish:
         terminal=any(_is_terminal(number) for number in (0, 1, 2)),
         **({"run_dir": args.run_dir} if getattr(args, "run_dir", None) else {}),
     )
-
-
-def _fill_standard_descriptors() -> None:
-    """Where 0, 1 or 2 came closed, the next thing opened would get that number, and be the command's: the
-    connection to egressd, say. open() gives the lowest number that is free."""
-    for number in (0, 1, 2):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
-    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 def _variable(text: str) -> tuple[str, str]:
@@ -116,10 +120,10 @@ def _run(wish: Wish, *, debug: bool) -> int:
     from egressd.sandbox.signals import SignalDesk  # noqa: PLC0415
 
     with SignalDesk(terminal=wish.terminal) as desk:
-        running = start(wish, desk=desk, say=_say if debug else None)
+        running = start(wish, desk=desk, say=complain if debug else None)
         outcome = running.watch(desk=desk)
     if outcome.why:
-        _say(outcome.why)
+        complain(outcome.why)
     return outcome.status
 
 
@@ -161,12 +165,5 @@ def _failed(error: EgressdError) -> int:
 
 
 def _fail(text: str) -> int:
-    _say(text)
-    return FAILED
-
-
-def _say(text: str) -> None:
-    """One message, one line: what comes from elsewhere is not to forge another."""
-    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    sys.stderr.write(f"egressctl: {shown}\n")
-    sys.stderr.flush()
+    complain(text)
+    return REFUSED

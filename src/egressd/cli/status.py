@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from datetime import UTC, datetime
 from time import time
 from typing import Any
@@ -16,6 +17,8 @@ from egressd.cli.text import Paint, duration, escape, shorten, table
 __all__ = ["add", "healthy", "moment", "render", "run"]
 
 _COMMAND_WIDTH = 60
+_ALARM_WIDTH = 240  # a flushed ruleset is an alarm of pages
+_NOT_A_MEMBER = "no workspaces that you are a member of (root sees them all)"
 
 
 def add(subparsers: Subparsers) -> None:
@@ -49,9 +52,9 @@ def render(document: Document, *, paint: Paint, now: float) -> str:
     """The whole page. `now` is Unix time."""
     parts = [
         _headline(document, paint, now),
-        _processes(document["processes"]),
-        _workspaces(document["workspaces"]),
-        _sandboxes(document["sandboxes"], now),
+        _processes(document["processes"], paint),
+        _workspaces(document["workspaces"], paint),
+        _sandboxes(document["sandboxes"], now, paint),
         _alarms(document["alarms"]),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -74,16 +77,17 @@ def moment(unix: float) -> str:
     return datetime.fromtimestamp(unix, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
 
 
-def _processes(processes: list[dict[str, Any]]) -> str:
+def _processes(processes: list[dict[str, Any]], paint: Paint) -> str:
     rows = [
         [escape(p["name"]), str(p["pid"] or "-"), escape(p["state"]), str(p["restarts"])] for p in processes
     ]
-    return table(["process", "pid", "state", "restarts"], rows, right="pid,restarts") if rows else ""
+    head = ["process", "pid", "state", "restarts"]
+    return table(head, rows, right="pid,restarts", columns=paint.columns) if rows else ""
 
 
-def _workspaces(workspaces: list[dict[str, Any]]) -> str:
+def _workspaces(workspaces: list[dict[str, Any]], paint: Paint) -> str:
     if not workspaces:
-        return "no workspaces: nobody may spawn a sandbox"
+        return "no workspaces: nobody may spawn a sandbox" if _sees_all() else _NOT_A_MEMBER
     rows = [
         [
             escape(w["workspace"]),
@@ -94,10 +98,16 @@ def _workspaces(workspaces: list[dict[str, Any]]) -> str:
         ]
         for w in workspaces
     ]
-    return table(["workspace", "guard", "sandboxes", "policy", "problem"], rows, right="sandboxes")
+    head = ["workspace", "guard", "sandboxes", "policy", "problem"]
+    return table(head, rows, right="sandboxes", columns=paint.columns)
 
 
-def _sandboxes(sandboxes: list[dict[str, Any]], now: float) -> str:
+def _sees_all() -> bool:
+    """Whether the daemon shows us every workspace. It also does so to its own user, who never looks."""
+    return os.geteuid() == 0
+
+
+def _sandboxes(sandboxes: list[dict[str, Any]], now: float, paint: Paint) -> str:
     if not sandboxes:
         return "no sandboxes"
     rows = [
@@ -114,10 +124,11 @@ def _sandboxes(sandboxes: list[dict[str, Any]], now: float) -> str:
         for s in sandboxes
     ]
     head = ["sandbox", "workspace", "uid", "pid", "age", "IPv4", "IPv6", "command"]
-    return table(head, rows, right="uid,pid,age")
+    return table(head, rows, right="uid,pid,age", columns=paint.columns)
 
 
 def _alarms(alarms: list[dict[str, Any]]) -> str:
     if not alarms:
         return ""
-    return "\n".join(["alarms", *(f"  {moment(a['time'])}  {escape(a['text'])}" for a in alarms)])
+    shown = [f"  {moment(a['time'])}  {shorten(escape(a['text']), _ALARM_WIDTH)}" for a in alarms]
+    return "\n".join(["alarms (whole with --json, and in the journal)", *shown])

@@ -6,7 +6,7 @@ It is escaped before it is aligned, so that it can neither move the cursor nor f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final, TextIO
 
 __all__ = ["Paint", "amount", "duration", "escape", "escape_lines", "shorten", "table"]
@@ -73,15 +73,35 @@ def duration(seconds: float) -> str:
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, right: str = "", indent: str = "") -> str:
+def table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], *, right: str = "", indent: str = "", columns: int = 0
+) -> str:
     """Aligned columns, two spaces apart, under `head`. `right` names the columns of numbers.
 
-    The cells must be escaped already. No line ends in a blank, and the last one has no newline.
+    Where that is wider than a terminal of `columns` (0: as wide as it likes), each row becomes a paragraph of
+    its own. The cells must be escaped already. No line ends in a blank, and the last one has no newline.
     """
     flush = [name in right.split(",") for name in head]
     cells = [list(head), *map(list, rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
-    return "\n".join(indent + _row(row, widths, flush) for row in cells)
+    lines = [indent + _row(row, widths, flush) for row in cells]
+    if columns and max(map(len, lines)) > columns:
+        return "\n".join(line for row in rows for line in _paragraph(head, row, indent, columns))
+    return "\n".join(lines)
+
+
+def _paragraph(head: Sequence[str], row: Sequence[str], indent: str, columns: int) -> Iterator[str]:
+    """`eu.api.openai.com` and below it `ports 443/tcp, packets out 7, ...`, broken between cells only."""
+    yield f"{indent}{head[0]} {row[0]}"
+    line = f"{indent}  "
+    for name, cell in zip(head[1:], row[1:], strict=True):
+        piece = f"{name} {cell}, "
+        if len(line) + len(piece) - 1 > columns and line.strip():
+            yield line.rstrip()
+            line = f"{indent}  "
+        line += piece
+    if line.strip():
+        yield line.rstrip(", ")
 
 
 def _row(row: Sequence[str], widths: Sequence[int], flush: Sequence[bool]) -> str:
@@ -93,10 +113,12 @@ def _row(row: Sequence[str], widths: Sequence[int], flush: Sequence[bool]) -> st
 
 
 class Paint:
-    """Colour where a person looks at a terminal, nothing anywhere else (https://no-color.org)."""
+    """Colour where a person looks at a terminal, nothing anywhere else (https://no-color.org); and how wide
+    that terminal is, 0 for "it does not matter"."""
 
-    def __init__(self, stream: TextIO, *, no_color: bool) -> None:
+    def __init__(self, stream: TextIO, *, no_color: bool, columns: int = 0) -> None:
         self.on = stream.isatty() and not no_color
+        self.columns = columns
 
     def good(self, text: str) -> str:
         return self._wrap(_GREEN, text)

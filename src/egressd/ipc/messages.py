@@ -308,7 +308,22 @@ class Answer(_Message, frozen=True, tag=True):
     payload_length: Annotated[int, Meta(ge=0, le=1 << 30)]
 
 
-TO_CLIENT: TypeAlias = Terms | Lease | Refusal | Revoked | Answer
+PART = 1 << 14  # characters of a document per message: at four bytes each, half of what a message may hold
+
+
+class Part(_Message, frozen=True, tag=True):
+    """A piece of the JSON document; the pieces up to the `last` make it whole.
+
+    Not a descriptor, as among ourselves: one that is sent and not yet read is charged to its sender
+    (ETOOMANYREFS, unix(7)), and a stranger need never read. A few of them would have kept the controller
+    from handing a namespace to the warden.
+    """
+
+    text: Annotated[str, Meta(max_length=PART)]
+    last: bool
+
+
+TO_CLIENT: TypeAlias = Terms | Lease | Refusal | Revoked | Answer | Part
 
 
 # --------------------------------------------------------------------------------------------------

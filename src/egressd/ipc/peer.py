@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import errno
 import itertools
 import os
 import socket
@@ -23,6 +24,10 @@ from egressd.model.verdicts import Reason
 __all__ = ["Peer", "PeerGone"]
 
 _MAX_QUEUE = 4096
+_SLOW = 10.0  # seconds without room for the next part of a document, after which a reader is taken for gone
+# What a crowded machine says, not the other end: this message cannot be sent, the next one may be.
+_CROWDED = frozenset({errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM, errno.EMFILE, errno.ENFILE})
+_PAUSE = 0.05  # seconds
 _MAX_READS = 64  # per wake-up, so that one busy peer cannot hold the loop
 T = TypeVar("T")
 
@@ -32,7 +37,8 @@ class PeerGone(EgressdError):
 
 
 class Peer:
-    """`handler` gets each message that is no reply; `gone` is called once, with the reason."""
+    """`handler` gets each message that is no reply; `gone` is called once, with the reason. At most `reads`
+    messages are taken in per turn of the loop."""
 
     def __init__(
         self,
@@ -42,11 +48,12 @@ class Peer:
         handler: Callable[[Peer, Received[Any]], Awaitable[None] | None],
         gone: Callable[[Peer, str], None] | None = None,
         replies: tuple[type[Any], ...] = (),
+        reads: int = _MAX_READS,
     ) -> None:
         sock.setblocking(False)
         self.channel: Channel[Any] = Channel(sock, receives)
         self._loop = asyncio.get_running_loop()
-        self._handler, self._gone, self._replies = handler, gone, replies
+        self._handler, self._gone, self._replies, self._reads = handler, gone, replies, reads
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Received[Any]]] = {}
         self._queue: collections.deque[tuple[Any, int | None]] = collections.deque()
@@ -74,13 +81,31 @@ class Peer:
             self._loop.add_writer(self.channel.socket, self._writable)
             return False
         except OSError as error:
-            self.close(str(error))
-            raise PeerGone(str(error)) from error
+            if error.errno not in _CROWDED:
+                self.close(str(error))
+            raise PeerGone(f"{type(message).__name__} cannot be sent: {error.strerror}") from error
         return True
 
     def send_payload(self, message: Any, data: bytes) -> None:
         with payload(data) as descriptor:
             self.send(message, descriptor=descriptor)
+
+    async def send_document(self, data: bytes) -> None:
+        """Send a JSON document as `Part`s, each when there is room for it. Who does not read is closed."""
+        text = data.decode()
+        for start in range(0, len(text) or 1, messages.PART):
+            piece = text[start : start + messages.PART]
+            self.send(messages.Part(text=piece, last=start + messages.PART >= len(text)))
+            await self._drained()
+
+    async def _drained(self) -> None:
+        deadline = self._loop.time() + _SLOW
+        while self._queue and not self.closed:
+            if self._loop.time() > deadline:
+                self.close("it does not read its answer")
+            await asyncio.sleep(0.002)
+        if self.closed:
+            raise PeerGone("the other end is gone before it had its whole answer")
 
     def next_request(self) -> int:
         return next(self._numbers)
@@ -114,17 +139,25 @@ class Peer:
             except BlockingIOError:
                 return
             except OSError as error:
-                self.close(str(error))
+                if error.errno in _CROWDED:  # poll would call us again at once, and again
+                    self._loop.remove_writer(self.channel.socket)
+                    self._loop.call_later(_PAUSE, self._resume)
+                else:
+                    self.close(str(error))
                 return
             self._queue.popleft()
             if descriptor is not None:
                 os.close(descriptor)
         self._loop.remove_writer(self.channel.socket)
 
+    def _resume(self) -> None:
+        if not self.closed and self._queue:
+            self._loop.add_writer(self.channel.socket, self._writable)
+
     # ---- receiving
 
     def _readable(self) -> None:
-        for _ in range(_MAX_READS):
+        for _ in range(self._reads):
             if self.closed:
                 return
             try:

@@ -235,13 +235,23 @@ class ControlSocket:
     async def why(self, peer: Peer, client: Client, received: Received[messages.Why]) -> None:
         message = received.message
         link = Link.of_device(message.subject)
-        sandbox = self.controller.leases.by_link.get(link) if link else None
+        sandbox = self._sandbox_of(client.caller, link) if link else None
         workspace = sandbox.workspace if sandbox else message.workspace
         policy = self._visible(client.caller, workspace)[workspace]
         if sandbox is not None:
             self._send(peer, reports.why_sandbox(sandbox, policy))
         else:
             self._send(peer, reports.why(self.controller, policy, message.subject))
+
+    def _sandbox_of(self, caller: Caller, link: Link) -> Sandbox:
+        """One answer for "there is none" and for "not of a workspace of yours"."""
+        sandbox = self.controller.leases.by_link.get(link)
+        if sandbox is not None and sandbox.workspace in self._visible(caller, None):
+            return sandbox
+        raise Refused(
+            Reason.MEMBER,
+            f"no sandbox of yours has the link {link.device} now: egressctl status lists those there are",
+        )
 
     async def apply(self, peer: Peer, client: Client, received: Received[messages.Apply]) -> None:
         if not self._may_see_all(client.caller):

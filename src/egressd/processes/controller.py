@@ -159,7 +159,7 @@ class Controller:
         if isinstance(message, messages.Tampered):
             self.alarm(
                 "tampered",
-                f"the gateway was changed by {message.process or 'somebody else'}: {message.what}"
+                f"the gateway was changed by {message.process or 'somebody else'}: {_shortened(message.what)}"
                 f" ({'restored' if message.restored else 'NOT restored'})",
                 {"what": message.what, "restored": message.restored, "by": message.process},
             )
@@ -472,6 +472,12 @@ class Controller:
         warden = self.peer("warden")
         received = await warden.ask(messages.ReadRuleset(request=warden.next_request()), timeout=30.0)
         return received.payload().decode()
+
+
+def _shortened(what: str) -> str:
+    """The first few of many changes; the record has them all."""
+    changes = what.split("; ")
+    return "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
 
 
 def _last(counters: Totals) -> LinkCounts:

@@ -300,6 +300,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="egressd-foundation")
     parser.add_argument("--config-json", required=True)
     parser.add_argument("--fd", metavar="reply=N", type=_reply, default=None)
+    parser.add_argument("--debug", action="store_true", help="log everything that is done")
     verbs = parser.add_mutually_exclusive_group()
     verbs.add_argument("--foundation", action="store_true", help="make everything (the default)")
     verbs.add_argument("--mend", action="store_true", help="the host's side only, while egressd runs")
@@ -326,7 +327,9 @@ def _hand_over(number: int, result: FoundationResult) -> None:
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="egressd[foundation]: %(levelname)s: %(message)s"
+        stream=sys.stderr,
+        level=logging.DEBUG if options.debug else logging.INFO,
+        format="egressd[foundation]: %(levelname)s: %(message)s",
     )
     config = FoundationConfig.of(Config.decode(options.config_json))
     try:
@@ -344,8 +347,9 @@ def main(arguments: list[str] | None = None) -> int:
         log.error("%s", error)  # noqa: TRY400
         return 1
     for line in done:
-        log.info("%s", line)
-    log.info("%d things done", len(done))
+        log.debug("%s", line)
+    what = "removed or put back" if options.dismantle else "made or put in order"
+    log.info("gateway %s: %d things %s", config.gateway, len(done), what)
     return 0
 
 

@@ -300,7 +300,7 @@ def why(controller: Controller, policy: Policy, subject: str) -> Document:
         raise Refused(Reason.PROTOCOL, str(error)) from error
     details = list(found.sentences[1:])
     if meant != subject:
-        details.insert(0, f"{subject} is a synthetic address of {meant}")
+        details.insert(0, f"in a sandbox {subject} is {meant}")
     details += _leads(controller, policy, found.subject)
     return {
         "subject": subject,
@@ -315,6 +315,12 @@ def why(controller: Controller, policy: Policy, subject: str) -> Document:
 def _meant(controller: Controller, policy: Policy, subject: str) -> str:
     asked = Subject.of(subject)
     if isinstance(asked.destination, str):
+        return subject
+    if asked.destination.is_loopback:
+        # Each local service stands at its own port of the sandbox's loopback.
+        for rule in policy.locals:
+            if any((p.number, p.protocol) == (asked.port, asked.protocol) for p in rule.ports):
+                return f"{rule.key}:{asked.port}/{asked.protocol}"
         return subject
     place = controller.pools.block_of(asked.destination)
     for key, block in controller.blocks(policy.workspace).items():

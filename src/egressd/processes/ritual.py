@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import resource
 import socket
 import sys
 from collections.abc import Mapping
@@ -25,6 +26,8 @@ from egressd.processes.cards import CARDS, Card
 from egressd.processes.config import Config
 
 __all__ = ["Auditing", "Start", "begin"]
+
+_DESCRIPTORS = 65_536
 
 
 @dataclass(slots=True)
@@ -49,12 +52,21 @@ def begin(name: str, arguments: list[str] | None = None) -> Start:
         stream=sys.stderr, level=logging.INFO, format=f"egressd[{name}]: %(levelname)s: %(message)s"
     )
     isolation.close_other_descriptors(options.fd.values())
+    _raise_descriptor_limit()
     card = CARDS[name]
     sockets = {role: socket.socket(fileno=number) for role, number in options.fd.items()}
     for sock in sockets.values():
         sock.set_inheritable(False)
     isolation.become(card, uid=options.uid, gid=options.gid)
     return Start(card, Config.decode(options.config_json), sockets)
+
+
+def _raise_descriptor_limit() -> None:
+    """As far as the hard limit lets us: thousands of strangers may connect, and descriptors on their way to
+    another process count, too (unix(7), ETOOMANYREFS). select(2), which could not take them, is not used."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(_DESCRIPTORS, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _parse(name: str, arguments: list[str] | None) -> argparse.Namespace:

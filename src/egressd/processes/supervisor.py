@@ -372,11 +372,12 @@ def _notify(state: str) -> None:
 # ---- start, while still root
 
 
-def lay_foundation(config: Config) -> tuple[dict[str, socket.socket], int]:
+def lay_foundation(config: Config, *, debug: bool = False) -> tuple[dict[str, socket.socket], int]:
     """Run the one-shot; returns the gateway's sockets by name, and its namespace descriptor."""
     mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     command = [sys.executable, "-I", "-m", "egressd.processes.foundation"]
     command += ["--config-json", config.encode(), "--fd", f"reply={its.fileno()}"]
+    command += ["--debug"] if debug else []
     process = subprocess.Popen(command, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL, stdout=2)
     its.close()
     with mine:
@@ -420,8 +421,14 @@ def prepare_state(config: Config) -> None:
 def alone(config: Config) -> Iterator[None]:
     """One egressd per gateway: a second one would begin the first one's tables anew. The lock ends with the
     process that holds it; KernelError names that process."""
-    path = Path("/run", f"egressd.{config.gateway}.lock")
-    with path.open("a+") as lock:
+    # The unit may write here and nowhere else in /run, whatever `run_dir` is.
+    path = Path("/run/egressd", f"{config.gateway}.lock")
+    try:
+        path.parent.mkdir(mode=0o755, exist_ok=True)
+        lock = path.open("a+")
+    except PermissionError as error:
+        raise KernelError(f"{path} may not be written: egressd is started as root") from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -436,9 +443,9 @@ def alone(config: Config) -> Iterator[None]:
         yield
 
 
-def serve(config: Config) -> int:
+def serve(config: Config, *, debug: bool = False) -> int:
     _check_accounts(config)
-    held, gateway = lay_foundation(config)
+    held, gateway = lay_foundation(config, debug=debug)
     held["control"] = open_control_socket(config)
     prepare_state(config)
     supervisor = Supervisor(config, held, gateway)
@@ -473,9 +480,17 @@ def _parser() -> argparse.ArgumentParser:
     verbs.add_argument("--check", action="store_true", help="check the configuration and exit")
     verbs.add_argument("--foundation", action="store_true", help="make and pin the gateway, then exit")
     verbs.add_argument(
+        "--mend",
+        action="store_true",
+        help="put the host's side in order again, while egressd runs: after a flush of the host's firewall",
+    )
+    verbs.add_argument(
         "--dismantle",
         action="store_true",
         help="remove the gateway and everything else egressd made, then exit",
+    )
+    parser.add_argument(
+        "--debug", action="store_true", help="log every single change that preparing the gateway makes"
     )
     parser.add_argument("--version", action="version", version=f"egressd {__version__}")
     return parser
@@ -490,10 +505,13 @@ def main(arguments: list[str] | None = None) -> int:
         if options.check:
             print(f"{options.config}: ok")
             return 0
+        if options.mend:
+            return _one_shot(config, "--mend", debug=options.debug)
         with alone(config):
             if options.foundation or options.dismantle:
-                return _one_shot(config, "--dismantle" if options.dismantle else "--foundation")
-            return serve(config)
+                verb = "--dismantle" if options.dismantle else "--foundation"
+                return _one_shot(config, verb, debug=options.debug)
+            return serve(config, debug=options.debug)
     except PolicyError as error:
         for problem in error.problems:
             print(f"egressd: {problem}", file=sys.stderr)
@@ -502,8 +520,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 1
 
 
-def _one_shot(config: Config, verb: str) -> int:
+def _one_shot(config: Config, verb: str, *, debug: bool) -> int:
     command = [sys.executable, "-I", "-m", "egressd.processes.foundation", verb]
+    command += ["--debug"] if debug else []
     return subprocess.run([*command, "--config-json", config.encode()], check=False).returncode
 
 

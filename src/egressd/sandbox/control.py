@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import msgspec
@@ -87,7 +88,17 @@ class Control:
 
     def _answer(self, request: Any) -> Any:
         self._send(request)
-        return msgspec.json.decode(self._expect(messages.Answer).payload())
+        return msgspec.json.decode("".join(self._parts()))
+
+    def _parts(self) -> Iterator[str]:
+        while True:
+            received: Received[Any] = self._expect(messages.Part, messages.Answer)
+            if isinstance(received.message, messages.Answer):
+                yield received.payload().decode()
+                return
+            yield received.message.text
+            if received.message.last:
+                return
 
     # ---- both ways
 
@@ -97,7 +108,7 @@ class Control:
         except OSError as error:
             raise Refused(Reason.UNAVAILABLE, f"egressd does not take requests: {error.strerror}") from error
 
-    def _expect(self, kind: type[M]) -> Received[M]:
+    def _expect(self, *kinds: type[M]) -> Received[M]:
         try:
             received = self.channel.receive()
         except EOFError:
@@ -107,7 +118,7 @@ class Control:
             text = waited if isinstance(error, BlockingIOError | TimeoutError) else str(error)
             raise Refused(Reason.UNAVAILABLE, text) from error
         message = received.message
-        if isinstance(message, kind):
+        if isinstance(message, kinds):
             return received
         received.close()
         if isinstance(message, messages.Refusal):

@@ -58,6 +58,7 @@ DEVICE = "eth0"
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x1000_0000, 0x4000_0000
 _NS_GET_USERNS = 0xB701  # linux/nsfs.h: _IO(0xb7, 1)
 _PATIENCE = 10.0  # seconds for the plumber's work
+_QUIET = 5  # looks that must find nobody before a sandbox counts as buried
 _DONE, _RELEASED = b"done", b"released"
 _FAILED = "the sandbox's network could not be laid"
 
@@ -394,17 +395,24 @@ def _work(channel: socket.socket, sandbox: list[int]) -> None:
 
 
 def _bury(gate: str, sandbox: Sequence[int]) -> None:
-    """Kill the sandbox's first process, and whoever has the gate's pipe where the gate has it: twice, for
-    who was being forked meanwhile. The broker's own end lies elsewhere, and its name is not bwrap."""
-    for _ in range(2):
+    """Kill the sandbox's first process, and whoever has the gate's pipe where the gate has it. The broker's
+    own end lies elsewhere, and its name is not bwrap.
+
+    Until nobody was found several times in a row: the listing of /proc is older than the kill it leads to,
+    and bubblewrap may have cloned its inner half in between, which would wait for a dead parent for ever;
+    nor has a process its name yet in the moment in which exec closes the descriptors that woke us.
+    """
+    end, quiet = time.monotonic() + _PATIENCE, 0
+    while quiet < _QUIET and time.monotonic() < end:
         for child in sandbox:
             with contextlib.suppress(OSError):
                 signal.pidfd_send_signal(child, signal.SIGKILL)
-        for name in os.listdir("/proc"):
-            if name.isdigit() and _holds(name, gate):
-                with contextlib.suppress(OSError):
-                    os.kill(int(name), signal.SIGKILL)
-        time.sleep(0.005)
+        found = [int(name) for name in os.listdir("/proc") if name.isdigit() and _holds(name, gate)]
+        for pid in found:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        quiet = 0 if found else quiet + 1
+        time.sleep(0.004)
 
 
 def _holds(pid: str, gate: str) -> bool:
