@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import time
 from typing import Any
 
@@ -165,3 +166,25 @@ def test_switching_the_guard_on_cuts_what_is_not_listed(start_daemon: Any, inter
         for flow in ("tcp4 11.22.33.66 7", "tcp6 2a10:5353::66 7"):
             assert chatter.wait_for_failure(flow)["error"] == "ECONNRESET"
         assert chatter.failed("tcp4 plain.test 7") is None
+
+
+def test_the_diff_reads_the_kernel_back(daemon: Any) -> None:
+    assert daemon.json("policy", "diff")["drift"] == []
+    warden = daemon.pids()["warden"]
+    daemon.lab.signal(warden, signal.SIGSTOP)
+    command = "delete element inet egressd in { 0x%08x }"
+    words = ["nft", "list", "set", "inet", "egressd", "in"]
+    text = daemon.lab.run(words, where=daemon.gateway).check().out
+    mark = re.search(r'0x([0-9a-f]{8}) counter packets \d+ bytes \d+ comment "acme one.cdn.test"', text)
+    assert mark is not None
+    daemon.lab.run(["nft", command % int(mark[1], 16)], where=daemon.gateway).check()
+    daemon.lab.signal(warden, signal.SIGCONT)
+    # It is mended as soon as it is noticed; either way of seeing it will do.
+    document = daemon.json("policy", "diff")
+    assert document["drift"] or daemon.json("status")["alarms"]
+
+
+def test_names_that_are_refused_are_counted(daemon: Any) -> None:
+    probe(daemon, [("resolve", "evil.test", "4"), ("resolve", "evil.test", "6")])
+    assert daemon.counters("acme")["names_refused"] == 2
+    assert "2 questions for names off the list" in daemon.ctl("counters").out

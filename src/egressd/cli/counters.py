@@ -136,6 +136,7 @@ def _workspace(workspace: Mapping[str, Any], paint: Paint, *, moving: bool) -> s
     parts = [
         _hosts(workspace["hosts"], paint),
         _denied(workspace["denied"], paint),
+        _names(workspace.get("names_refused", 0)),
         _links(workspace["links"], workspace["ended"], paint),
         _balance(workspace["balance"], paint, moving=moving),
     ]
@@ -168,6 +169,15 @@ def _denied(denied: Mapping[str, list[int]], paint: Paint) -> str:
         return "  nothing was denied"
     head = ["denied", "packets", "bytes"]
     return table(head, rows, right="packets,bytes", indent="  ", columns=paint.columns)
+
+
+def _names(refused: int) -> str:
+    """Their packets went to the resolver and are in its row; what they asked for was refused there."""
+    return (
+        f"  {refused} question{'' if refused == 1 else 's'} for names off the list refused by the resolver"
+        if refused
+        else ""
+    )
 
 
 def _links(links: list[dict[str, Any]], ended: Mapping[str, Any], paint: Paint) -> str:

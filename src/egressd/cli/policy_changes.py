@@ -19,7 +19,13 @@ def run(args: argparse.Namespace) -> int:
         args,
         _diff if args.action == "diff" else lambda control: control.apply(dry_run=args.dry_run),
         show=lambda document: print(render(document, paint=paint())),
-        status=lambda document: FOUND if document["problems"] else differing if document["changes"] else OK,
+        status=lambda document: (
+            FOUND
+            if document["problems"]
+            else differing
+            if document["changes"] or document.get("drift")
+            else OK
+        ),
     )
 
 
@@ -35,6 +41,7 @@ def render(document: Document, *, paint: Paint) -> str:
         for change in document["changes"]
     ]
     lines += [f"{paint.bad('problem')}: {escape(problem)}" for problem in document["problems"]]
+    lines += [f"{paint.bad('kernel')}: {escape(drift)}" for drift in document.get("drift", ())]
     return "\n".join([*lines, _conclusion(document)])
 
 

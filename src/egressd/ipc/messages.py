@@ -46,7 +46,7 @@ class _Request(_Message, frozen=True, tag=True):
 #                   child user namespace by `owner`, neither init's nor the gateway nor leased already.
 #   CloseLink       only ever takes permission away.
 #   Settle          the same: removes links and chains that no message since the last connect named.
-#   ReadCounters, ReadRuleset   read.
+#   ReadCounters, ReadRuleset, ReadDrift   read.
 
 
 class SetWorkspaces(_Request, frozen=True, tag=True):
@@ -97,8 +97,13 @@ class ReadRuleset(_Request, frozen=True, tag=True):
     json: bool = False
 
 
+class ReadDrift(_Request, frozen=True, tag=True):
+    """Answered by `Payload`: list[str], what would have to change for the kernel, read back now, to be as
+    wanted. Nothing is changed."""
+
+
 TO_WARDEN: TypeAlias = (
-    SetWorkspaces | SetNat | OpenLink | KeepLink | CloseLink | Settle | ReadCounters | ReadRuleset
+    SetWorkspaces | SetNat | OpenLink | KeepLink | CloseLink | Settle | ReadCounters | ReadRuleset | ReadDrift
 )
 
 
@@ -191,8 +196,18 @@ class Resolved(_Request, frozen=True, tag=True):
     slots6: tuple[IPv6Address | None, IPv6Address | None, IPv6Address | None, IPv6Address | None]
 
 
-TO_RESOLVER: TypeAlias = SetNames | BindSource | UnbindSource | Done | Failed
-FROM_RESOLVER: TypeAlias = Resolved | Done | Failed
+class ReadRefused(_Request, frozen=True, tag=True):
+    """How many questions were refused? Answered by `RefusedNames`."""
+
+
+class RefusedNames(_Request, frozen=True, tag=True):
+    """Questions refused since the resolver started, by workspace."""
+
+    counts: dict[WorkspaceName, int]
+
+
+TO_RESOLVER: TypeAlias = SetNames | BindSource | UnbindSource | ReadRefused | Done | Failed
+FROM_RESOLVER: TypeAlias = Resolved | RefusedNames | Done | Failed
 
 
 # --------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ log = logging.getLogger("controller")
 
 _BOOKS_EVERY = 5.0  # seconds
 _NAT_BATCH = 512  # messages.SetNat's bound
-_REPLIES = (messages.Done, messages.Failed, messages.Payload, messages.LinkClosed)
+_REPLIES = (messages.Done, messages.Failed, messages.Payload, messages.LinkClosed, messages.RefusedNames)
 Totals = dict[str, tuple[int, int]]
 
 
@@ -467,6 +467,22 @@ class Controller:
         warden = self.peer("warden")
         received = await warden.ask(messages.ReadCounters(request=warden.next_request()), timeout=30.0)
         return msgspec.json.decode(received.payload(), type=Counters)
+
+    async def refused_names(self) -> Mapping[str, int]:
+        """Questions the resolver refused, by workspace; nothing where it cannot be asked."""
+        peer = self.peers["resolver"]
+        if peer is not None:
+            with contextlib.suppress(PeerGone):
+                received = await peer.ask(messages.ReadRefused(request=peer.next_request()), timeout=2.0)
+                counts: dict[str, int] = received.message.counts
+                return counts
+        return {}
+
+    async def drift(self) -> list[str]:
+        """What the kernel, read back, lacks or has too much of."""
+        warden = self.peer("warden")
+        received = await warden.ask(messages.ReadDrift(request=warden.next_request()), timeout=30.0)
+        return msgspec.json.decode(received.payload(), type=list[str])
 
     async def ruleset(self) -> str:
         warden = self.peer("warden")

@@ -123,11 +123,15 @@ def _equations(controller: Controller, counters: Counters) -> tuple[Equation, ..
 
 async def _counters(controller: Controller, visible: Visible) -> Document:
     counters, found = await read_books(controller)
+    refused = await controller.refused_names()
     return {
         "time": time.time(),
         "balanced": found.balanced,
         "differences": [f"{d.what}: {d.packets} packets, {d.bytes} bytes" for d in found.differences],
-        "workspaces": [_account(controller, counters, found, policy) for policy in visible.values()],
+        "workspaces": [
+            {**_account(controller, counters, found, policy), "names_refused": refused.get(name, 0)}
+            for name, policy in visible.items()
+        ],
         "late": {reason: _pair(tally) for reason, tally in counters.late.items()},
     }
 
@@ -284,7 +288,8 @@ async def _policy(controller: Controller, visible: Visible) -> Document:
 
 
 async def _diff(controller: Controller, visible: Visible) -> Document:
-    return await controller.apply(dry_run=True, by="diff")
+    """The directory against the policy in force, and the policy in force against the kernel as read back."""
+    return {**await controller.apply(dry_run=True, by="diff"), "drift": await controller.drift()}
 
 
 # ---- why

@@ -70,6 +70,7 @@ class Resolver:
         self.pools = config.pools.pools()
         self.own = self.pools.own
         self.static = static_hosts(config)
+        self.refused: collections.Counter[str] = collections.Counter()  # questions, by workspace
         self.upstream = Upstream(tuple(map(Server.parse, config.upstream)), ca_file=config.upstream_ca)
         # Spreading refreshes is no secret, so no source of secrets is spent on it.
         self.keeper = Keeper(
@@ -129,6 +130,9 @@ class Resolver:
 
     def _from_controller(self, peer: Peer, received: Received[Any]) -> None:
         message = received.message
+        if isinstance(message, messages.ReadRefused):
+            peer.send(messages.RefusedNames(request=message.request, counts=dict(self.refused)))
+            return
         try:
             match message:
                 case messages.SetNames():
@@ -362,6 +366,8 @@ class Resolver:
     # ---- events
 
     def _count(self, event: str, sandbox: Sandbox, name: str, asked: Query, reason: Reason) -> None:
+        if event == "dns-denied":
+            self.refused[sandbox.workspace] += 1
         happening = Happening(
             event, sandbox.link, sandbox.workspace, name, wire.type_name(asked.qtype), reason.value
         )

@@ -390,6 +390,11 @@ class Warden:
             return _payload(received.message.request, msgspec.json.encode(self._nft.list_json()))
         return _payload(received.message.request, self._nft.list_text().encode())
 
+    def read_drift(self, received: Received[messages.ReadDrift]) -> Reply:
+        operations = diff.plan(self._observe(), self.standing.desired(self.pools))
+        found = [operation.describe() for operation in operations]
+        return _payload(received.message.request, msgspec.json.encode(found))
+
     def _observe(self) -> Observed:
         return observe.parse(self._nft.list_json(), self._nft.list_chains())
 
@@ -476,6 +481,7 @@ HANDLERS: dict[type, Callable[[Warden, Received[Any]], Reply]] = {
     messages.Settle: Warden.settle,
     messages.ReadCounters: Warden.read_counters,
     messages.ReadRuleset: Warden.read_ruleset,
+    messages.ReadDrift: Warden.read_drift,
 }
 
 _MAPS = ("out4", "out6", "cidr4", "cidr6")

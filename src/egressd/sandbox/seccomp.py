@@ -85,7 +85,7 @@ def _families() -> list[Rule]:
 
 def _kinds() -> list[Rule]:
     """Of the Internet families only TCP and UDP (and IPv4 ping, which ping_group_range refuses)."""
-    rules = []
+    rules: list[Rule] = []
     for family in (_INET, _INET6):
         for kind in (3, 4, 6, 10):  # SOCK_RAW, SOCK_RDM, SOCK_DCCP, SOCK_PACKET
             when = (Compare(0, lib.EQ, family), Compare(1, lib.MASKED_EQ, kind, _TYPE))
@@ -95,8 +95,8 @@ def _kinds() -> list[Rule]:
         unwanted = [Compare(2, lib.EQ, n) for n in range(_UDP) if n not in (0, _ICMP, _TCP)]
         for protocol in (*unwanted, Compare(2, lib.GT, _UDP)):  # 64 bits wide: no upper half escapes it
             for kind in (1, 2, 5):  # SOCK_STREAM, SOCK_DGRAM, SOCK_SEQPACKET
-                when = (Compare(0, lib.EQ, family), Compare(1, lib.MASKED_EQ, kind, _TYPE), protocol)
-                rules.append(Rule(errno.EPROTONOSUPPORT, ("socket",), when))
+                what = (Compare(0, lib.EQ, family), Compare(1, lib.MASKED_EQ, kind, _TYPE), protocol)
+                rules.append(Rule(errno.EPROTONOSUPPORT, ("socket",), what))
     return rules
 
 
