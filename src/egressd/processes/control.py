@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -40,7 +41,9 @@ log = logging.getLogger("controller")
 
 MAX_CLIENTS = 8192
 MAX_CLIENTS_PER_USER = 4096
-MAX_PENDING = 64  # requests of one client waiting for their turn
+MAX_IDLE_PER_USER = 512  # connections without a sandbox; a spawn holds one for a tenth of a second
+MAX_PENDING = 4  # requests of one client waiting for their turn; ours wait for each answer
+_ACCEPTS = 64  # per wake-up, so that a crowd at the door neither waits for ever nor holds the loop
 
 
 @dataclass(slots=True, eq=False)
@@ -48,6 +51,7 @@ class Client:
     caller: Caller
     policy: Policy | None = None  # entered
     sandbox: Sandbox | None = None  # attached
+    attached: bool = False  # was, at least
     pending: int = 0
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -57,6 +61,7 @@ class ControlSocket:
         self.controller = controller
         self.clients: dict[Peer, Client] = {}
         self._per_user: collections.Counter[int] = collections.Counter()
+        self._idle: collections.Counter[int] = collections.Counter()
         self._listener = listener
         self._admins = {0, os.getuid()}
         listener.setblocking(False)
@@ -65,27 +70,47 @@ class ControlSocket:
         asyncio.get_running_loop().add_reader(self._listener, self._accept)
 
     def _accept(self) -> None:
-        try:
-            sock, _ = self._listener.accept()
-        except OSError:  # the client gave up, or descriptors ran out: the next one may succeed
-            return
+        for _ in range(_ACCEPTS):
+            try:
+                sock, _ = self._listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:  # the client gave up, or descriptors ran out
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    self._pause()
+                    return
+                continue
+            self._admit(sock)
+
+    def _pause(self) -> None:
+        """Without descriptors the listener would wake us for ever, for nothing."""
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._listener)
+        loop.call_later(0.1, self.listen)
+
+    def _admit(self, sock: socket.socket) -> None:
         try:
             caller = caller_of(sock)
         except OSError:
             sock.close()
             return
-        if len(self.clients) >= MAX_CLIENTS or self._per_user[caller.uid] >= MAX_CLIENTS_PER_USER:
+        uid = caller.uid
+        crowded = self._per_user[uid] >= MAX_CLIENTS_PER_USER or self._idle[uid] >= MAX_IDLE_PER_USER
+        if crowded or len(self.clients) >= MAX_CLIENTS:
             _turn_away(sock)
             return
-        peer = Peer(sock, messages.FROM_CLIENT, handler=self._handle, gone=self._gone)
+        peer = Peer(sock, messages.FROM_CLIENT, handler=self._handle, gone=self._gone, reads=MAX_PENDING)
         self.clients[peer] = Client(caller)
-        self._per_user[caller.uid] += 1
+        self._per_user[uid] += 1
+        self._idle[uid] += 1
 
     def _gone(self, peer: Peer, why: str) -> None:
         client = self.clients.pop(peer, None)
         if client is None:
             return
         self._per_user[client.caller.uid] -= 1
+        if not client.attached:
+            self._idle[client.caller.uid] -= 1
         if client.sandbox is not None:
             self.controller.background(
                 self.controller.close(client.sandbox), f"closing {client.sandbox.link.device}"
@@ -94,7 +119,10 @@ class ControlSocket:
     # ---- requests
 
     async def _handle(self, peer: Peer, received: Received[Any]) -> None:
-        client = self.clients[peer]
+        client = self.clients.get(peer)
+        if client is None:  # closed since this message was read
+            received.close()
+            return
         client.pending += 1
         try:
             if client.pending > MAX_PENDING:
@@ -207,7 +235,8 @@ class ControlSocket:
         if peer.closed:  # the broker died while we worked: nobody holds this lease
             await self.controller.close(sandbox)
             return
-        client.sandbox = sandbox
+        client.sandbox, client.attached = sandbox, True
+        self._idle[client.caller.uid] -= 1
         peer.send(
             messages.Lease(link=sandbox.link.number, address4=sandbox.address4, address6=sandbox.address6)
         )
@@ -218,7 +247,7 @@ class ControlSocket:
         document = await reports.answer(
             self.controller, message.what, visible, everything=self._may_see_all(client.caller)
         )
-        self._send(peer, document)
+        await self._send(peer, document)
 
     def _visible(self, caller: Caller, workspace: str | None) -> dict[str, Policy]:
         if workspace is not None and not self._may_see_all(caller):
@@ -239,9 +268,9 @@ class ControlSocket:
         workspace = sandbox.workspace if sandbox else message.workspace
         policy = self._visible(client.caller, workspace)[workspace]
         if sandbox is not None:
-            self._send(peer, reports.why_sandbox(sandbox, policy))
+            await self._send(peer, reports.why_sandbox(sandbox, policy))
         else:
-            self._send(peer, reports.why(self.controller, policy, message.subject))
+            await self._send(peer, reports.why(self.controller, policy, message.subject))
 
     def _sandbox_of(self, caller: Caller, link: Link) -> Sandbox:
         """One answer for "there is none" and for "not of a workspace of yours"."""
@@ -259,11 +288,10 @@ class ControlSocket:
         document = await self.controller.apply(
             dry_run=received.message.dry_run, by=f"uid {client.caller.uid}"
         )
-        self._send(peer, document)
+        await self._send(peer, document)
 
-    def _send(self, peer: Peer, document: Any) -> None:
-        data = msgspec.json.encode(document)
-        peer.send_payload(messages.Answer(payload_length=len(data)), data)
+    async def _send(self, peer: Peer, document: Any) -> None:
+        await peer.send_document(msgspec.json.encode(document))
 
     # ---- endings
 

@@ -69,6 +69,8 @@ class Controller:
         self.peers: dict[str, Peer | None] = {"warden": None, "resolver": None, "inspector": None}
         self.settled = asyncio.Event()  # the warden enforces what we last said
         self._changing = asyncio.Lock()
+        self._reading = asyncio.Lock()
+        self._next_reading: asyncio.Future[Counters] | None = None
         self._closing: set[Link] = set()
         self._unbalanced = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -464,9 +466,18 @@ class Controller:
         self._unbalanced = not found.balanced
 
     async def counters(self) -> Counters:
-        warden = self.peer("warden")
-        received = await warden.ask(messages.ReadCounters(request=warden.next_request()), timeout=30.0)
-        return msgspec.json.decode(received.payload(), type=Counters)
+        """Never older than the question. Whoever asks while one reading runs shares the next one, so that any
+        number of askers costs the warden no more than two."""
+        if self._next_reading is None:
+            self._next_reading = asyncio.ensure_future(self._read_counters())
+        return await asyncio.shield(self._next_reading)
+
+    async def _read_counters(self) -> Counters:
+        async with self._reading:
+            self._next_reading = None  # who asks from here on wants a newer one
+            warden = self.peer("warden")
+            received = await warden.ask(messages.ReadCounters(request=warden.next_request()), timeout=30.0)
+            return msgspec.json.decode(received.payload(), type=Counters)
 
     async def refused_names(self) -> Mapping[str, int]:
         """Questions the resolver refused, by workspace; nothing where it cannot be asked."""
