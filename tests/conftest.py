@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -72,9 +73,9 @@ def daemon(lab: Lab, _servers: tuple[Internet, Internet]) -> Iterator[Daemon]:
         yield made
 
 
-@pytest.fixture
-def start_daemon(lab: Lab, _servers: tuple[Internet, Internet]) -> Iterator[Callable[..., Daemon]]:
-    """`start_daemon(policies={...})`: an egressd of the test's own; stopped, and checked to leave nothing."""
+@contextlib.contextmanager
+def _daemons(lab: Lab) -> Iterator[Callable[..., Daemon]]:
+    """`start(policies={...})` gives a running egressd; each is stopped, and checked to leave nothing."""
     from lab.daemon import Daemon
 
     made: list[Daemon] = []
@@ -95,6 +96,20 @@ def start_daemon(lab: Lab, _servers: tuple[Internet, Internet]) -> Iterator[Call
 
 
 @pytest.fixture
+def start_daemon(lab: Lab, _servers: tuple[Internet, Internet]) -> Iterator[Callable[..., Daemon]]:
+    """`start_daemon(policies={...})`: an egressd of the test's own."""
+    with _daemons(lab) as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def start_module_daemon(lab: Lab, _servers: tuple[Internet, Internet]) -> Iterator[Callable[..., Daemon]]:
+    """As `start_daemon`, for all tests of a module."""
+    with _daemons(lab) as start:
+        yield start
+
+
+@pytest.fixture
 def no_leaks(lab: Lab) -> Iterator[None]:
     """The test leaves the lab, and this process's descriptors, as it found them."""
     from lab.machine import open_descriptors
@@ -103,28 +118,6 @@ def no_leaks(lab: Lab) -> Iterator[None]:
     with lab.leaving_nothing():
         yield
     assert open_descriptors() <= descriptors, "descriptors leaked"
-
-
-@pytest.fixture(scope="module")
-def start_module_daemon(lab: Lab, _servers: tuple[Internet, Internet]) -> Iterator[Callable[..., Daemon]]:
-    """As `start_daemon`, for all tests of a module."""
-    from lab.daemon import Daemon
-
-    made: list[Daemon] = []
-
-    def start(**options: Any) -> Daemon:
-        daemon = Daemon(lab, **options)
-        made.append(daemon)
-        daemon.start()
-        return daemon
-
-    with lab.leaving_nothing():
-        try:
-            yield start
-        finally:
-            for daemon in reversed(made):
-                sys.stderr.write(daemon.log)
-                daemon.stop()
 
 
 @pytest.fixture(scope="session")
