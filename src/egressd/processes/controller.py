@@ -43,7 +43,6 @@ __all__ = ["Controller", "main"]
 log = logging.getLogger("controller")
 
 _BOOKS_EVERY = 5.0  # seconds
-_NAT_BATCH = 512  # messages.SetNat's bound
 _REPLIES = (messages.Done, messages.Failed, messages.Payload, messages.LinkClosed, messages.RefusedNames)
 Totals = dict[str, tuple[int, int]]
 
@@ -132,7 +131,7 @@ class Controller:
             await self._set_workspaces(self.wants)
             for sandbox in list(self.leases.by_link.values()):
                 await warden.ask(_keep(warden, sandbox))
-            for batch in _batches(self.addresses.entries()):
+            for batch in names.batches(self.addresses.entries()):
                 await warden.ask(messages.SetNat(request=warden.next_request(), entries=batch))
             await warden.ask(messages.Settle(request=warden.next_request()))
             self.settled.set()
@@ -561,11 +560,6 @@ def _link(sandbox: Sandbox) -> dict[str, Any]:
         "owner": sandbox.caller.uid,
         "quota": sandbox.quota,
     }
-
-
-def _batches(entries: Iterable[NatEntry]) -> Iterable[tuple[NatEntry, ...]]:
-    listed = tuple(entries)
-    return (listed[at : at + _NAT_BATCH] for at in range(0, len(listed), _NAT_BATCH))
 
 
 def _host_rules(

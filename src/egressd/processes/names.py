@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 from typing import TypeAlias
@@ -16,7 +16,7 @@ from egressd.ruleset.layout import SLOTS, Kind, Mark, Pools
 from egressd.ruleset.plan import comment
 from egressd.ruleset.wants import NatEntry
 
-__all__ = ["Addresses", "Admitting", "names_of"]
+__all__ = ["Addresses", "Admitting", "batches", "names_of"]
 
 Slots4: TypeAlias = tuple[IPv4Address | None, ...]
 Slots6: TypeAlias = tuple[IPv6Address | None, ...]
@@ -140,8 +140,8 @@ class Admitting:
         while self._queue:
             batch, waiters = self._next_batch()
             try:
-                for at in range(0, len(batch), _BATCH):
-                    await self._write(batch[at : at + _BATCH])
+                for part in batches(batch):
+                    await self._write(part)
                 self._done(batch)
             except EgressdError as error:
                 for waiter in waiters:
@@ -160,6 +160,11 @@ class Admitting:
             batch.update({(entry.mark, entry.synthetic): entry for entry in entries})
             waiters.append(future)
         return tuple(batch.values()), waiters
+
+
+def batches(entries: Sequence[NatEntry]) -> Iterator[tuple[NatEntry, ...]]:
+    """In pieces that one message can carry."""
+    return (tuple(entries[at : at + _BATCH]) for at in range(0, len(entries), _BATCH))
 
 
 def names_of(policy: Policy, blocks: Mapping[str, int]) -> WorkspaceNames:

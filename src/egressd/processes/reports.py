@@ -15,7 +15,7 @@ from egressd.policy.compiled import CidrRule, HostRule, LocalRule, Policy, Rule
 from egressd.policy.explain import Subject, explain_policy
 from egressd.policy.explain import why as explain
 from egressd.processes.workspaces import broken_workspaces
-from egressd.ruleset.books import Books, Equation, books, contradictions, equations
+from egressd.ruleset.books import Books, Equation, books, contradictions, equations, sum_tallies
 from egressd.ruleset.layout import RESOLVER_BLOCK, UNLISTED_BLOCK, Mark
 from egressd.ruleset.observe import Counters, ElementCount, LinkCounts, Tally
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from egressd.processes.controller import Controller
     from egressd.processes.leases import Sandbox
 
-__all__ = ["answer", "read_books", "sum_links", "why", "why_sandbox"]
+__all__ = ["answer", "read_books", "why", "why_sandbox"]
 
 Document = dict[str, Any]
 Visible = Mapping[str, Policy]
@@ -143,7 +143,7 @@ def _account(controller: Controller, counters: Counters, found: Books, policy: P
         for s in controller.leases.of_workspace(name)
     }
     gone = controller.remembered.account(name)
-    total = sum_links([*links.values(), gone.ended])
+    total = _sum_links([*links.values(), gone.ended])
     elements = [e for e in counters.elements if e.workspace == name]
     counted = sum_tallies(
         [
@@ -245,7 +245,7 @@ def _kind(rule: HostRule | CidrRule | LocalRule) -> str:
     return {HostRule: "host", CidrRule: "cidr", LocalRule: "local"}[type(rule)]
 
 
-def sum_links(counts: Iterable[LinkCounts]) -> LinkCounts:
+def _sum_links(counts: Iterable[LinkCounts]) -> LinkCounts:
     listed = list(counts)
     return LinkCounts(
         in_=sum_tallies(c.in_ for c in listed),
@@ -253,11 +253,6 @@ def sum_links(counts: Iterable[LinkCounts]) -> LinkCounts:
         denied=sum_tallies(c.denied for c in listed),
         other=sum_tallies(c.other for c in listed),
     )
-
-
-def sum_tallies(tallies: Iterable[Tally]) -> Tally:
-    listed = list(tallies)
-    return Tally(sum(t.packets for t in listed), sum(t.bytes for t in listed))
 
 
 def _link(counts: LinkCounts, *, admitted: str = "ok") -> Document:

@@ -18,7 +18,7 @@ from msgspec import Struct
 
 from egressd.ruleset.observe import Counters, LinkCounts, Tally
 
-__all__ = ["Books", "Difference", "Equation", "books", "contradictions", "equations"]
+__all__ = ["Books", "Difference", "Equation", "books", "contradictions", "equations", "sum_tallies"]
 
 
 class Difference(Struct, frozen=True):
@@ -113,14 +113,14 @@ def _workspaces(
         admitted[element.workspace] = admitted.get(element.workspace, Tally()) + tally
     for name in sorted({*links, *admitted, *counters.denied, *counters.unlisted, *retired}):
         mine = links.get(name, [])
-        ok = _sum(link.ok for link in mine)
+        ok = sum_tallies(link.ok for link in mine)
         listed = admitted.get(name, Tally()) + counters.unlisted.get(name, Tally())
         yield Equation(f"{name}: ok = elements + unlisted + retired", ok, listed + retired.get(name, Tally()))
-        reasons = _sum(counters.denied.get(name, {}).values())
-        yield Equation(f"{name}: denied = its reasons", _sum(link.denied for link in mine), reasons)
+        reasons = sum_tallies(counters.denied.get(name, {}).values())
+        yield Equation(f"{name}: denied = its reasons", sum_tallies(link.denied for link in mine), reasons)
 
 
-def _sum(tallies: Iterable[Tally]) -> Tally:
+def sum_tallies(tallies: Iterable[Tally]) -> Tally:
     total = Tally()
     for tally in tallies:
         total += tally
