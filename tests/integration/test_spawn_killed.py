@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from integration.probe import Resident
-from lab.machine import VENV, poll
+from lab.machine import VENV, LabError, poll
 
 VICTIM = Path(__file__).resolve().parent.parent / "sandbox" / "victim.py"
 POLICY = """
@@ -58,7 +58,10 @@ def traces(daemon: Any) -> list[str]:
 
 
 def assert_nothing_left(daemon: Any) -> None:
-    poll(lambda: not traces(daemon), timeout=2.0, what="nothing is left")
+    try:
+        poll(lambda: not traces(daemon), timeout=2.0, what="nothing is left")
+    except LabError as error:
+        raise LabError(f"{error}; but there are {traces(daemon)}") from None
     account = daemon.counters("acme")
     assert account["balance"]["balanced"], account["balance"]
 
