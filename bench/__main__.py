@@ -8,11 +8,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from bench import datapath, spawn
+from bench import datapath, dns, inspector, spawn
 from bench.figures import Report
 
 RESULTS = Path(__file__).resolve().parent / "results"
-BENCHMARKS = {"spawn": spawn.measure, "datapath": datapath.measure}
+BENCHMARKS = {
+    "spawn": spawn.measure,
+    "datapath": datapath.measure,
+    "dns": dns.measure,
+    "inspector": inspector.measure,
+}
 
 
 def main(names: list[str]) -> int:

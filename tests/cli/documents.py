@@ -22,6 +22,7 @@ STATUS: dict[str, Any] = {
             "guard": "enforce",
             "policy": "sha256:" + "ab" * 32,
             "sandboxes": 1,
+            "names": {"granted": 2, "budget": 1024},
             "problem": None,
         },
         {
@@ -29,6 +30,7 @@ STATUS: dict[str, Any] = {
             "guard": "off",
             "policy": "sha256:" + "cd" * 32,
             "sandboxes": 0,
+            "names": None,
             "problem": None,
         },
     ],
@@ -56,11 +58,14 @@ COUNTERS: dict[str, Any] = {
             "workspace": "acme",
             "guard": "enforce",
             "hosts": [
-                {"host": "(resolver)", "ports": ["53/udp", "53/tcp"], "out": [4, 244], "in": [4, 512], "connections": 4},
-                {"host": "eu.api.openai.com", "ports": ["443/tcp"], "out": [7, 48201], "in": [9, 3_500_000], "connections": 1},
-                {"host": "*.search.example.com", "ports": ["443/tcp"], "out": [0, 0], "in": [0, 0], "connections": 0},
+                {"host": "eu.api.openai.com", "kind": "host", "ports": ["443/tcp"], "out": [7, 48201], "in": [9, 3_500_000], "connections": 1, "dialled": None},
+                {"host": "*.search.example.com", "kind": "wildcard", "ports": ["443/tcp"], "out": [0, 0], "in": [0, 0], "connections": 0, "dialled": None},
+                {"host": "(resolver)", "kind": "resolver", "ports": ["53/udp", "53/tcp"], "out": [4, 244], "in": [4, 512], "connections": 4, "dialled": None},
             ],
             "denied": {"unlisted": [29, 1745], "shape": [2, 6100], "quota": [0, 0]},
+            "names_refused": 0,
+            "names_refused_by": {},
+            "flows_refused": {},
             "links": [{"link": 7, "in": [40, 56068], "ok": [9, 48323], "denied": [29, 7667], "other": [2, 78]}],
             "ended": {"links": 2, "in": [4, 300], "ok": [2, 122], "denied": [2, 178], "other": [0, 0]},
             "balance": {

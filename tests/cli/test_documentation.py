@@ -77,6 +77,8 @@ def test_the_message_table_is_the_closed_set() -> None:
         ("resolver", "controller"): names(messages.FROM_RESOLVER),
         ("controller", "inspector"): names(messages.TO_INSPECTOR),
         ("inspector", "controller"): names(messages.FROM_INSPECTOR),
+        ("controller", "relay"): names(messages.TO_RELAY),
+        ("relay", "controller"): names(messages.FROM_RELAY),
         ("client", "controller"): names(messages.FROM_CLIENT),
         ("controller", "client"): names(messages.TO_CLIENT),
         ("anybody", "auditor"): names(messages.TO_AUDITOR),
@@ -99,7 +101,7 @@ def test_addresses_and_numbers_are_those_of_the_layout() -> None:
         assert str(value) in text
     for phrase in (
         f"logged at a\n   bounded rate to group {layout.NFLOG_GROUP}",
-        f"table {layout.ROUTES_INSPECT}: to the inspector",
+        f"table {layout.ROUTES_STEERED}: to the inspector",
         f"table {layout.ROUTES_FORWARD}: the default route",
     ):
         assert phrase in text

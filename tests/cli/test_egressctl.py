@@ -317,11 +317,12 @@ def test_status_is_1_when_something_is_wrong_now(
 
 
 def test_a_workspace_whose_file_was_never_good_is_shown_and_is_status_1(egressctl: Any, daemon: Any) -> None:
-    broken = {"workspace": "new", "guard": None, "policy": None, "sandboxes": 0, "problem": "new.yaml:3: no"}
+    unknown = {"guard": None, "policy": None, "sandboxes": 0, "names": None}
+    broken = {"workspace": "new", **unknown, "problem": "new.yaml:3: no"}
     daemon.document = changed(STATUS, workspaces=[broken])
     told = egressctl("--run-dir", daemon.run_dir, "status")
     assert told.status == 1
-    assert "new        -              0  -       new.yaml:3: no" in told.out
+    assert "new        -              0      -  -       new.yaml:3: no" in told.out
 
 
 @pytest.mark.parametrize(

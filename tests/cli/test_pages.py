@@ -20,9 +20,9 @@ process   pid  state    restarts
 warden    812  running         0
 resolver    -  down            3
 
-workspace  guard    sandboxes  policy               problem
-acme       enforce          1  sha256:ababababa...  -
-lab        off              0  sha256:cdcdcdcdc...  -
+workspace  guard    sandboxes   names  policy               problem
+acme       enforce          1  2/1024  sha256:ababababa...  -
+lab        off              0       -  sha256:cdcdcdcdc...  -
 
 sandbox  workspace   uid   pid         age  IPv4        IPv6       command
 eg7      acme       4001  9120  1 h 00 min  198.19.0.7  fd53:1::7  python3 infer.py"""
@@ -33,9 +33,9 @@ read 2026-09-21 14:13:20Z
 acme  guard enforce
 
   host                  ports          packets out         bytes out  packets in           bytes in  connections
-  (resolver)            53/udp 53/tcp            4               244           4                512            4
   eu.api.openai.com     443/tcp                  7  48201 (47.1 KiB)           9  3500000 (3.3 MiB)            1
   *.search.example.com  443/tcp                  0                 0           0                  0            0
+  (resolver)            53/udp 53/tcp            4               244           4                512            4
 
   denied    packets           bytes
   unlisted       29  1745 (1.7 KiB)
@@ -71,6 +71,42 @@ def test_counters() -> None:
     assert counters.render(COUNTERS, paint=PLAIN) == COUNTERS_PAGE
 
 
+WILDCARD_PAGE = """\
+  host                      ports    packets out         bytes out  packets in           bytes in  connections  bytes upstream
+  eu.api.openai.com         443/tcp            7  48201 (47.1 KiB)           9  3500000 (3.3 MiB)            1               -
+  *.search.example.com      443/tcp            3               180           0                  0            0               -
+    one.search.example.com  443/tcp            5               900           4     2000 (2.0 KiB)            1             520
+  (resolver)                53/udp             4               244           4                512            4               -
+"""  # noqa: E501 - as wide as it is
+REFUSED_PAGE = """\
+  questions refused by the resolver  count
+  budget-names                           3
+  name                                   2
+
+  connections refused by the inspector  count
+  ech                                       1
+  sni-other                                 4
+"""
+
+
+def test_names_of_a_wildcard_stand_below_it_and_refusals_have_their_reasons() -> None:
+    document = changed(COUNTERS)
+    (acme,) = document["workspaces"]
+    host, pattern, resolver = acme["hosts"]
+    granted = {**host, "host": "one.search.example.com", "kind": "granted", "out": [5, 900], "in": [4, 2000]}
+    acme["hosts"] = [
+        host,
+        {**pattern, "out": [3, 180]},
+        {**granted, "dialled": [4, 520]},
+        {**resolver, "ports": ["53/udp"]},
+    ]
+    acme["names_refused_by"] = {"name": 2, "budget-names": 3, "budget-rate": 0}
+    acme["flows_refused"] = {"sni-other": 4, "ech": 1}
+    page = counters.render(document, paint=PLAIN)
+    assert WILDCARD_PAGE in page and REFUSED_PAGE in page
+    assert "budget-rate" not in page
+
+
 def test_why() -> None:
     assert why.render(WHY, paint=PLAIN) == WHY_PAGE
 
@@ -104,12 +140,12 @@ def test_a_narrow_terminal_gets_paragraphs_that_lose_nothing() -> None:
     narrow = Paint(io.StringIO(), no_color=True, columns=60)
     page = counters.render(COUNTERS, paint=narrow)
     table = page.split("\n\n")[2].splitlines()
-    assert table[:4] == [
+    assert table[-3:] == [
         "  host (resolver)",
         "    ports 53/udp 53/tcp, packets out 4, bytes out 244,",
         "    packets in 4, bytes in 512, connections 4",
-        "  host eu.api.openai.com",
     ]
+    assert table[0] == "  host eu.api.openai.com"
     assert all(len(line) <= 60 for line in table)
     assert counters.render(COUNTERS, paint=Paint(io.StringIO(), no_color=True, columns=200)) == COUNTERS_PAGE
     sandbox = status.render(STATUS, paint=narrow, now=1_790_000_000 + 7200).split("\n\n")[3]

@@ -83,6 +83,23 @@ def test_remarks_are_told_and_are_no_problems(egressctl: Any, place: Path) -> No
     ]
 
 
+def test_wildcards_and_what_is_read_are_checked_and_explained_without_a_daemon(
+    egressctl: Any, place: Path
+) -> None:
+    path = good(place)
+    path.write_text(
+        GOOD.replace("  - host: eu.api.openai.com\n", '  - host: "**.example.com"\n    ech: allow\n')
+    )
+    told = egressctl("policy", "check", path)
+    assert told.status == 0
+    assert [line.split(":")[1] for line in told.err.splitlines()] == ["5", "5"]
+    assert "may be sent encrypted_client_hello" in told.err and "covers names of any depth" in told.err
+    explained = egressctl("policy", "explain", path).out
+    assert "host **.example.com on 443/tcp, verified by SNI, ECH allowed (line 5)" in explained
+    assert "host db.internal.example on 5432/tcp, also in private ranges (line 7)" in explained
+    assert "names of wildcards: 64 names, 4KiB of labels, 5 a second for a sandbox" in explained
+
+
 def test_json_for_an_editor(egressctl: Any, place: Path) -> None:
     good(place)
     bad = place / "bad.yaml"

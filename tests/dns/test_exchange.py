@@ -192,6 +192,49 @@ def test_truncated_over_tcp_is_nonsense() -> None:
     assert end == Finish(Failure(0, "www.example.com: tcp://192.0.2.54:53 sent nonsense"))
 
 
+class Bits:
+    """Ids of their own, and letters by turns: every second bit is set."""
+
+    def __call__(self) -> int:
+        return 0xAAAA
+
+
+def mixed(*servers: Server) -> tuple[Exchange, Send]:
+    exchange = Exchange(QUESTION, servers, draw=Bits(), mixed_case=True)
+    command = exchange.start(now=0)
+    assert isinstance(command, Send)
+    return exchange, command
+
+
+def test_mixed_case_is_in_the_question_and_nowhere_else() -> None:
+    _, send = mixed(ONE)
+    plain = begin(ONE)[1].message
+    assert send.message[12:29] == b"\x03WwW\x07ExAmPlE\x03CoM\x00"
+    assert send.message[2:].lower() == plain[2:].lower()
+    assert send.message[29:] == plain[29:]
+
+
+@pytest.mark.parametrize("name", ["www.example.com", "WWW.EXAMPLE.COM", "wWw.eXaMpLe.cOm", "WwW.ExAmPlE.Com"])
+def test_mixed_case_that_comes_back_otherwise_is_a_forgers(name: str) -> None:
+    exchange, send = mixed(ONE)
+    assert receive(exchange, send, say(send, name=name)) is None
+    assert receive(exchange, send, say(send, name="WwW.ExAmPlE.CoM")) == Finish(GOOD, ONE)
+
+
+@pytest.mark.parametrize("server", [STREAM, SECURE])
+def test_streams_need_no_mixed_case(server: Server) -> None:
+    exchange, send = mixed(server)
+    assert b"example" in send.message
+    assert receive(exchange, send, say(send, name="WWW.example.com")) == Finish(GOOD, server)
+
+
+def test_mixed_case_of_long_names_has_a_bit_for_each_letter() -> None:
+    labels = (b"a" * 63, b"b" * 63, b"c" * 63, b"d" * 61)
+    command = Exchange(Question(labels, 1), [ONE], draw=lambda: 0xFFFF, mixed_case=True).start(now=0)
+    assert isinstance(command, Send)
+    assert dnslib.DNSRecord.parse(command.message).q.qname.label == tuple(x.upper() for x in labels)
+
+
 def test_nobody_to_ask() -> None:
     assert Exchange(QUESTION, [], draw=Ids()).start(now=0) == Finish(
         Failure(22, "no upstream server is configured")

@@ -9,7 +9,19 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from egressd.dns.keeper import Admit, Ask, Command, Finding, Keeper, Note, Settled, State, Target, User
+from egressd.dns.keeper import (
+    Admit,
+    Ask,
+    Command,
+    Finding,
+    Keeper,
+    Note,
+    Settled,
+    Standing,
+    State,
+    Target,
+    User,
+)
 from egressd.dns.replies import Failure
 from egressd.dns.slots import EMPTY
 from egressd.model.addresses import Address
@@ -150,15 +162,30 @@ def test_a_late_acknowledgement_of_something_else_changes_nothing() -> None:
     assert talk.admitted() == []
 
 
-@pytest.mark.parametrize("stale_for", [60.0, 86_400.0])
-def test_upstream_failure_serves_the_last_good(stale_for: float) -> None:
+@pytest.mark.parametrize(("age", "stale"), [(99.0, False), (100.0, True), (86_400.0, True)])
+def test_upstream_failure_serves_the_last_good(age: float, stale: bool) -> None:
     talk = settled()
     talk.after(90)
     assert talk.found(API, LOST, LOST) == []
-    talk.now = 1000.0 + stale_for
+    talk.now = 1000.0 + age
     talk.keeper.tick(now=talk.now)
-    assert talk.found(API, LOST, LOST) == []
+    assert talk.found(API, LOST, LOST) == ([Settled(API)] if stale else [])
     assert talk.known() == (State.KNOWN, ONE, SIX, {"acme"})
+    standing = talk.keeper.standing(API)
+    assert (standing.v4.stale, standing.v6.stale) == (stale, stale)
+
+
+def test_only_the_family_that_fails_is_stale_and_it_recovers() -> None:
+    talk = settled()
+    talk.after(90)
+    talk.found(API, LOST, found(SIX))
+    talk.after(60)
+    talk.found(API, LOST, found(SIX))
+    standing = talk.keeper.standing(API)
+    assert (standing.v4.stale, standing.v6.stale) == (True, False)
+    talk.after(90)
+    assert talk.found(API, found(ONE), found(SIX)) == [Settled(API)]
+    assert not talk.keeper.standing(API).v4.stale
 
 
 def test_but_not_for_ever() -> None:
@@ -374,3 +401,91 @@ def test_static_hosts_win_and_need_no_upstream() -> None:
 def test_static_hosts_are_sifted_too() -> None:
     talk = Talk(static={"api.example.com": (ip_address("10.0.0.1"),)}, upstream=False)
     assert kinds(talk.use({API: {ACME}})) == [Note, Admit]
+
+
+# ---- names of wildcards
+
+
+def adoptable(talk: Talk, target: Target = API) -> Standing:
+    standing, notes = talk.keeper.judge(target, (found(ONE), found(SIX)), now=talk.now)
+    assert notes == []
+    return standing
+
+
+def test_adopted_is_answered_at_once_and_refreshed_like_others() -> None:
+    talk = Talk()
+    standing = adoptable(talk)
+    assert talk.keeper.adopt(API, ACME, standing, seen=talk.now) == []
+    assert talk.known() == (State.KNOWN, ONE, SIX, {"acme"})
+    assert talk.keeper.next_due() == talk.now + 90
+    assert talk.after(90) == [Ask(API)]
+    assert kinds(talk.found(API, found(TWO), found(SIX))) == [Admit]
+    assert talk.known()[1] == ONE
+    talk.admitted()
+    assert talk.known()[1] == TWO
+
+
+def test_adopted_beside_somebody_elses_with_the_same_ways_needs_no_second_word() -> None:
+    talk = settled()
+    standing = talk.keeper.shortcut(API, now=talk.now)
+    assert standing is not None
+    assert talk.keeper.adopt(API, ZETA, standing, seen=talk.now) == []
+    assert talk.known()[3] == {"acme", "zeta"}
+
+
+def test_adopted_with_other_ways_is_not_answered_before_the_kernel_has_them() -> None:
+    talk = settled()
+    standing = adoptable(talk)
+    talk.after(90)
+    talk.found(API, found(TWO), found(SIX))
+    talk.admitted()
+    (admit,) = talk._heard(talk.keeper.adopt(API, ZETA, standing, seen=talk.now))
+    assert isinstance(admit, Admit)
+    assert admit.slots4 == (TWO,) * 4
+    assert talk.known()[3] == {"acme"}
+    talk.admitted()
+    assert talk.known()[3] == {"acme", "zeta"}
+
+
+def test_adopted_while_the_others_have_no_luck_helps_them() -> None:
+    talk = Talk()
+    talk.use({API: {ACME}})
+    talk.found(API, LOST, LOST)
+    talk.admitted()
+    assert talk.keeper.shortcut(API, now=talk.now) is None
+    (admit,) = talk._heard(talk.keeper.adopt(API, ZETA, adoptable(talk), seen=talk.now))
+    assert isinstance(admit, Admit)
+    assert admit.slots4 == (ONE,) * 4
+    talk.admitted()
+    assert talk.known() == (State.KNOWN, ONE, SIX, {"acme", "zeta"})
+
+
+def test_leaving_takes_only_ones_own() -> None:
+    talk = settled()
+    talk.keeper.adopt(API, ZETA, adoptable(talk), seen=talk.now)
+    assert talk.keeper.leave(API, ZETA) == [Settled(API)]
+    assert talk.keeper.leave(API, ZETA) == []
+    assert talk.known()[3] == {"acme"}
+    assert talk.keeper.leave(API, ACME) == [Settled(API)]
+    assert (len(talk.keeper), talk.keeper.next_due()) == (0, None)
+
+
+def test_leaving_while_the_kernel_is_asked_is_not_undone_by_its_answer() -> None:
+    talk = settled()
+    talk.use({API: {ACME, ZETA}})
+    talk.keeper.leave(API, ZETA)
+    talk.admitted()
+    assert talk.known()[3] == {"acme"}
+
+
+def test_judging_keeps_nothing() -> None:
+    talk = Talk()
+    adoptable(talk)
+    assert (len(talk.keeper), talk.keeper.next_due()) == (0, None)
+    talk = settled()
+    before = talk.keeper.standing(API)
+    standing, notes = talk.keeper.judge(API, (found(ip_address("10.0.0.5")), LOST), now=talk.now)
+    assert [note.event for note in notes] == ["dns-refused-address"]
+    assert standing.v6.slots == before.v6.slots  # the last good ones
+    assert talk.keeper.standing(API) == before
+    assert talk.keeper.next_due() == talk.now + 90

@@ -24,7 +24,7 @@ allow:
   - {host: plain.test, ports: [7/tcp], verify: address}
   - local: ollama
 """
-CHILDREN = ["warden", "controller", "resolver", "inspector", "auditor"]
+CHILDREN = ["warden", "controller", "resolver", "relay", "auditor"]
 
 
 @pytest.fixture(scope="module")

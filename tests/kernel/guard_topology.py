@@ -26,6 +26,7 @@ from pathlib import Path
 from egressd.kernel.nft import Nft
 from egressd.model.identities import Link
 from egressd.policy.compiled import (
+    Budgets,
     CidrRule,
     Guard,
     HostRule,
@@ -40,7 +41,7 @@ from egressd.policy.compiled import (
 from egressd.ruleset import build, diff, layout, observe, plan
 from egressd.ruleset.allocate import Allocation, allocate
 from egressd.ruleset.build import Desired, LinkWant
-from egressd.ruleset.layout import Pools
+from egressd.ruleset.layout import Kind, Mark, Pools
 from egressd.ruleset.observe import Counters, Tally
 from egressd.ruleset.wants import NatEntry, WorkspaceWant
 
@@ -48,7 +49,7 @@ POOLS = Pools()
 SERVER4, SERVER6 = "10.3.0.2", "2001:db8:3::2"
 HOST4, HOST6 = "10.3.0.1", "2001:db8:3::1"
 CLONE_NEWNET = 0x4000_0000  # linux/sched.h
-IP_TRANSPARENT, IPV6_TRANSPARENT = 19, 75  # linux/in.h, linux/in6.h
+IP_TRANSPARENT, IPV6_TRANSPARENT, IPV6_FREEBIND = 19, 75, 78  # linux/in.h, linux/in6.h
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -61,7 +62,13 @@ def udp(number: int) -> Port:
 
 
 def named(host: str, *ports: Port) -> HostRule:
-    return HostRule(host=host, ports=ports, verify=Verify.ADDRESS, private=False, line=1)
+    return HostRule(host=host, ports=ports, inspected=(), private=False, line=1)
+
+
+def inspected(host: str, *ports: Port, plain: tuple[Port, ...] = ()) -> HostRule:
+    """A host whose connections to `ports` are read, and those to `plain` are not."""
+    read = tuple((port, Verify.SNI) for port in ports)
+    return HostRule(host=host, ports=(*ports, *plain), inspected=read, private=False, line=1)
 
 
 def policy(
@@ -74,6 +81,7 @@ def policy(
         residency=(),
         rules=rules,
         limits=limits or Limits(),
+        wildcards=Budgets(),
         digest="sha256:0",
     )
 
@@ -234,6 +242,8 @@ class Topology:
                 "pref 11 fwmark 0x40000000/0x40000000 lookup 100",
                 "pref 12 fwmark 0x20000000/0x20000000 lookup local",
                 "pref 13 fwmark 0x80000000/0x80000000 lookup 200",
+                f"pref 14 from {layout.DIAL4 if family == '-4' else layout.DIAL6} iif lo lookup 101",
+                f"pref 15 from {layout.DIAL4 if family == '-4' else layout.DIAL6} iif lo prohibit",
                 "pref 20 iif lo lookup local",
                 "pref 21 iif lo lookup main",
                 "pref 22 iif up0 lookup local",
@@ -242,6 +252,11 @@ class Topology:
             ):
                 sh(f"ip -n {self.gateway} {family} rule add {line}")
             sh(f"ip -n {self.gateway} {family} route add local default dev lo table 100")
+            dial, pool = (
+                (layout.DIAL4, POOLS.synthetic4) if family == "-4" else (layout.DIAL6, POOLS.synthetic6)
+            )
+            sh(f"ip -n {self.gateway} {family} route add local {dial} dev lo table local")
+            sh(f"ip -n {self.gateway} {family} route add local {pool} dev lo mtu 1500 table 101")
 
     def close(self) -> None:
         for sock in self.sockets:
@@ -265,7 +280,8 @@ class Topology:
 
     def resolve(self, host: str, *addresses: str, workspace: str = "acme") -> None:
         """The name leads to these addresses, all four slots of a family filled."""
-        marks = {e.mark for e in self.wants[workspace].elements if e.comment == host}
+        elements = [e for e in self.wants[workspace].elements if e.comment == host]
+        marks = {m for e in elements for m in build.marks(e) if Mark.of(m).kind is Kind.FORWARD}
         entries = []
         for mark in sorted(marks):
             for family in (0, 1):
@@ -380,6 +396,25 @@ class Topology:
         sock.connect((address, port))
         return sock
 
+    def dialling(self, source: str, *, kind: int = socket.SOCK_STREAM) -> socket.socket:
+        """A socket of the gateway, bound as the inspector binds its own. IPv6 asks for IPV6_FREEBIND, which
+        needs no right: its bind(2) looks for configured addresses only (ipv6_chk_addr)."""
+        six = ":" in source
+        sock = self.plug(self.gateway, socket.AF_INET6 if six else socket.AF_INET, kind)
+        if six:
+            sock.setsockopt(socket.IPPROTO_IPV6, IPV6_FREEBIND, 1)
+        sock.settimeout(2)
+        sock.bind((source, 0))
+        return sock
+
+    def dialled(self, source: str, address: str, port: int) -> tuple[str, float]:
+        """("ok" or the error's name, milliseconds) of one attempt."""
+        with self.dialling(source) as sock:
+            return attempt(sock, address, port)
+
+    def source(self, family: int, workspace: str = "acme") -> str:
+        return str(layout.dial_source(self.wants[workspace].index)[family == 6])
+
     def timed(
         self, number: int, address: str, port: int, *, kind: int = socket.SOCK_STREAM, seconds: float = 2
     ) -> tuple[str, float]:
@@ -401,6 +436,19 @@ class Topology:
         elapsed = (time.perf_counter() - start) * 1000
         sock.close()
         return outcome, elapsed
+
+
+def attempt(sock: socket.socket, address: str, port: int) -> tuple[str, float]:
+    """("ok" or the error's name, milliseconds) of connect(2)."""
+    start = time.perf_counter()
+    try:
+        sock.connect((address, port))
+        outcome = "ok"
+    except TimeoutError:
+        outcome = "timeout"
+    except OSError as error:
+        outcome = type(error).__name__ if type(error) is not OSError else str(error.strerror)
+    return outcome, (time.perf_counter() - start) * 1000
 
 
 def frames(sock: socket.socket) -> list[bytes]:
@@ -458,5 +506,6 @@ def topology(name: str) -> Iterator[Topology]:
 
 __all__ = [
     "ACME", "HOST4", "HOST6", "POOLS", "SERVER4", "SERVER6", "CidrRule", "Guard", "Limits", "Topology",
-    "echo", "frames", "inside", "named", "policy", "poll", "sh", "tcp", "topology", "total", "udp",
+    "attempt", "echo", "frames", "inside", "inspected", "named", "policy", "poll", "sh", "tcp",
+    "topology", "total", "udp",
 ]  # fmt: skip

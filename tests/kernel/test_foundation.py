@@ -182,11 +182,22 @@ def test_as_a_program_it_hands_over_sockets_that_live_in_the_gateway(world: Worl
     data, descriptors, _, _ = socket.recv_fds(mine, 1 << 16, 64)
     mine.close()
     found = dict(zip(json.loads(data), descriptors, strict=True))
-    assert list(found) == ["gateway", "udp4", "tcp4", "tproxy4", "udp6", "tcp6", "tproxy6", "nflog"]
+    assert list(found) == [
+        "gateway",
+        "udp4",
+        "tcp4",
+        "inspect4",
+        "relay4",
+        "udp6",
+        "tcp6",
+        "inspect6",
+        "relay6",
+        "nflog",
+    ]
     world.gateway = found.pop("gateway")
     with socket.socket(fileno=os.dup(found["udp6"])) as udp:
         assert udp.getsockname()[:2] == ("fd53:53::53", 53)
-    with socket.socket(fileno=os.dup(found["tproxy4"])) as tproxy:
+    with socket.socket(fileno=os.dup(found["inspect4"])) as tproxy:
         assert tproxy.getsockname() == ("127.0.0.1", 8443)
         assert tproxy.getsockopt(socket.IPPROTO_IP, 19) == 1  # IP_TRANSPARENT
     listening = sh("cat /proc/net/netfilter/nfnetlink_log", namespace=world.gateway)

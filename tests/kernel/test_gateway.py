@@ -5,6 +5,7 @@ No warden runs here: what is broken stays broken while the sandbox tries.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import struct
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 import pytest
-from warden_world import PLAIN, POOLS, QUIC, World, acme, nat, nothing_left, plumb, sh
+from warden_world import PLAIN, POOLS, QUIC, World, acme, element, nat, nothing_left, plumb, sh
 
 from egressd.kernel import gateway, namespaces, netlink
 from egressd.kernel.ledger import Ledger
@@ -25,6 +26,7 @@ from egressd.kernel.routing import Tables
 from egressd.model.identities import Link
 from egressd.ruleset import build, diff, observe
 from egressd.ruleset.build import Desired, LinkWant
+from egressd.ruleset.layout import Kind, dial_source
 
 pytestmark = pytest.mark.kernel
 
@@ -53,12 +55,15 @@ class Gateway:
             for address, port in DENIED:
                 _udp(address, port)
                 _syn(address, port)
-            with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as raw:
-                raw.bind(("eth0", 0))
-                for source in FORGED:
-                    for address in (*POOLS.synthetic(PLAIN), *POOLS.synthetic(QUIC)):
-                        if address.version == source.version:
-                            raw.send(_forged(source, address))
+        with namespaces.inside(self.world.gateway):
+            for source, address, port in DIALLED:
+                _dial(source, address, port)
+        with namespaces.inside(self.inside), socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as raw:
+            raw.bind(("eth0", 0))
+            for source in FORGED:
+                for address in (*POOLS.synthetic(PLAIN), *POOLS.synthetic(QUIC)):
+                    if address.version == source.version:
+                        raw.send(_forged(source, address))
         return self.world.left() - before
 
 
@@ -87,6 +92,35 @@ DENIED = [
     for port in (443,)
 ]  # fmt: skip -- 198.18.0.8 with 443 is quic.test, admitted and without any address behind it
 FORGED = [ip_address(a) for a in ("10.9.9.9", "198.19.0.2", "192.0.2.1", "2001:db8:bad::1", "fd53:1::2")]
+
+
+READ = 3  # the block of a host that is inspected
+# What a compromised inspector might try: source, destination, port. Allowed is (index 1, READ, 443) alone.
+DIALLED = [
+    (dial_source(index)[six], address, port)
+    for six in (False, True)
+    for index, address, port in (
+        (1, POOLS.synthetic(READ)[six], 444),
+        (1, POOLS.synthetic(PLAIN)[six], 80),
+        (1, POOLS.synthetic(QUIC)[six], 443),
+        (2, POOLS.synthetic(READ)[six], 443),
+        (1, ip_address(("192.0.2.2", "2001:db8::2")[six]), 443),
+        (1, ip_address(("169.254.54.1", "fd53:2::1")[six]), 443),
+    )
+]
+
+
+def _dial(source: IPv4Address | IPv6Address, address: IPv4Address | IPv6Address, port: int) -> None:
+    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+        with socket.socket(_family(address), kind) as sock:
+            if source.version == 6:
+                sock.setsockopt(socket.IPPROTO_IPV6, 78, 1)  # IPV6_FREEBIND
+            sock.setblocking(False)
+            with contextlib.suppress(OSError):
+                sock.bind((str(source), 0))
+                sock.connect_ex((str(address), port))
+                if kind == socket.SOCK_DGRAM:
+                    sock.send(b"secret")
 
 
 def _family(address: IPv4Address | IPv6Address) -> int:
@@ -126,8 +160,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     with nothing_left(descriptors=False), World(tmp_path_factory.mktemp("gateway")) as world:
         world.found()
         one = world.inhabitant()
-        entries = nat(PLAIN, "192.0.2.80", "2001:db8::80")
-        want = acme()
+        entries = nat(PLAIN, "192.0.2.80", "2001:db8::80") + nat(READ, "192.0.2.80", "2001:db8::80")
+        want = acme(element(READ, 443, "read.test", kind=Kind.INSPECT))
         with namespaces.inside(world.gateway):
             route, nft = Netlink(netlink.ROUTE), Nft()
             monitor = Monitor(ignore=())
@@ -149,7 +183,10 @@ def test_in_order_the_allowed_leaves_and_nothing_else(made: Gateway) -> None:
     with namespaces.inside(made.inside):
         for address in POOLS.synthetic(PLAIN):
             _syn(address, 80)
-    assert made.world.left() - before == 2  # so that a zero below means something
+    with namespaces.inside(made.world.gateway):
+        for source, address in zip(dial_source(1), POOLS.synthetic(READ), strict=True):
+            _dial(source, address, 443)
+    assert made.world.left() - before == 4  # so that a zero below means something
     assert made.try_everything() == 0
 
 
@@ -169,7 +206,7 @@ def test_without_one_rule_of_the_ruleset_nothing_more_leaves(made: Gateway) -> N
             assert made.try_everything() == 0, name
             assert made.mend() != (), name
             tried += 1
-    assert tried > 40
+    assert tried > 60
     assert made.mend() == ()
 
 
@@ -204,6 +241,10 @@ def test_with_a_whole_key_gone_not_even_the_allowed_leaves(what: str, made: Gate
     with namespaces.inside(made.inside):
         for address in POOLS.synthetic(PLAIN):
             _syn(address, 80)
+    if what != "the netdev table":  # which the inspector's connections do not meet
+        with namespaces.inside(made.world.gateway):
+            for source, address in zip(dial_source(1), POOLS.synthetic(READ), strict=True):
+                _dial(source, address, 443)
     assert made.world.left() == before
     assert made.try_everything() == 0
     assert made.mend() != ()

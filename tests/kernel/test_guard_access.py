@@ -32,7 +32,7 @@ from egressd.model.identities import Link
 from egressd.packets import nflog
 from egressd.ruleset import diff
 from egressd.ruleset.books import books, equations
-from egressd.ruleset.layout import INSPECTOR_PORT, NFLOG_GROUP, RESOLVER4, RESOLVER6, Kind
+from egressd.ruleset.layout import NFLOG_GROUP, RELAY_PORT, RESOLVER4, RESOLVER6, Kind
 from egressd.ruleset.observe import Counters, Tally
 
 pytestmark = pytest.mark.kernel
@@ -204,7 +204,7 @@ def test_the_resolver_is_reached_over_tcp_and_udp(there: Topology, family: int) 
 def test_the_inspector_sees_the_synthetic_address(there: Topology, family: int) -> None:
     where = "127.0.0.1" if family == 4 else "::1"
     address = there.address("ollama", family)
-    listener = there.server(there.gateway, where, INSPECTOR_PORT, transparent=True)
+    listener = there.server(there.gateway, where, RELAY_PORT, transparent=True)
     sock = there.client(1, address, 11434)
     peer, source = listener.accept()
     assert peer.getsockname()[:2] == (address, 11434)
@@ -284,7 +284,7 @@ def test_the_kernel_holds_exactly_what_is_wanted(there: Topology) -> None:
 
 def test_marks_say_whose_they_are(there: Topology) -> None:
     kinds = {(e.comment, Kind(e.mark & 0xF000_0000)) for e in there.wants["acme"].elements}
-    assert ("ollama", Kind.INSPECT) in kinds
+    assert ("ollama", Kind.RELAY) in kinds
     assert ("plain.test", Kind.FORWARD) in kinds
     assert ("10.3.0.2/32", Kind.DIRECT) in kinds
     assert ("(resolver)", Kind.RESOLVE) in kinds

@@ -36,7 +36,7 @@ from scapy.layers.l2 import Ether
 
 from egressd.model.identities import Link
 from egressd.ruleset import build, diff
-from egressd.ruleset.layout import GATEWAY_MAC, INSPECTOR_PORT, SANDBOX_MAC
+from egressd.ruleset.layout import GATEWAY_MAC, RELAY_PORT, SANDBOX_MAC
 from egressd.ruleset.observe import Tally
 
 pytestmark = pytest.mark.kernel
@@ -103,9 +103,7 @@ STATES = {
 def test_nothing_leaves_and_no_service_answers(there: Topology, state: str) -> None:
     """With open flows of every kind. Packets of the flows, new connections, forged packets."""
     streams = [open_stream(there, family) for family in (4, 6)]
-    inspector = [
-        there.server(there.gateway, a, INSPECTOR_PORT, transparent=True) for a in ("127.0.0.1", "::1")
-    ]
+    inspector = [there.server(there.gateway, a, RELAY_PORT, transparent=True) for a in ("127.0.0.1", "::1")]
     steered = [there.client(1, there.address("ollama", family), 11434) for family in (4, 6)]
     read = [listener.accept()[0] for listener in inspector]
     for address in (HOST4, HOST6, "169.254.54.1", "fd53:2::1"):

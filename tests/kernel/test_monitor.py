@@ -90,7 +90,7 @@ def test_a_batch_that_fails_changes_nothing(ledger: Ledger) -> None:
 
 def test_deleted_elements_come_with_comment_and_count(ledger: Ledger) -> None:
     batch = ledger.run(["delete element netdev egressd m { 192.0.2.1 }"])
-    assert batch.elements == [GoneElement(5, "egressd", "m", "one.test", (0, 0))]
+    assert batch.elements == [GoneElement(5, "egressd", "m", "one.test", (0, 0), mark=1)]
     batch = ledger.run(["flush map netdev egressd m"])
     assert [element.comment for element in batch.elements] == [""]
 

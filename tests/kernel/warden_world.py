@@ -299,10 +299,16 @@ def mark(kind: Kind, block: int, *, index: int = 1) -> int:
 
 
 def element(
-    block: int, port: int, comment: str, *, protocol: str = "tcp", index: int = 1
+    block: int,
+    port: int,
+    comment: str,
+    *,
+    protocol: str = "tcp",
+    index: int = 1,
+    kind: Kind = Kind.FORWARD,
 ) -> tuple[Element, ...]:
     """A name's element in both families."""
-    value = mark(Kind.FORWARD, block, index=index)
+    value = mark(kind, block, index=index)
     return tuple(
         Element(str(address), protocol, port, value, comment)  # type: ignore[arg-type]
         for address in POOLS.synthetic(block)
@@ -326,8 +332,9 @@ def want(name: str = "acme", *elements: tuple[Element, ...], index: int = 1, **m
     )
 
 
-def acme() -> WorkspaceWant:
-    return want("acme", element(PLAIN, 80, "plain.test"), element(QUIC, 443, "quic.test", protocol="udp"))
+def acme(*more: tuple[Element, ...]) -> WorkspaceWant:
+    plain, quic = element(PLAIN, 80, "plain.test"), element(QUIC, 443, "quic.test", protocol="udp")
+    return want("acme", plain, quic, *more)
 
 
 def nat(block: int, *reals: str, index: int = 1) -> tuple[NatEntry, ...]:

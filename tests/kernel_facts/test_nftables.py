@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import socket
 import subprocess
@@ -284,3 +285,82 @@ def test_ten_thousand_elements_in_one_batch_are_quick(nft: Nft) -> None:
     start = time.perf_counter()
     nft.run([f"add element netdev t m {{ {elements} }}"])
     assert time.perf_counter() - start < 2
+
+
+# ---- what begins in the gateway itself
+
+
+def test_a_mask_is_read_only_at_the_beginning_of_a_concatenation(nft: Nft) -> None:
+    """And listed anywhere, so that a listing cannot always be read back. Hence the order in `dial4`."""
+    nft.run(["add map inet t m { type ipv4_addr . ipv4_addr : mark; }", "add chain inet t c"])
+    nft.run(["add rule inet t c meta mark set ip daddr & 255.255.255.252 . ip saddr map @m"])
+    with pytest.raises(KernelError, match="syntax error"):
+        nft.run(["add rule inet t c meta mark set ip saddr . ip daddr & 255.255.255.252 map @m"])
+    nft.run(["add rule inet t c meta mark set ip saddr . (ip daddr & 255.255.255.252) map @m"])
+    assert "set ip saddr . ip daddr & 255.255.255.252 map @m" in nft.list_text()
+
+
+def ip(netns: str, command: str) -> str:
+    done = subprocess.run(["ip", "-n", f"{netns}b", *command.split()], capture_output=True, check=True)
+    return done.stdout.decode()
+
+
+def test_bind_knows_local_routes_in_ipv4_and_only_configured_addresses_in_ipv6(netns: str, nft: Nft) -> None:
+    """IPV6_FREEBIND, which needs no right, is the way; IPv4 needs nothing. Hence the inspector sets it."""
+    with namespace(f"{netns}b"):
+        Path("/proc/sys/net/ipv6/conf/lo/disable_ipv6").write_text("0")
+    ip(netns, "route add local 169.254.64.0/19 dev lo table local")
+    ip(netns, "-6 route add local fd53:3::/112 dev lo table local")
+    with namespace(f"{netns}b"):
+        four, six = socket.socket(socket.AF_INET), socket.socket(socket.AF_INET6)
+    with four, six:
+        four.bind(("169.254.64.7", 0))
+        with pytest.raises(OSError, match="Cannot assign requested address"):
+            six.bind(("fd53:3::7", 0))
+        six.setsockopt(socket.IPPROTO_IPV6, 78, 1)  # IPV6_FREEBIND
+        six.bind(("fd53:3::7", 0))
+
+
+OUTPUT = (
+    "add counter inet t before",
+    "add counter inet t after",
+    "add counter inet t changed",
+    "add chain inet t early { type %s hook output priority -150; }",
+    "add rule inet t early ip daddr 198.18.0.1 meta mark set 1",
+    "add chain inet t nat { type nat hook output priority -100; }",
+    "add rule inet t nat meta mark 1 dnat ip to 198.51.100.1",
+    "add chain inet t out { type filter hook output priority 0; }",
+    'add rule inet t out meta mark 1 oifname "lo" ct status dnat counter name before',
+    'add rule inet t out meta mark 1 oifname "p0" counter name changed',
+    "add chain inet t post { type filter hook postrouting priority 0; }",
+    'add rule inet t post meta mark 1 oifname "p0" counter name after',
+)
+
+
+@pytest.mark.parametrize("kind", ["filter", "route"])
+def test_a_translation_on_the_way_out_asks_routing_again_with_the_mark(
+    netns: str, nft: Nft, kind: str
+) -> None:
+    """nf_nat_ipv4_local_fn does, for a `filter` chain's mark as well, but the device that later chains of
+    the hook see is the old one. A `route` chain asks before the translation, and its answer stands: here,
+    that no marked packet goes to a synthetic address. Hence `dial` is a `filter` chain."""
+    ip(netns, "route add local 198.18.0.0/16 dev lo table 101")
+    ip(netns, "rule add pref 5 fwmark 1 lookup 200")
+    ip(netns, "rule add pref 6 lookup 101")
+    ip(netns, "route add 198.51.100.0/24 dev p0 table 200")
+    ip(netns, "route add unreachable 198.18.0.0/16 table 200")
+    nft.run([line.replace("%s", kind) for line in OUTPUT])
+    with namespace(f"{netns}b"), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("198.51.100.2", 0))
+        outcome = sock.connect_ex(("198.18.0.1", 9))
+        try:
+            sock.send(b"x")
+        except OSError as error:
+            outcome = error.errno or 0
+    if kind == "route":
+        assert outcome in (errno.EHOSTUNREACH, errno.EPERM)
+        assert of(nft, "counter", "after")["packets"] == 0
+    else:
+        assert outcome == 0
+        assert (packets(nft, "before", "inet"), packets(nft, "after", "inet")) == (1, 1)
+        assert of(nft, "counter", "changed")["packets"] == 0

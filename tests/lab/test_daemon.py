@@ -25,7 +25,7 @@ allow:
 
 
 def test_it_starts_with_every_process_of_its_own(daemon: Daemon) -> None:
-    assert daemon.pids().keys() >= {"supervisor", "warden", "controller", "resolver", "inspector", "auditor"}
+    assert daemon.pids().keys() >= {"supervisor", "warden", "controller", "resolver", "relay", "auditor"}
     assert len(set(daemon.pids().values())) == len(daemon.pids())
 
 

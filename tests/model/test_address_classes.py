@@ -132,6 +132,114 @@ def test_every_class_has_a_vector() -> None:
     assert {kind for _, kind, *_ in VECTORS} == set(AddressClass) - {C.OWN}
 
 
+# The IANA IPv4 and IPv6 Special-Purpose Address Registries (RFC 6890), row by row: what IANA says of global
+# reachability ("-" where it says N/A), our class, and whether a name marked private may lead there. No name
+# without that mark may lead to any of them, "globally reachable" or not: what stands here is infrastructure.
+REGISTRIES = [
+    ("0.0.0.0/8", "no", C.THIS_NETWORK, False),
+    ("0.0.0.0/32", "no", C.UNSPECIFIED, False),
+    ("10.0.0.0/8", "no", C.PRIVATE, True),
+    ("100.64.0.0/10", "no", C.CGNAT, True),
+    ("127.0.0.0/8", "no", C.LOOPBACK, False),
+    ("169.254.0.0/16", "no", C.LINK_LOCAL, False),
+    ("172.16.0.0/12", "no", C.PRIVATE, True),
+    ("192.0.0.0/24", "no", C.PROTOCOL, False),
+    ("192.0.0.0/29", "no", C.PROTOCOL, False),  # DS-Lite
+    ("192.0.0.8/32", "no", C.PROTOCOL, False),  # IPv4 dummy address
+    ("192.0.0.9/32", "yes", C.ANYCAST, False),
+    ("192.0.0.10/32", "yes", C.ANYCAST, False),
+    ("192.0.0.170/32", "no", C.PROTOCOL, False),  # ipv4only.arpa: NAT64 discovery
+    ("192.0.0.171/32", "no", C.PROTOCOL, False),
+    ("192.0.2.0/24", "no", C.DOCUMENTATION, True),
+    ("192.31.196.0/24", "yes", C.AS112, False),
+    ("192.52.193.0/24", "yes", C.AMT, False),
+    ("192.88.99.0/24", "-", C.SIX_TO_FOUR, False),
+    ("192.88.99.2/32", "no", C.SIX_TO_FOUR, False),  # 6a44 relay
+    ("192.168.0.0/16", "no", C.PRIVATE, True),
+    ("192.175.48.0/24", "yes", C.AS112, False),
+    ("198.18.0.0/15", "no", C.BENCHMARKING, False),
+    ("198.51.100.0/24", "no", C.DOCUMENTATION, True),
+    ("203.0.113.0/24", "no", C.DOCUMENTATION, True),
+    ("240.0.0.0/4", "no", C.RESERVED, False),
+    ("255.255.255.255/32", "no", C.BROADCAST, False),
+    ("::1/128", "no", C.LOOPBACK, False),
+    ("::/128", "no", C.UNSPECIFIED, False),
+    ("::ffff:0:0/96", "no", C.IPV4_MAPPED, False),
+    ("64:ff9b::/96", "yes", C.NAT64, False),
+    ("64:ff9b:1::/48", "no", C.NAT64_LOCAL, False),
+    ("100::/64", "no", C.DISCARD, False),
+    ("100:0:0:1::/64", "no", C.DISCARD, False),
+    ("2001::/23", "no", C.PROTOCOL, False),
+    ("2001::/32", "-", C.TEREDO, False),
+    ("2001:1::1/128", "yes", C.ANYCAST, False),
+    ("2001:1::2/128", "yes", C.ANYCAST, False),
+    ("2001:1::3/128", "yes", C.ANYCAST, False),
+    ("2001:2::/48", "no", C.BENCHMARKING, False),
+    ("2001:3::/32", "yes", C.AMT, False),
+    ("2001:4:112::/48", "yes", C.AS112, False),
+    ("2001:10::/28", "-", C.ORCHID, False),
+    ("2001:20::/28", "yes", C.ORCHID, False),
+    ("2001:30::/28", "yes", C.DRONE_ID, False),
+    ("2001:db8::/32", "no", C.DOCUMENTATION, True),
+    ("2002::/16", "-", C.SIX_TO_FOUR, False),
+    ("2620:4f:8000::/48", "yes", C.AS112, False),
+    ("3fff::/20", "no", C.DOCUMENTATION, True),
+    ("5f00::/16", "no", C.SRV6, False),
+    ("fc00::/7", "no", C.UNIQUE_LOCAL, True),
+    ("fe80::/10", "no", C.LINK_LOCAL, False),
+]
+
+
+@pytest.mark.parametrize(("text", "reachable", "kind", "private"), REGISTRIES)
+def test_the_registries_row_by_row(text: str, reachable: str, kind: AddressClass, private: bool) -> None:
+    network = ip_network(text)
+    parts = [n for n, _ in SPECIAL if n.version == network.version and n.prefixlen > network.prefixlen]
+    edges = {network[0], network[-1], network[network.num_addresses // 2]}
+    plain = [address for address in edges if not any(address in part for part in parts)]
+    assert plain
+    for address in plain:
+        assert classify(address) is kind
+        assert not usable(address, private=False)
+        assert usable(address, private=True) is private
+    assert not (reachable == "yes" and private)
+
+
+def test_the_registries_are_all_there() -> None:
+    """Every row is a row of ours, or lies in one whose class it shares."""
+    ours = {network for network, _ in SPECIAL}
+    within = {"192.0.0.0/29", "192.0.0.8/32", "192.0.0.170/32", "192.0.0.171/32", "192.88.99.2/32"}
+    assert {text for text, *_ in REGISTRIES if ip_network(text) not in ours} == within
+
+
+METADATA = [
+    "169.254.169.254", "169.254.170.2", "169.254.170.23", "169.254.169.253", "169.254.169.123",
+    "169.254.42.42", "100.100.100.200", "168.63.129.16", "192.0.0.192", "fd00:ec2::254",
+    "fd00:ec2::253", "fd00:ec2::23", "fd20:ce::254", "fd00:c1::a9fe:a9fe", "fd00:42::42",
+    "fe80::a9fe:a9fe",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", METADATA)
+def test_metadata_is_out_of_reach_however_it_is_spelt(text: str) -> None:
+    """`private: true` changes nothing, nor do addresses that carry it inside."""
+    address = ip_address(text)
+    assert objection(address, private=True) is C.METADATA
+    if isinstance(address, IPv4Address):
+        value = int(address)
+        carriers = [0xFFFF << 32 | value, value, 0x64_FF9B << 96 | value, 0x2002 << 112 | value << 80]
+        for carrier in map(IPv6Address, carriers):
+            assert embedded(carrier) == address
+            assert not usable(carrier, private=True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["169.254.0.1", "169.254.255.254", "169.254.53.53", "fe80::1", "febf:ffff::1", "fec0::1", "127.0.0.53"],
+)
+def test_link_local_and_loopback_are_out_of_reach_even_for_private_names(text: str) -> None:
+    assert not usable(ip_address(text), private=True)
+
+
 def test_what_is_embedded_is_classified_too() -> None:
     assert classes(ip_address("::ffff:169.254.169.254")) == {C.IPV4_MAPPED, C.METADATA}
     assert classes(ip_address("64:ff9b::10.0.0.1")) == {C.NAT64, C.PRIVATE}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from publicsuffixlist import PublicSuffixList
 
 from egressd.model.errors import Unfit
-from egressd.model.names import Pattern, canonical, is_pattern, matches, quoted, service_label
+from egressd.model.names import Pattern, canonical, covering, is_pattern, matches, quoted, service_label
 
 PUBLIC = PublicSuffixList().is_public
 
@@ -243,3 +243,39 @@ def test_any_text_is_a_pattern_or_unfit(text: str) -> None:
 def test_quoting_is_printable_ascii_of_one_line() -> None:
     assert quoted("a\0\x1b[2J\u202e") == r"'a\x00\x1b[2J\u202e'"
     assert len(quoted("x" * 10_000)) < 100
+
+
+# ---- every rule's host that would cover a name, the most specific first
+
+COVERING = [
+    (
+        "a.b.example.com",
+        ["a.b.example.com", "*.b.example.com", "**.b.example.com", "**.example.com", "**.com"],
+    ),
+    ("example.com", ["example.com", "*.com", "**.com"]),
+    ("*.b.example.com", ["*.b.example.com", "**.b.example.com", "**.example.com", "**.com"]),
+    ("**.b.example.com", ["**.b.example.com", "**.example.com", "**.com"]),
+    ("ollama", ["ollama"]),
+    ("", [""]),
+]
+
+
+@pytest.mark.parametrize(("host", "found"), COVERING)
+def test_covering(host: str, found: list[str]) -> None:
+    assert list(covering(host)) == found
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(st.sampled_from("ab"), min_size=1, max_size=4).map(".".join),
+    st.tuples(
+        st.sampled_from(["", "*.", "**."]),
+        st.lists(st.sampled_from("ab"), min_size=1, max_size=4).map(".".join),
+    ).map("".join),
+)
+def test_covering_is_all_that_matches_and_nothing_else(name: str, host: str) -> None:
+    assert matches(host, name) == (host in covering(name))
+
+
+def test_the_longest_name_has_few_that_cover_it() -> None:
+    assert len(list(covering(".".join(["a"] * 127)))) == 128

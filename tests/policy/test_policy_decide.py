@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_texts import allowing, policy
 
+from egressd.model.names import covering, matches
 from egressd.model.verdicts import Reason, Verdict
-from egressd.policy import values
-from egressd.policy.compiled import Guard, Limits, Policy, Protocol
-from egressd.policy.decide import Decision, decide_address, decide_flow, decide_name
+from egressd.policy.compiled import Budgets, Guard, Limits, Policy, Port, Protocol
+from egressd.policy.decide import Decision, decide_address, decide_flow, decide_name, rule_among, rule_for
 
 RULES = (
     "host: api.example.com",  # line 4
@@ -171,30 +171,110 @@ def test_names_without_enforcement() -> None:
         assert not decide_name(OFF, name).allowed, "no DNS question can carry it"
 
 
-# ---- wildcards
+# ---- wildcards: a name has one rule, its own, else that of the most specific wildcard around it
 
-
-def test_wildcards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(values, "WILDCARDS_AVAILABLE", True)
-    made = policy(
-        allowing(
-            '{host: "**.example.com", ports: [443]}',  # line 4
-            '{host: "*.b.example.com", ports: [80]}',
-            "{host: a.b.example.com, ports: [22]}",
-        )
+LAYERS = policy(
+    allowing(
+        '{host: "**.example.com", ports: [443]}',  # line 4
+        '{host: "*.example.com", ports: [8080]}',
+        '{host: "*.b.example.com", ports: [80]}',
+        '{host: "**.c.b.example.com", ports: [90]}',
+        "{host: a.b.example.com, ports: [22]}",
+        "{host: example.com, ports: [25]}",
     )
-    cases = [
-        ("a.b.example.com", 22, 6),
-        ("a.b.example.com", 80, 5),
-        ("a.b.example.com", 443, 4),
-        ("x.b.example.com", 80, 5),
-        ("x.y.b.example.com", 443, 4),
-    ]
-    for name, port, line in cases:
-        decision = decide_flow(made, name, port=port, protocol=Protocol.TCP)
-        assert decision.allowed and decision.rule is not None and decision.rule.line == line
-    for name, port in (("example.com", 443), ("x.y.b.example.com", 80), ("a.c.example.com", 22)):
-        assert not decide_flow(made, name, port=port, protocol=Protocol.TCP).allowed
+)
+GOVERNED = [
+    # name, the rule's line, the one port that it allows
+    ("x.y.example.com", 4, 443),  # by ** of example.com, two labels below
+    ("w.x.y.example.com", 4, 443),
+    ("x.example.com", 5, 8080),  # *. before **. of the same domain
+    ("b.example.com", 5, 8080),
+    ("x.b.example.com", 6, 80),  # a longer domain before a shorter one
+    ("c.b.example.com", 6, 80),
+    ("x.a.b.example.com", 4, 443),  # *.b.example.com covers one label only
+    ("x.c.b.example.com", 7, 90),
+    ("y.x.c.b.example.com", 7, 90),
+    ("a.b.example.com", 8, 22),  # its own
+    ("A.B.Example.com.", 8, 22),
+    ("example.com", 9, 25),
+]
+PORTS = (22, 25, 80, 90, 443, 8080)
+
+
+@pytest.mark.parametrize(("name", "line", "port"), GOVERNED)
+def test_a_name_has_one_rule(name: str, line: int, port: int) -> None:
+    rule = rule_for(LAYERS, name.lower().removesuffix("."))
+    assert rule is not None and rule.line == line
+    assert decide_name(LAYERS, name).rule == rule
+    for asked in PORTS:
+        decision = decide_flow(LAYERS, name, port=asked, protocol=Protocol.TCP)
+        assert decision.reason is (Reason.ALLOWED if asked == port else Reason.PORT)
+        assert decision.rule == rule, "the ports of other rules around it do not count"
+
+
+UNCOVERED = ["com", "xexample.com", "example.com.evil.example", "example.org", "x.example.com.evil", "ollama"]
+
+
+@pytest.mark.parametrize("name", [*UNCOVERED, "", "*.example.com", "**.example.com", "a..example.com",
+                                  "_x.example.com", "x.example.com\0", "x y.example.com"])  # fmt: skip
+def test_what_no_wildcard_covers(name: str) -> None:
+    decision = decide_name(LAYERS, name)
+    assert (decision.verdict, decision.reason, decision.rule) == (Verdict.DENIED, Reason.NAME, None)
+    if name in UNCOVERED:
+        assert rule_for(LAYERS, name) is None
+
+
+def test_a_wildcard_alone_does_not_cover_its_domain() -> None:
+    for stars in ("*", "**"):
+        made = policy(allowing(f'host: "{stars}.example.com"'))
+        assert rule_for(made, "example.com") is None
+        assert not decide_name(made, "example.com").allowed
+        assert decide_name(made, "a.example.com").allowed
+        assert decide_name(made, "b.a.example.com").allowed is (stars == "**")
+
+
+def test_a_wildcard_is_not_a_name_that_could_be_asked_for() -> None:
+    made = policy(allowing('host: "*.example.com"'))
+    assert not decide_flow(made, "*.example.com", port=443, protocol=Protocol.TCP).allowed
+
+
+def test_a_service_stays_a_service_beside_wildcards() -> None:
+    made = policy(allowing('host: "**.example.com"', "local: ollama"))
+    decision = decide_flow(made, "ollama", port=11434, protocol=Protocol.TCP)
+    assert decision.allowed and decision.rule == made.locals[0]
+
+
+def test_the_text_names_the_wildcard_and_what_is_read() -> None:
+    made = policy(allowing('{host: "*.example.com", ports: [443, 80]}'))
+    read = decide_flow(made, "a.example.com", port=443, protocol=Protocol.TCP)
+    unread = decide_flow(made, "a.example.com", port=80, protocol=Protocol.TCP)
+    assert read.text == (
+        "a.example.com is allowed on 443/tcp as *.example.com, if its TLS asks for that name (line 4)"
+    )
+    assert unread.text == "a.example.com is allowed on 80/tcp as *.example.com (line 4)"
+
+
+LABELS = st.lists(st.sampled_from("abc"), min_size=1, max_size=4)
+NAMES_OF_LABELS = LABELS.map(lambda labels: ".".join([*labels, "example", "com"]))
+WRITTEN = st.tuples(st.sampled_from(["", "*.", "**."]), NAMES_OF_LABELS).map("".join)
+
+
+@settings(max_examples=200)
+@given(st.sets(WRITTEN, max_size=8), NAMES_OF_LABELS)
+def test_the_one_rule_against_a_plainer_statement_of_it(written: set[str], name: str) -> None:
+    """Of all rules that match: the exact one; else most labels; else one asterisk before two."""
+    made = policy(allowing(*(f"host: '{host}'" for host in sorted(written))))
+    matching = [rule for rule in made.hosts if matches(rule.host, name)]
+    best = max(
+        matching, key=lambda r: (not r.wildcard, r.host.count("."), not r.host.startswith("**")), default=None
+    )
+    assert rule_for(made, name) == best
+    assert rule_among({rule.host: rule for rule in made.hosts}, name) == best
+    assert {rule.host for rule in matching} == set(covering(name)) & written
+    assert decide_name(made, name).rule == best
+    for port in (Port(443, Protocol.TCP), Port(80, Protocol.TCP)):
+        decision = decide_flow(made, name, port=port.number, protocol=port.protocol)
+        assert decision.allowed is (best is not None and port in best.ports)
 
 
 # ---- the law: denied unless listed
@@ -219,7 +299,7 @@ def test_denied_unless_listed(destination: str, port: int, protocol: Protocol) -
 @settings(max_examples=100)
 @given(st.ip_addresses(), st.sampled_from(Guard))
 def test_no_policy_at_all_allows_no_address(address: object, guard: Guard) -> None:
-    made = Policy("acme", guard, (), (), (), Limits(), "sha256:0")
+    made = Policy("acme", guard, (), (), (), Limits(), Budgets(), "sha256:0")
     decision = decide_address(made, address)  # type: ignore[arg-type]
     assert decision.allowed is (decision.reason is Reason.UNRESTRICTED)
     if guard is Guard.ENFORCE:

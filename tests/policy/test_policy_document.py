@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from policy_texts import PUBLIC, allowing, policy, problems
 
 from egressd.model.errors import PolicyError
-from egressd.policy import values
 from egressd.policy.compile import MAX_RULES
 from egressd.policy.compiled import (
+    Budget,
+    Budgets,
     CidrRule,
+    Ech,
     Guard,
     HostRule,
     Limits,
@@ -30,6 +32,12 @@ from egressd.policy.document import KNOWN_SERVICES, MAX_MEMBERS, MAX_PORTS, MAX_
 from egressd.ruleset import layout
 
 TCP, UDP = Protocol.TCP, Protocol.UDP
+
+
+def sni(*numbers: int) -> tuple[tuple[Port, Verify], ...]:
+    return tuple((Port(number, TCP), Verify.SNI) for number in numbers)
+
+
 FULL = """\
 # the whole grammar in one file
 workspace: acme
@@ -42,6 +50,9 @@ allow:
     ports: [5432/tcp, 53/udp, 8443]
     verify: address
     private: true
+  - host: "**.search.example.com"
+    ports: [443, 8443/tls, 80]
+    ech: allow
   - local: ollama
   - local: vllm
     ports: [8000]
@@ -49,7 +60,10 @@ allow:
     ports: [5432/tcp]
   - cidr: 2001:db8:1::/48
     ports: [443]
-limits: {wall: 120s, memory: 4GiB, processes: 128, egress_bytes: 50MiB, connections: 200}
+limits: {wall: 120s, memory: 4GiB, processes: 128, egress_bytes: 50MiB, connections: 200, idle: 10m}
+wildcards:
+  sandbox: {names: 16, bytes: 1KiB, rate: 2}
+  workspace: {names: 512, bytes: 64KiB, rate: 10}
 """
 
 
@@ -64,22 +78,29 @@ def test_the_whole_grammar() -> None:
     )
     assert made.residency == ("CH", "EEA")
     assert made.rules == (
-        HostRule("eu.api.openai.com", (Port(443, TCP),), Verify.ADDRESS, private=False, line=7),
+        HostRule("eu.api.openai.com", (Port(443, TCP),), sni(443), private=False, line=7),
+        HostRule("db.internal.example", (Port(53, UDP), Port(5432, TCP), Port(8443, TCP)), (), True, 8),
         HostRule(
-            "db.internal.example", (Port(53, UDP), Port(5432, TCP), Port(8443, TCP)), Verify.ADDRESS, True, 8
+            "**.search.example.com",
+            (Port(80, TCP), Port(443, TCP), Port(8443, TCP)),
+            sni(443, 8443),
+            private=False,
+            line=12,
+            ech=Ech.ALLOW,
         ),
-        LocalRule("ollama", (Port(11434, TCP),), 12),
-        LocalRule("vllm", (Port(8000, TCP),), 13),
-        CidrRule(ip_network("10.20.0.0/16"), (Port(5432, TCP),), 15),
-        CidrRule(ip_network("2001:db8:1::/48"), (Port(443, TCP),), 17),
+        LocalRule("ollama", (Port(11434, TCP),), 15),
+        LocalRule("vllm", (Port(8000, TCP),), 16),
+        CidrRule(ip_network("10.20.0.0/16"), (Port(5432, TCP),), 18),
+        CidrRule(ip_network("2001:db8:1::/48"), (Port(443, TCP),), 20),
     )
-    assert made.limits == Limits(120.0, 4 << 30, 128, 50 << 20, 200)
+    assert made.limits == Limits(120.0, 4 << 30, 128, 50 << 20, 200, 600.0)
+    assert made.wildcards == Budgets(Budget(16, 1 << 10, 2.0), Budget(512, 64 << 10, 10.0))
     assert made.digest.startswith("sha256:") and len(made.digest) == 71
 
 
 def test_the_smallest_policy_is_unrestricted_and_open_to_nobody() -> None:
     made = policy("workspace: acme")
-    assert made == Policy("acme", Guard.OFF, (), (), (), Limits(), made.digest)
+    assert made == Policy("acme", Guard.OFF, (), (), (), Limits(), Budgets(), made.digest)
 
 
 @pytest.mark.parametrize("guard", list(Guard))
@@ -104,7 +125,7 @@ def test_a_host_in_two_rules_is_one_rule() -> None:
 
 
 def test_the_same_port_number_over_both_protocols() -> None:
-    (rule,) = policy(allowing("{host: a.example, ports: [443/tcp, 443/udp]}")).rules
+    (rule,) = policy(allowing("{host: a.example, ports: [443/tcp, 443/udp], verify: address}")).rules
     assert rule.ports == (Port(443, TCP), Port(443, UDP))
 
 
@@ -131,6 +152,8 @@ def test_networks_may_overlap_on_different_ports_and_families() -> None:
         ("egress_bytes: 64KiB", Limits(egress_bytes=65536)),
         ("egress_bytes: 2TiB", Limits(egress_bytes=2 << 40)),
         ("connections: 1", Limits(connections=1)),
+        ("idle: 1s", Limits(idle=1)),
+        ("idle: 24h", Limits(idle=86400)),
         ("processes: 4194304", Limits(processes=4194304)),
     ],
 )
@@ -149,13 +172,17 @@ def test_constants_agree_with_the_kernel_picture() -> None:
 
 def test_the_digest_is_of_the_meaning() -> None:
     same = """\
-limits: {connections: 200, egress_bytes: 51200KiB, processes: 128, memory: 4096MiB, wall: 2m}   # reordered
+limits: {connections: 200, egress_bytes: 51200KiB, idle: 600s, processes: 128, memory: 4096MiB, wall: 2m}
+wildcards: {workspace: {rate: 10, names: 512, bytes: 65536B}, sandbox: {names: 16, rate: 2, bytes: 1024B}}
 allow:
   - {cidr: 2001:db8:1::/48, ports: [443/tcp]}
   - {cidr: 10.20.0.0/16, ports: [5432]}
   - {local: vllm, ports: [8000/tcp]}
   - {local: ollama, ports: [11434]}
+  - {host: "**.Search.example.com", ports: [8443], verify: sni, ech: allow}
   - {host: db.internal.example, ports: [8443, 5432], private: true}
+  - {host: "**.search.example.com", ports: [80]}
+  - {host: "**.search.example.com", ech: allow}
   - {host: db.internal.example, ports: [53/udp], private: true}
   - host: eu.api.openai.com
 residency: {jurisdictions: [CH, EEA]}
@@ -179,13 +206,21 @@ workspace: acme
         ("[8000]", "[8001]"),
         ("50MiB", "51MiB"),
         (", connections: 200", ""),
+        (", idle: 10m", ""),
+        ("verify: address", "verify: sni"),
+        ("8443/tls", "8443/tcp"),
+        ("ech: allow", "ech: refuse"),
+        ("names: 16", "names: 17"),
+        ("rate: 10", "rate: 11"),
         ("EU.api.openai.com.", "eu.api.openai.org"),
     ],
 )
 def test_any_change_of_meaning_changes_the_digest(old: str, new: str) -> None:
     text = FULL.replace("EU.api.openai.com.", "eu.api.openai.com") if "eu.api" in old else FULL
     assert old in text
-    assert policy(text.replace(old, new)).digest != policy(FULL).digest
+    if new == "verify: sni":
+        text = text.replace("53/udp, ", "")
+    assert policy(text.replace(old, new)).digest != policy(text).digest
 
 
 def test_the_workspace_is_part_of_the_digest() -> None:
@@ -195,6 +230,7 @@ def test_the_workspace_is_part_of_the_digest() -> None:
 # ---- refusals: the document, the line, what is said, and the remedy
 
 HEAD = "workspace: acme\n"
+LONG = ".".join(["a" * 63, "a" * 62, "a" * 62, "a" * 62])  # 252 characters: a name, but none fits below it
 REFUSED = [
     # the whole document
     ("", 0, "the document is empty", "begin with workspace"),
@@ -267,7 +303,16 @@ REFUSED = [
     (allowing('host: "*.com"'), 4, "whole top-level domain", "more of the name"),
     (allowing('host: "**.co.uk"'), 4, "public suffix", "more of the name"),
     (allowing('host: "a.*.example.com"'), 4, "asterisk where none may stand", "first label"),
-    (allowing('host: "*.example.com"'), 4, "not available in this version", "one by one"),
+    (allowing('host: "*.github.io"'), 4, "public suffix", "more of the name"),
+    (allowing('host: "*.localhost"'), 4, "top-level domain", "more of the name"),
+    (allowing('host: "**.db.localhost"'), 4, "this machine itself", "local rule"),
+    (allowing('host: "*example.com"'), 4, "asterisk where none may stand", "first label"),
+    (allowing('host: "***.example.com"'), 4, "asterisk where none may stand", "first label"),
+    (allowing('host: "*.*.example.com"'), 4, "asterisk where none may stand", "first label"),
+    (allowing('host: "*.b\u00fccher.example"'), 4, "is not ASCII", "write xn--bcher-kva.example"),
+    (allowing('host: "*.10.20.0.1"'), 4, "as an IPv4 address", "cidr"),
+    (allowing(f'host: "*.{LONG}"'), 4, "leaves no room for a label", "at most 253"),
+    (allowing('host: "*.a.example"', 'host: "*.A.EXAMPLE."'), 5, "twice, first on line 4", "remove"),
     (allowing('host: "a\\0.example"'), 4, "contains a NUL", "letters"),
     (allowing("host: a b.example"), 4, "contains a space", "letters"),
     (allowing('host: "a\'.example"'), 4, "contains a quote", "letters"),
@@ -285,9 +330,43 @@ REFUSED = [
     (allowing("host: intranet"), 4, "is a single label", "local rule"),
     (allowing("host: https://a.example/"), 4, "is a URL", "only the host name"),
     (allowing("host: a.example:443"), 4, "has a port in it", "ports: [443/tcp]"),
-    (allowing("{host: a.example, verify: sni}"), 4, "verify: sni is not available", "verify: address"),
-    (allowing("{host: a.example, verify: none}"), 4, "'none' is not a way to verify", "write address"),
-    (allowing("{host: a.example, verify: false}"), 4, "this is a truth value", "write address"),
+    (allowing("{host: a.example, verify: none}"), 4, "'none' is not a way to verify", "sni or address"),
+    (allowing("{host: a.example, verify: false}"), 4, "this is a truth value", "sni or address"),
+    (allowing("{host: a.example, verify: }"), 4, "this is empty", "sni or address"),
+    (allowing("{host: a.example, verify: http-host}"), 4, "http-host is not available", "verify: address"),
+    (allowing("{host: a.example, ports: [443/udp]}"), 4, "443/udp is QUIC", "verify: address"),
+    (allowing("{host: a.example, ports: [443, 443/udp]}"), 4, "443/udp is QUIC", "fall back to TCP"),
+    (allowing('{host: "*.a.example", ports: [443/udp]}'), 4, "443/udp is QUIC", "verify: address"),
+    (
+        allowing("{host: a.example, ports: [53/udp], verify: sni}"),
+        4,
+        "53/udp cannot be verified by sni",
+        "a rule of its own",
+    ),
+    (
+        allowing("{host: a.example, ports: [443/udp], verify: sni}"),
+        4,
+        "cannot be verified",
+        "verify: address",
+    ),
+    (allowing("{host: a.example, ports: [8443/tls], verify: address}"), 4, "the contrary", "write 8443/tcp"),
+    (allowing("{host: a.example, ports: [443/tls, 443]}"), 4, "allowed on 443/tcp twice", "remove"),
+    (
+        allowing("{host: a.example, ports: [80/tls]}", "{host: a.example, ports: [80], verify: address}"),
+        5,
+        "allowed on 80/tcp twice, first on line 4",
+        "remove",
+    ),
+    (allowing("{host: a.example, ech: deny}"), 4, "'deny' is not a way to treat ECH", "refuse or allow"),
+    (allowing("{host: a.example, ech: true}"), 4, "this is a truth value", "refuse or allow"),
+    (allowing("{host: a.example, ech: allow, verify: address}"), 4, "ECH is not seen", "leave ech out"),
+    (allowing("{host: a.example, ech: refuse, ports: [80]}"), 4, "ECH is not seen", "leave ech out"),
+    (
+        allowing("{host: a.example, ech: allow}", "{host: a.example, ports: [8443/tls]}"),
+        5,
+        "another value for ech on line 4",
+        "one value",
+    ),
     (allowing("{host: a.example, private: yes}"), 4, "this is text", "true or false"),
     (allowing("{host: a.example, private: 1}"), 4, "this is a number", "true or false"),
     (allowing("{host: a.example, private: }"), 4, "this is empty", "true or false"),
@@ -306,7 +385,7 @@ REFUSED = [
     (allowing("{host: a.example, ports: [\u0661\u0662]}"), 4, "is not a port", "443/tcp"),
     (allowing("{host: a.example, ports: [true]}"), 4, "this is a truth value", "443/tcp"),
     (allowing("{host: a.example, ports: [8000-8010/tcp]}"), 4, "is not a port", "list each port"),
-    (allowing("{host: a.example, ports: [443/sctp]}"), 4, "unknown protocol", "tcp or udp"),
+    (allowing("{host: a.example, ports: [443/sctp]}"), 4, "unknown protocol", "tcp, tls or udp"),
     (allowing("{host: a.example, ports: [443/TCP]}"), 4, "unknown protocol", "lower case"),
     (allowing("{host: a.example, ports: [443, 443/tcp]}"), 4, "allowed on 443/tcp twice", "remove"),
     (allowing("host: a.example", "host: a.example"), 5, "twice, first on line 4", "remove"),
@@ -324,6 +403,9 @@ REFUSED = [
         "65 entries, 64 are the most",
         "list fewer",
     ),
+    (allowing("{cidr: 10.0.0.0/8, ports: [443/x]}"), 4, "unknown protocol", "tcp or udp"),
+    (allowing("{cidr: 10.0.0.0/8, ports: [443/tls]}"), 4, "443/tls is for host rules", "write 443/tcp"),
+    (allowing("{local: vllm, ports: [8000/tls]}"), 4, "8000/tls is for host rules", "write 8000/tcp"),
     # networks
     (allowing("cidr: 10.0.0.0/8"), 4, "ports is missing", "add ports"),
     (allowing("{cidr: 10.0.0.0/8, ports: []}"), 4, "the list is empty", "at least one port"),
@@ -406,6 +488,21 @@ REFUSED = [
     (HEAD + "limits: {connections: 1000001}\n", 2, "1000001 is out of range", "1 to 1000000"),
     (HEAD + "limits: {connections: -5}\n", 2, "-5 is out of range", "1 to 1000000"),
     (HEAD + "limits: {connections: }\n", 2, "this is empty", "a whole number"),
+    (HEAD + "limits: {idle: 25h}\n", 2, "is too long", "24h is the most"),
+    (HEAD + "limits: {idle: 600}\n", 2, "this is a number", "its unit"),
+    # budgets of wildcards
+    (HEAD + "wildcards:\n", 2, "this is empty", "remove the line"),
+    (HEAD + "wildcards: [1]\n", 2, "this is a list", "a mapping"),
+    (HEAD + "wildcards: {names: 5}\n", 2, "'names' is not a key", "sandbox, workspace"),
+    (HEAD + "wildcards: {sandbox: }\n", 2, "this is empty", "remove the line"),
+    (HEAD + "wildcards: {sandbox: {name: 5}}\n", 2, "'name' is not a key", "did you mean names?"),
+    (HEAD + "wildcards: {sandbox: {names: 0}}\n", 2, "0 is out of range", "1 to 8192"),
+    (HEAD + "wildcards: {sandbox: {names: true}}\n", 2, "this is a truth value", "a whole number"),
+    (HEAD + "wildcards: {workspace: {names: 8193}}\n", 2, "8193 is out of range", "1 to 8192"),
+    (HEAD + "wildcards: {workspace: {bytes: 100}}\n", 2, "this is a number", "its unit"),
+    (HEAD + "wildcards: {workspace: {bytes: 2GiB}}\n", 2, "is too much", "1GiB is the most"),
+    (HEAD + "wildcards: {workspace: {rate: 0}}\n", 2, "0 is out of range", "1 to 1000"),
+    (HEAD + "wildcards: {sandbox: {rate: 5/s}}\n", 2, "this is text", "a whole number"),
     # YAML itself
     (HEAD + "allow: [\n", 3, "not YAML", "indentation"),
     (HEAD + "allow: *everything\n", 2, "aliases", "write the value out"),
@@ -489,30 +586,141 @@ def test_any_file_name_when_none_is_expected() -> None:
     assert policy("workspace: beta", name=None).workspace == "beta"
 
 
-# ---- what this version cannot do yet is one switch away
+# ---- wildcards
 
 
-def test_wildcards_are_complete_behind_their_switch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(values, "WILDCARDS_AVAILABLE", True)
-    made = policy(allowing('host: "*.Search.example.com"', 'host: "**.example.org"', "host: a.example.org"))
+def test_wildcards() -> None:
+    made = policy(allowing('host: "*.Search.example.com"', 'host: "**.example.org."', "host: a.example.org"))
     assert [(rule.host, rule.wildcard) for rule in made.hosts] == [
         ("*.search.example.com", True),
         ("**.example.org", True),
         ("a.example.org", False),
     ]
-    (problem,) = problems(allowing('host: "*.com"'))
-    assert "whole top-level domain" in problem.text
-    (problem,) = problems(allowing('host: "*.example.com"', 'host: "*.EXAMPLE.com."'))
-    assert "twice" in problem.text
 
 
-def test_sni_is_complete_behind_its_switch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(values, "VERIFY_AVAILABLE", frozenset(Verify))
-    (rule,) = policy(allowing("{host: a.example, verify: sni}")).hosts
-    assert rule.verify is Verify.SNI
-    by_address = policy(allowing("{host: a.example, verify: address}"))
-    assert policy(allowing("{host: a.example, verify: sni}")).digest != by_address.digest
-    assert policy(allowing("host: a.example")).digest == by_address.digest
+def test_a_wildcard_of_one_label_and_one_of_any_depth_are_two_rules() -> None:
+    made = policy(allowing('host: "*.a.example"', '{host: "**.a.example", private: true}', "host: a.example"))
+    assert len({rule.key for rule in made.rules}) == 3
+
+
+BUDGETS = [
+    ("", Budgets()),
+    ("wildcards: {}\n", Budgets()),
+    ("wildcards: {sandbox: {}}\n", Budgets()),
+    ("wildcards: {sandbox: {names: 8192}}\n", Budgets(sandbox=Budget(8192, 4 << 10, 5.0))),
+    ("wildcards: {workspace: {rate: 1000}}\n", Budgets(workspace=Budget(1024, 256 << 10, 1000.0))),
+    ("wildcards: {workspace: {bytes: 1B}}\n", Budgets(workspace=Budget(1024, 1, 20.0))),
+]
+
+
+@pytest.mark.parametrize(("text", "budgets"), BUDGETS, ids=range(len(BUDGETS)))
+def test_budgets(text: str, budgets: Budgets) -> None:
+    assert policy("workspace: acme\n" + text).wildcards == budgets
+
+
+def test_writing_the_usual_budgets_out_changes_nothing() -> None:
+    usual = "wildcards:\n  sandbox: {names: 64, bytes: 4KiB, rate: 5}\n"
+    usual += "  workspace: {names: 1024, bytes: 256KiB, rate: 20}\n"
+    assert policy("workspace: acme\n" + usual) == policy("workspace: acme\n")
+
+
+def test_rules_and_names_of_wildcards_share_the_blocks() -> None:
+    rest = MAX_RULES - 1024 - 1
+    crowd = hosts(rest) + b"- host: '*.a.example'\n"
+    assert len(policy(crowd).rules) == rest + 1
+    (problem,) = problems(crowd + b"- host: one.more.example\n")
+    assert "15359 rules and 1024 names of wildcards are more than 16382 together" in problem.text
+    fewer = b"wildcards: {workspace: {names: 1023}}\n"
+    assert len(policy(crowd + b"- host: one.more.example\n" + fewer).rules) == rest + 2
+
+
+# ---- what is verified on which port
+
+WHAT_IS_READ = [
+    # ports, verify, the ports whose ClientHello is read
+    (None, None, [443]),
+    (None, "sni", [443]),
+    (None, "address", []),
+    ("[443, 80, 8443]", None, [443]),
+    ("[443/tcp]", None, [443]),
+    ("[443/tls, 8443/tls, 80]", None, [443, 8443]),
+    ("[443, 80, 8443/tls]", "sni", [80, 443, 8443]),
+    ("[80]", None, []),
+    ("[80]", "sni", [80]),
+    ("[5432, 53/udp, 853/tls]", None, [853]),
+    ("[443, 443/udp, 80]", "address", []),
+]
+
+
+@pytest.mark.parametrize("host", ["a.example", "*.a.example", "**.a.example"])
+@pytest.mark.parametrize(("ports", "verify", "read"), WHAT_IS_READ, ids=range(len(WHAT_IS_READ)))
+def test_what_is_read(host: str, ports: str | None, verify: str | None, read: list[int]) -> None:
+    keys = [f"host: '{host}'"]
+    keys += [f"ports: {ports}"] * (ports is not None) + [f"verify: {verify}"] * (verify is not None)
+    (rule,) = policy(allowing(f"{{{', '.join(keys)}}}")).hosts
+    assert rule.inspected == sni(*read)
+    for port in rule.ports:
+        assert (rule.verify_on(port) is Verify.SNI) == (port.number in read and port.protocol is TCP)
+
+
+def test_two_rules_for_a_host_each_verify_their_own_ports() -> None:
+    made = policy(
+        allowing(
+            "{host: a.example, ports: [443/udp, 5432], verify: address}",
+            "{host: A.example, ech: allow}",
+            "{host: a.example., ports: [80, 8443], verify: sni, ech: allow}",
+        )
+    )
+    (rule,) = made.hosts
+    assert [str(port) for port in rule.ports] == ["80/tcp", "443/tcp", "443/udp", "5432/tcp", "8443/tcp"]
+    assert rule.inspected == sni(80, 443, 8443)
+    assert (rule.ech, rule.line) == (Ech.ALLOW, 4)
+
+
+def test_the_order_of_a_hosts_rules_does_not_decide_what_is_verified() -> None:
+    rules = ("{host: a.example, ports: [443/udp], verify: address}", "{host: a.example, ech: allow}")
+    assert policy(allowing(*rules)).digest == policy(allowing(*rules[::-1])).digest
+    assert policy(allowing(*rules[::-1])).hosts[0].inspected == sni(443)
+
+
+def test_sni_is_what_https_gets_without_a_word() -> None:
+    plain = policy(allowing("host: a.example"))
+    assert plain.digest == policy(allowing("{host: a.example, verify: sni}")).digest
+    assert plain.digest == policy(allowing("{host: a.example, ports: [443/tls]}")).digest
+    assert plain.digest != policy(allowing("{host: a.example, verify: address}")).digest
+    assert plain.digest == policy(allowing("{host: a.example, ech: refuse}")).digest
+
+
+PORTS = st.lists(
+    st.tuples(st.sampled_from([53, 80, 443, 8443]), st.sampled_from(["", "/tcp", "/udp", "/tls"])),
+    min_size=1, max_size=4, unique_by=lambda port: (port[0], port[1] == "/udp"),
+)  # fmt: skip
+HOST_RULES = st.tuples(PORTS, st.sampled_from([None, "sni", "address"]), st.sampled_from([None, "allow"]))
+
+
+@settings(max_examples=200)
+@given(st.lists(HOST_RULES, min_size=1, max_size=3))
+def test_nothing_is_read_less_than_was_written(
+    written: list[tuple[list[tuple[int, str]], str | None, str | None]],
+) -> None:
+    """Whatever else stands in the file: TLS goes by address only where `verify: address` is written."""
+    rules = []
+    for ports, verify, ech in written:
+        keys = [f"ports: [{', '.join(f'{number}{protocol}' for number, protocol in ports)}]"]
+        keys += [f"verify: {verify}"] * (verify is not None) + [f"ech: {ech}"] * (ech is not None)
+        rules.append(f"{{host: a.example, {', '.join(keys)}}}")
+    text = allowing(*rules)
+    if problems(text):
+        return
+    (rule,) = policy(text).hosts
+    for ports, verify, _ in written:
+        for number, protocol in ports:
+            port = Port(number, UDP if protocol == "/udp" else TCP)
+            tls = port == Port(443, TCP) or protocol == "/tls" or (verify == "sni" and port.protocol is TCP)
+            expected = Verify.SNI if tls and verify != "address" else Verify.ADDRESS
+            assert port in rule.ports and rule.verify_on(port) is expected
+            assert port != Port(443, UDP) or verify == "address"
+    assert (rule.ech is Ech.ALLOW) == any(ech for _, _, ech in written)
 
 
 # ---- bounds
@@ -591,6 +799,10 @@ def judge(data: bytes) -> None:
         assert isinstance(made, Policy)
         assert len({rule.key for rule in made.rules}) == len(made.rules), "a key owns its block"
         assert all(rule.ports for rule in made.rules)
+        for rule in made.hosts:
+            assert {port for port, _ in rule.inspected} <= set(rule.ports)
+            assert all(port.protocol is TCP for port, _ in rule.inspected)
+            assert rule.inspected or rule.ech is Ech.REFUSE
 
 
 @settings(max_examples=200)
@@ -603,6 +815,7 @@ WORDS = st.sampled_from(
     ["workspace", "acme", "guard", "off", "enforce", "allow", "host", "cidr", "local", "ollama", "ports",
      "443/tcp", "10.0.0.0/8", "a.example", "*.a.example", "members", "user:a", "limits", "wall", "2m",
      "private", "true", "null", "residency", "jurisdictions", "EEA", "verify", "provider", "443", "-1",
+     "sni", "address", "ech", "443/tls", "443/udp", "wildcards", "sandbox", "names", "**.a.example", "idle",
      "''", "\u00fc", "'\0'"]
 )  # fmt: skip
 VALUES = st.recursive(

@@ -1,246 +1,185 @@
-"""An inspector under test, between three namespaces that play sandbox, gateway and host.
+"""An inspector under test, between three namespaces that play sandbox, gateway and the servers of the world.
 
-    sandbox 198.19.0.7 --- s0 | g0 --- gateway: TPROXY of 198.18.0.0/16 and fd53:e9::/64 to port 8443
-                                       host: lo only; services, and the inspector itself
+    sandbox 198.19.0.7 --- s0 | g0 --- gateway: TPROXY of what comes by g0; the inspector
+                                       u0 | h0 --- host: every synthetic address is its own
 
-Everything is opened by threads that live in their namespace, so that the tests read like one program.
+The kernel's part, which looks up and translates what the inspector dials, is missing: here the synthetic
+addresses themselves lead to the servers, so that the tests see which one was dialed, and from where.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
-import ctypes
-import os
+import contextlib
 import socket
+import ssl
+import struct
 import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from auditor_lab import until
+import msgspec
+from relay_lab import POOLS, Network, Steered
 
 from egressd.ipc import messages
-from egressd.ipc.channel import Channel, pair
-from egressd.processes.config import Config
-from egressd.ruleset.layout import Pools
+from egressd.ipc.channel import payload
+from egressd.tls.retry import RETRY_RANDOM
 
-UID = 4003
-SOURCE4, SOURCE6 = "198.19.0.7", "fd53:1::7"
-OTHER4, OTHER6 = "198.19.0.8", "fd53:1::8"
-POOLS = Pools()
-_IP_TRANSPARENT, _IPV6_TRANSPARENT = 19, 75  # linux/in.h, linux/in6.h
-_CLONE_NEWNET = 0x40000000
-T = TypeVar("T")
-
-_RULES = """
-table inet t {
-  chain c {
-  type filter hook prerouting priority mangle; policy accept;
-  iifname "g0" meta nfproto ipv4 meta l4proto tcp meta mark set 1 tproxy ip to 127.0.0.1:8443 accept
-  iifname "g0" meta nfproto ipv6 meta l4proto tcp meta mark set 1 tproxy ip6 to [::1]:8443 accept
-  }
-}
-"""
+_IPV6_FREEBIND = 78  # linux/in6.h
+HOST, BLOCK, INDEX, PORT = "api.example.com", 5, 3, 443
 
 
-class Namespace:
-    """A network namespace and a thread in it."""
-
-    def __init__(self, name: str) -> None:
-        self.name = f"in-{name}{os.getpid()}"
-        subprocess.run(("ip", "netns", "add", self.name), check=True)
-        self._thread = concurrent.futures.ThreadPoolExecutor(1)
-        self.do(self._enter)
-        self.ip("link set lo up")
-
-    def _enter(self) -> None:
-        with Path(f"/run/netns/{self.name}").open("rb") as stream:
-            if ctypes.CDLL(None, use_errno=True).setns(stream.fileno(), _CLONE_NEWNET):
-                raise OSError(ctypes.get_errno(), "setns")
-
-    def do(self, function: Callable[..., T], *arguments: Any, **named: Any) -> T:
-        return self._thread.submit(function, *arguments, **named).result()
-
-    def ip(self, command: str) -> None:
-        subprocess.run(("ip", "-n", self.name, *command.split()), check=True)
-
-    def remove(self) -> None:
-        self._thread.shutdown()
-        subprocess.run(("ip", "netns", "del", self.name), check=False)
-
-
-class Network:
-    def __init__(self) -> None:
-        self.made: list[Namespace] = []
-        try:
-            self.sandbox, self.gateway, self.host = (self._make(n) for n in ("s", "g", "h"))
-            self._wire()
-        except BaseException:
-            self.remove()
-            raise
-
-    def _make(self, name: str) -> Namespace:
-        self.made.append(Namespace(name))
-        return self.made[-1]
+class World(Network):
+    """The relay's network, and a wire to servers at every synthetic address."""
 
     def _wire(self) -> None:
-        s, g = self.sandbox, self.gateway
-        s.ip(f"link add s0 type veth peer name g0 netns {g.name}")
-        for address in (SOURCE4, OTHER4):
-            s.ip(f"addr add {address}/32 dev s0")
-        for address in (SOURCE6, OTHER6):
-            s.ip(f"-6 addr add {address}/128 dev s0 nodad")
-        g.ip("addr add 169.254.53.53/32 dev g0")
-        g.ip("-6 addr add fd53:53::53/128 dev g0 nodad")
-        s.ip("link set s0 up")
-        g.ip("link set g0 up")
-        s.ip("route add 169.254.53.53 dev s0")
-        s.ip(f"route add default via 169.254.53.53 src {SOURCE4}")
-        s.ip("-6 route add fd53:53::53 dev s0")
-        s.ip(f"-6 route add default via fd53:53::53 src {SOURCE6}")
-        g.ip("route add 198.19.0.0/16 dev g0")
-        g.ip("-6 route add fd53:1::/64 dev g0")
-        for family in ("-4", "-6"):
-            g.ip(f"{family} rule add fwmark 1 lookup 100")
-            g.ip(f"{family} route add local default dev lo table 100")
-        subprocess.run(("ip", "netns", "exec", g.name, "nft", "-f", "-"), input=_RULES.encode(), check=True)
+        for (
+            namespace
+        ) in self.made:  # or the first seconds of every IPv6 link are lost to looking for its double
+            namespace.do(Path("/proc/sys/net/ipv6/conf/default/accept_dad").write_text, "0")
+        super()._wire()
+        g, h = self.gateway, self.host
+        g.ip(f"link add u0 type veth peer name h0 netns {h.name}")
+        g.ip("addr add 169.254.54.2/30 dev u0")
+        h.ip("addr add 169.254.54.1/30 dev h0")
+        g.ip("-6 addr add fd53:2::2/64 dev u0 nodad")
+        h.ip("-6 addr add fd53:2::1/64 dev h0 nodad")
+        g.ip("link set u0 up")
+        h.ip("link set h0 up")
+        g.ip("route add 198.18.0.0/16 via 169.254.54.1")
+        g.ip("-6 route add fd53:e9::/64 via fd53:2::1")
+        h.ip("route add 169.254.64.0/19 via 169.254.54.2")
+        h.ip("-6 route add fd53:3::/112 via fd53:2::2")
+        # AnyIP: the sources the inspector binds, and the servers' addresses
+        g.ip("route add local 169.254.64.0/19 dev lo")
+        g.ip("-6 route add local fd53:3::/112 dev lo")
+        h.ip("route add local 198.18.0.0/16 dev lo")
+        h.ip("-6 route add local fd53:e9::/64 dev lo")
 
-    def remove(self) -> None:
-        for namespace in self.made:
-            namespace.remove()
+    def server(
+        self, *, v6: bool = False, port: int = PORT, address: str | None = None, backlog: int = 1024
+    ) -> socket.socket:
+        """A listener at every synthetic address of a family, or at one of them."""
+        family = socket.AF_INET6 if v6 else socket.AF_INET
 
-    # ---- sockets
-
-    def tproxy(self, family: int) -> socket.socket:
         def listen() -> socket.socket:
             sock = socket.socket(family, socket.SOCK_STREAM)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET:
-                sock.setsockopt(socket.SOL_IP, _IP_TRANSPARENT, 1)
-                sock.bind(("127.0.0.1", 8443))
-            else:
-                sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_TRANSPARENT, 1)
-                sock.bind(("::1", 8443))
-            sock.listen(1024)
+            if v6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)
+            sock.bind((address or ("::" if v6 else "0.0.0.0"), port))
+            sock.listen(backlog)
+            sock.settimeout(10)
             return sock
 
-        return self.gateway.do(listen)
+        return self.host.do(listen)
 
-    def service(self, port: int, *, backlog: int = 1024) -> socket.socket:
-        """A listener on the host's 127.0.0.1."""
-        listener = self.host.do(socket.create_server, ("127.0.0.1", port), backlog=backlog)
-        listener.settimeout(10)
-        return listener
+    @contextlib.contextmanager
+    def silence(self, *addresses: str) -> Iterator[None]:
+        """Packets to these addresses vanish."""
+        rules = (f"ip{'6' if ':' in a else ''} daddr {a} drop" for a in addresses)
+        text = "table inet silence { chain c { type filter hook prerouting priority 0;\n%s\n}\n}"
+        self._nft(text % "\n".join(rules))
+        try:
+            yield
+        finally:
+            self._nft("delete table inet silence")
 
-    def client(
-        self, block: int, port: int, *, v6: bool = False, source: str | None = None, slot: int = 0
-    ) -> socket.socket:
-        """A connection from the sandbox; it stands as soon as the gateway has taken it."""
-        target4, target6 = POOLS.synthetic(block, slot)
-        target = str(target6 if v6 else target4)
-        return self.sandbox.do(
-            socket.create_connection,
-            (target, port),
-            timeout=10,
-            source_address=(source, 0) if source else None,
-        )
+    def _nft(self, text: str) -> None:
+        command = ("ip", "netns", "exec", self.host.name, "nft", "-f", "-")
+        subprocess.run(command, input=text.encode(), check=True)
 
 
-class Inspector:
-    """The real program, with socket pairs where its neighbours would be."""
+class Inspector(Steered):
+    program, listeners, says = "inspector", ("inspect4", "inspect6"), messages.FROM_INSPECTOR
+    network: World
 
-    def __init__(self, network: Network, *, descriptors: int | None = None) -> None:
-        self.network = network
-        ends = {"tproxy4": network.tproxy(socket.AF_INET), "tproxy6": network.tproxy(socket.AF_INET6)}
-        self.supervisor, ends["supervisor"] = _channel(messages.FROM_CHILD)
-        self.controller, ends["controller"] = _channel(messages.FROM_INSPECTOR)
-        self.audit, ends["audit"] = _channel(messages.TO_AUDITOR)
-        self.seen: list[messages.Event | messages.Losses] = []
-        self._requests = 0
-        command = [sys.executable, "-m", "egressd.processes.inspector", "--uid", str(UID), "--gid", str(UID)]
-        for name, end in ends.items():
-            command += ["--fd", f"{name}={end.fileno()}"]
-        if descriptors is not None:
-            command = ["prlimit", f"--nofile={descriptors}:{descriptors}", *command]
-        self.process = network.host.do(
-            subprocess.Popen,
-            [*command, "--config-json", Config().encode()],
-            pass_fds=[end.fileno() for end in ends.values()],
-        )
-        for end in ends.values():
-            end.close()
+    def __init__(self, network: World, *, descriptors: int | None = None) -> None:
+        super().__init__(network, home=network.gateway, descriptors=descriptors)
 
-    def ready(self) -> Inspector:
-        self.supervisor.socket.settimeout(20)
-        assert self.supervisor.receive().message == messages.Ready()
-        return self
-
-    # ---- what the controller says
-
-    def _ask(self, kind: type, **fields: Any) -> messages.Done:
+    def sites(self, *sites: messages.Site) -> int:
+        data = msgspec.json.encode(list(sites))
         self._requests += 1
+        with payload(data) as descriptor:
+            message = messages.SetSites(request=self._requests, payload_length=len(data))
+            self.controller.send(message, descriptor=descriptor)
         self.controller.socket.settimeout(10)
-        self.controller.send(kind(request=self._requests, **fields))
         reply = self.controller.receive().message
         assert isinstance(reply, messages.Done)
-        assert reply.request == self._requests
-        return reply
+        return reply.changes
 
-    def bind(
-        self, link: int = 7, workspace: str = "acme", source4: str = SOURCE4, source6: str = SOURCE6
-    ) -> None:
-        self._ask(messages.BindSource, link=link, workspace=workspace, source4=source4, source6=source6)
+    def add(self, *sites: messages.Site) -> int:
+        return self._ask(messages.AddSites, sites=sites).changes
 
-    def unbind(self, link: int) -> None:
-        self._ask(messages.UnbindSource, link=link)
+    def remove(self, *sites: messages.Site) -> int:
+        return self._ask(messages.RemoveSites, sites=sites).changes
 
-    def relays(self, *relays: messages.Relay) -> int:
-        return self._ask(messages.SetRelays, relays=relays).changes
-
-    # ---- what it reports
-
-    def events(self, name: str) -> list[dict[str, Any]]:
-        self.audit.socket.setblocking(False)
-        while True:
-            try:
-                self.seen.append(self.audit.receive().message)
-            except BlockingIOError:
-                break
-        return [dict(e.fields) for e in self.seen if isinstance(e, messages.Event) and e.event == name]
-
-    def wait_for(self, name: str, count: int = 1) -> list[dict[str, Any]]:
-        return until(lambda: f if len(f := self.events(name)) >= count else None, what=f"{count} x {name}")
-
-    # ---- what the kernel knows of it
-
-    def descriptors(self) -> int:
-        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
-
-    def cpu_seconds(self) -> float:
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def introduce(self, name: str, channel_type: Any) -> Channel[Any]:
-        channel, its = _channel(channel_type)
-        with its:
-            self.supervisor.send(messages.NewPeer(name=name), descriptor=its.fileno())
-        return channel
-
-    def kill(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait(10)
-        for channel in (self.supervisor, self.controller, self.audit):
-            channel.close()
+    def refused(self) -> dict[str, dict[str, int]]:
+        self._requests += 1
+        self.controller.socket.settimeout(10)
+        self.controller.send(messages.ReadRefused(request=self._requests))
+        reply = self.controller.receive().message
+        assert isinstance(reply, messages.RefusedFlows)
+        return reply.counts
 
 
-def _channel(receives: Any) -> tuple[Channel[Any], socket.socket]:
-    mine, its = pair()
-    return Channel(mine, receives), its
+def site(host: str = HOST, *, block: int = BLOCK, port: int = PORT, **more: Any) -> messages.Site:
+    return messages.Site(**{"workspace": "acme", "index": INDEX, **more}, host=host, block=block, port=port)
 
 
-def relay(
-    block: int = 5, port: int = 11434, *, workspace: str = "acme", service: str = "ollama"
-) -> messages.Relay:
-    return messages.Relay(workspace=workspace, service=service, block=block, port=port)
+def slot_address(slot: int, *, v6: bool, block: int = BLOCK) -> str:
+    return str(POOLS.synthetic(block, slot)[v6])
+
+
+# ---- what is said
+
+
+def real_hello(host: str | None) -> bytes:
+    """OpenSSL's, as Python sends it."""
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    outgoing = ssl.MemoryBIO()
+    tls = context.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname=host)
+    try:
+        tls.do_handshake()
+    except ssl.SSLWantReadError:
+        return outgoing.read()
+    raise AssertionError("it finished without a server")
+
+
+def hello(*names: str | bytes, ech: bool = False, padding: int = 0, record: int = 1 << 14) -> bytes:
+    """A small ClientHello with these server names, cut into records of at most `record` bytes."""
+    entries = b""
+    for name in names:
+        raw = name.encode() if isinstance(name, str) else name
+        entries += b"\0" + struct.pack("!H", len(raw)) + raw
+    extensions = _extension(0, struct.pack("!H", len(entries)) + entries) if names else b""
+    extensions += _extension(0xFE0D, bytes(200)) if ech else b""
+    extensions += _extension(21, bytes(padding))
+    body = (
+        b"\3\3"
+        + bytes(32)
+        + b"\0"
+        + b"\0\2\x13\1"
+        + b"\1\0"
+        + struct.pack("!H", len(extensions))
+        + extensions
+    )
+    return records(b"\1" + len(body).to_bytes(3, "big") + body, record=record)
+
+
+def _extension(kind: int, content: bytes) -> bytes:
+    return struct.pack("!HH", kind, len(content)) + content
+
+
+def records(message: bytes, *, record: int = 1 << 14) -> bytes:
+    """A handshake message in TLS records."""
+    cut = (message[at : at + record] for at in range(0, len(message), record))
+    return b"".join(b"\x16\3\1" + struct.pack("!H", len(part)) + part for part in cut)
+
+
+def server_hello(*, retry: bool = False) -> bytes:
+    """As much of one as anybody looks at."""
+    body = b"\3\3" + (RETRY_RANDOM if retry else bytes(32)) + bytes(6)
+    return records(b"\2" + len(body).to_bytes(3, "big") + body)

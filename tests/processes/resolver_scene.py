@@ -221,16 +221,26 @@ def _cut(reply: dnslib.DNSRecord) -> dnslib.DNSRecord:
 # ---- the process
 
 
+Judged = messages.Resolved | messages.GrantName | messages.ReleaseNames
+FIRST_BLOCK = 100  # of what is granted
+
+
 class Controller:
-    """The test's end of the controller's channel. `verdict` answers each `Resolved`: True is Done, False is
-    Failed, None is silence until `release`."""
+    """The test's end of the controller's channel. `verdict` answers each `Resolved`, `GrantName` and
+    `ReleaseNames`: True is Done (Granted), False is Failed, None is silence until `release`.
+
+    `granted` is what the kernel of this stage admits by now: (workspace, host) -> block."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.channel: Channel[Any] = Channel(sock, messages.FROM_RESOLVER)
         self.resolved: list[messages.Resolved] = []
-        self.held: list[messages.Resolved] = []
+        self.grants: list[messages.GrantName] = []
+        self.releases: list[str] = []
+        self.granted: dict[tuple[str, str], int] = {}
+        self._blocks: dict[tuple[str, str], int] = {}
+        self.held: list[Judged] = []
         self.replies: queue.Queue[Any] = queue.Queue()
-        self.verdict: Callable[[messages.Resolved], bool | None] = lambda _: True
+        self.verdict: Callable[[Any], bool | None] = lambda _: True
         self._numbers = itertools.count(1)
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -240,26 +250,38 @@ class Controller:
                 message = self.channel.receive().message
             except (OSError, EOFError):
                 return
-            if not isinstance(message, messages.Resolved):
+            if not isinstance(message, Judged):
                 self.replies.put(message)
                 continue
-            self.resolved.append(message)
+            match message:
+                case messages.Resolved():
+                    self.resolved.append(message)
+                case messages.GrantName():
+                    self.grants.append(message)
+                case messages.ReleaseNames():
+                    self.releases += message.hosts
             self._judge(message)
 
-    def _judge(self, message: messages.Resolved) -> None:
+    def _judge(self, message: Judged) -> None:
         verdict = self.verdict(message)
         if verdict is None:
             self.held.append(message)
         else:
             self.say(message, good=verdict)
 
-    def say(self, message: messages.Resolved, *, good: bool) -> None:
-        if good:
-            self.channel.send(messages.Done(request=message.request))
-        else:
-            self.channel.send(
-                messages.Failed(request=message.request, reason="unavailable", text="no kernel")
-            )
+    def say(self, message: Judged, *, good: bool) -> None:
+        self.channel.send(self._good(message) if good else _failed(message))
+
+    def _good(self, message: Judged) -> Any:
+        if isinstance(message, messages.GrantName):
+            key = message.workspace, message.host
+            block = self._blocks.setdefault(key, FIRST_BLOCK + len(self._blocks))
+            self.granted[key] = block
+            return messages.Granted(request=message.request, block=block)
+        if isinstance(message, messages.ReleaseNames):
+            for host in message.hosts:
+                self.granted.pop((message.workspace, host), None)
+        return messages.Done(request=message.request)
 
     def release(self) -> None:
         self.verdict = lambda _: True
@@ -296,6 +318,10 @@ class Controller:
 
     def unbind(self, link: int = 1) -> Any:
         return self.ask(messages.UnbindSource(request=next(self._numbers), link=link))
+
+
+def _failed(message: Judged) -> messages.Failed:
+    return messages.Failed(request=message.request, reason="unavailable", text="no kernel")
 
 
 class Scene:

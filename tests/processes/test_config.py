@@ -14,7 +14,7 @@ workspaces_dir: /etc/egressd/workspaces
 run_dir: /run/egressd
 upstream: [udp://192.0.2.53]
 hosts: {db.internal.example: [10.20.0.5]}
-user: {daemon: '900', warden: '901', audit: '902'}
+user: {daemon: '900', warden: '901', audit: '902', inspect: '903'}
 """
 
 
@@ -31,6 +31,7 @@ def test_a_good_file(tmp_path: Path) -> None:
         "daemon": Account(900, 900),
         "warden": Account(901, 901),
         "audit": Account(902, 902),
+        "inspect": Account(903, 903),
     }
     assert Config.decode(config.encode()) == config
 

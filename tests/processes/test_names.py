@@ -11,8 +11,8 @@ import pytest
 from egressd.ipc import messages
 from egressd.model.errors import Refused
 from egressd.model.verdicts import Reason
-from egressd.policy.compiled import HostRule, Verify
-from egressd.processes.names import Addresses, Admitting
+from egressd.policy.compiled import Budgets, Ech, Guard, HostRule, Limits, Policy, Port, Protocol, Verify
+from egressd.processes.names import Addresses, Admitting, sites_of
 from egressd.ruleset.layout import Kind, Mark, Pools
 from egressd.ruleset.wants import NatEntry
 
@@ -21,7 +21,7 @@ SIX = IPv6Address("2001:db8::1")
 
 
 def rule(host: str, *, private: bool = False) -> HostRule:
-    return HostRule(host=host, ports=(), verify=Verify.ADDRESS, private=private, line=1)
+    return HostRule(host=host, ports=(), inspected=(), private=private, line=1)
 
 
 def resolved(host: str, *addresses: IPv4Address, six: IPv6Address | None = SIX) -> messages.Resolved:
@@ -95,6 +95,53 @@ def test_private_and_public_rules_of_one_name_do_not_mix() -> None:
     addresses = Addresses(Pools())
     addresses.use([(1, 5, rule("a.example", private=True))])
     assert addresses.learn(resolved("a.example", ONE)) == ()
+
+
+def test_a_name_joins_with_its_addresses_and_leaves_with_all_its_ways() -> None:
+    addresses = Addresses(Pools())
+    slots = ((ONE,) * 4, (SIX,) * 4)
+    own, others = addresses.join((1, 5), rule("a.search.test"), slots)
+    assert others == () and len(own) == 8 and {Mark.of(e.mark).block for e in own} == {5}
+    addresses.acknowledged(own)
+    assert addresses.join((1, 5), rule("a.search.test"), slots) == ((), ())
+    nowhere = addresses.nowhere((1, 5), rule("a.search.test"))
+    assert {(e.mark, e.synthetic) for e in nowhere} == {(e.mark, e.synthetic) for e in own}
+    assert {e.real for e in nowhere} == {None}
+    addresses.leave((1, 5), rule("a.search.test"))
+    assert addresses.entries() == () and addresses.learned == {}
+    assert addresses.learn(resolved("a.search.test", ONE)) == ()
+
+
+def test_who_shares_a_name_follows_whoever_looked_last() -> None:
+    addresses = Addresses(Pools())
+    addresses.use([(1, 5, rule("a.search.test"))])
+    addresses.acknowledged(addresses.learn(resolved("a.search.test", ONE)))
+    own, others = addresses.join((2, 9), rule("a.search.test"), ((TWO,) * 4, (SIX,) * 4))
+    assert {Mark.of(e.mark).workspace for e in own} == {2} and len(own) == 8
+    assert {(Mark.of(e.mark).workspace, e.real) for e in others} == {(1, str(TWO))} and len(others) == 4
+    addresses.acknowledged((*own, *others))
+    addresses.leave((2, 9), rule("a.search.test"))
+    assert {Mark.of(e.mark).workspace for e in addresses.entries()} == {1}
+    assert addresses.of(rule("a.search.test")) == [str(TWO), str(SIX)]
+
+
+def test_the_inspector_hears_of_ports_that_it_reads_and_of_no_others() -> None:
+    read, unread = Port(443, Protocol.TCP), Port(8080, Protocol.TCP)
+    inspected = HostRule(
+        host="a.test",
+        ports=(read, unread),
+        inspected=((read, Verify.SNI),),
+        private=False,
+        line=1,
+        ech=Ech.ALLOW,
+    )
+    policy = Policy(
+        workspace="acme", guard=Guard.ENFORCE, members=(), residency=(), rules=(), limits=Limits(idle=600.0),
+        wildcards=Budgets(), digest="",
+    )  # fmt: skip
+    assert list(sites_of(policy, 3, [(inspected, 5), (rule("b.test"), 6)])) == [
+        messages.Site(workspace="acme", index=3, host="a.test", block=5, port=443, ech=True, idle=600.0)
+    ]
 
 
 def entry(number: int) -> NatEntry:

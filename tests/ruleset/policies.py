@@ -5,6 +5,7 @@ from __future__ import annotations
 from ipaddress import ip_network
 
 from egressd.policy.compiled import (
+    Budgets,
     CidrRule,
     Guard,
     HostRule,
@@ -27,7 +28,13 @@ def udp(*numbers: int) -> tuple[Port, ...]:
 
 
 def host(name: str, ports: tuple[Port, ...] = tcp(443)) -> HostRule:
-    return HostRule(host=name, ports=ports, verify=Verify.ADDRESS, private=False, line=1)
+    return HostRule(host=name, ports=ports, inspected=(), private=False, line=1)
+
+
+def inspected(name: str, ports: tuple[Port, ...] = tcp(443), plain: tuple[Port, ...] = ()) -> HostRule:
+    """A host whose connections to `ports` are read, and those to `plain` are not."""
+    read = tuple((port, Verify.SNI) for port in ports)
+    return HostRule(host=name, ports=ports + plain, inspected=read, private=False, line=1)
 
 
 def network(text: str, ports: tuple[Port, ...] = tcp(5432)) -> CidrRule:
@@ -52,6 +59,7 @@ def policy(
         residency=(),
         rules=rules,
         limits=Limits(connections=connections, egress_bytes=egress_bytes),
+        wildcards=Budgets(),
         digest="sha256:0",
     )
 
@@ -63,4 +71,5 @@ EXAMPLE = (
     network("10.9.9.9/32"),
     network("2001:db8:9::/48"),
     local("ollama", 11434),
+    inspected("pay.example.com", plain=tcp(80)),
 )

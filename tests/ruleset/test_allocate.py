@@ -11,7 +11,7 @@ from policies import EXAMPLE, host, policy
 
 from egressd.model.errors import PolicyError
 from egressd.ruleset import allocate as room
-from egressd.ruleset.allocate import allocate
+from egressd.ruleset.allocate import allocate, give_back, take
 from egressd.ruleset.layout import BLOCKS, WORKSPACES
 
 names = st.lists(st.integers(0, 400).map("h{}.test".format), unique=True, max_size=60)
@@ -80,3 +80,48 @@ def test_a_full_house_is_numbered_without_gaps() -> None:
     names = [f"w{n}" for n in range(WORKSPACES - 1)]
     allocation = allocate(policy(workspace=name) for name in names)
     assert sorted(allocation.workspaces.values()) == list(range(1, WORKSPACES))
+
+
+# ---- names of wildcards, one at a time
+
+
+def test_a_name_takes_a_block_that_no_rule_has_and_keeps_it() -> None:
+    first = allocate([policy(*EXAMPLE)])
+    second, block = take(first, "acme", "a.search.test")
+    assert block not in first.blocks["acme"].values()
+    assert take(second, "acme", "a.search.test") == (second, block)
+    third = give_back(second, "acme", ["a.search.test", "never.test"])
+    assert third.blocks == first.blocks and third.retired_blocks["acme"] == {"a.search.test": block}
+    assert take(third, "acme", "a.search.test")[1] == block
+    assert take(third, "acme", "b.search.test")[1] != block
+
+
+def test_the_block_of_whoever_left_first_is_the_first_to_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "_BLOCKS", range(1, 5))
+    allocation = allocate([policy(host("x.test"))])
+    blocks = {}
+    for name in ("c.test", "a.test", "b.test"):
+        allocation, blocks[name] = take(allocation, "acme", name)
+    for name in ("b.test", "c.test", "a.test"):
+        allocation = give_back(allocation, "acme", [name])
+    allocation, block = take(allocation, "acme", "d.test")
+    assert block == blocks["b.test"] and "b.test" not in allocation.retired_blocks["acme"]
+    # a change of policy keeps the order
+    allocation = allocate([policy(host("x.test"))], allocation, granted={"acme": ["d.test"]})
+    allocation, block = take(allocation, "acme", "e.test")
+    assert block == blocks["c.test"]
+    allocation, _ = take(allocation, "acme", "f.test")
+    with pytest.raises(PolicyError, match="every block of workspace acme is in use"):
+        take(allocation, "acme", "g.test")
+
+
+def test_rules_and_granted_names_never_share_a_block() -> None:
+    allocation = allocate([policy(host("x.test"))])
+    allocation, block = take(allocation, "acme", "a.search.test")
+    rules = [host(f"h{n}.test") for n in range(500)]
+    after = allocate([policy(*rules)], allocation, granted={"acme": ["a.search.test"]})
+    assert after.blocks["acme"]["a.search.test"] == block
+    assert len(set(after.blocks["acme"].values())) == 501
+    assert "a.search.test" not in after.retired_blocks["acme"]
+    gone = allocate([policy(*rules)], after)
+    assert gone.retired_blocks["acme"]["a.search.test"] == block

@@ -32,7 +32,9 @@ def test_every_rule_has_its_elements() -> None:
         ("10.20.0.0/16", "DIRECT", "tcp", 5432),
         ("10.9.9.9/32", "DIRECT", "tcp", 5432),
         ("2001:db8:9::/48", "DIRECT", "tcp", 5432),
-        ("ollama", "INSPECT", "tcp", 11434),
+        ("ollama", "RELAY", "tcp", 11434),
+        ("pay.example.com", "INSPECT", "tcp", 443),
+        ("pay.example.com", "FORWARD", "tcp", 80),
         ("(resolver)", "RESOLVE", "tcp", 53),
         ("(resolver)", "RESOLVE", "udp", 53),
     }
@@ -43,7 +45,7 @@ def test_names_and_services_have_both_families_and_networks_their_own() -> None:
     for element in wanted(*EXAMPLE).elements:
         families.setdefault(element.comment, set()).add(":" in element.address)
     assert {name for name, both in families.items() if len(both) == 2} == {
-        "api.example.com", "ollama", "(resolver)"}  # fmt: skip
+        "api.example.com", "pay.example.com", "ollama", "(resolver)"}  # fmt: skip
 
 
 def test_a_wildcard_has_none_until_a_name_is_asked_for() -> None:
@@ -61,7 +63,7 @@ def test_guard_and_limit_come_along() -> None:
 
 
 def test_a_rule_to_be_verified_by_sni_is_not_forwarded_unread() -> None:
-    rule = dataclasses.replace(host("a.test", tcp(443)), verify=Verify.SNI)
+    rule = dataclasses.replace(host("a.test", tcp(443)), inspected=((tcp(443)[0], Verify.SNI),))
     assert ("a.test", "INSPECT", "tcp", 443) in keys(wanted(rule))
 
 
@@ -87,4 +89,4 @@ def test_what_no_name_has_is_no_comment(text: str) -> None:
 
 def test_elements_know_the_kind() -> None:
     assert {Mark.of(e.mark).kind for e in wanted(*EXAMPLE).elements} == {
-        Kind.FORWARD, Kind.DIRECT, Kind.INSPECT, Kind.RESOLVE}  # fmt: skip
+        Kind.FORWARD, Kind.DIRECT, Kind.RELAY, Kind.INSPECT, Kind.RESOLVE}  # fmt: skip

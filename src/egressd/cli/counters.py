@@ -33,8 +33,10 @@ def add(subparsers: Subparsers) -> None:
         "counters",
         summary="bytes and packets per workspace and host; do the books balance",
         says="What the kernel counted, per workspace and host: packets and bytes out and in, connections,\n"
-        "and what was denied, by reason. Every frame that entered a sandbox's link is admitted, denied\n"
-        "or other (not IP), and everything admitted belongs to a host: the equations say whether it does.\n"
+        "what the inspector sent upstream for them, and what was denied or refused, by reason. Names that\n"
+        "a wildcard covers stand below it; its own row has what names counted that are no longer held.\n"
+        "Every frame that entered a sandbox's link is admitted, denied or other (not IP), and everything\n"
+        "admitted belongs to a host: the equations say whether it does.\n"
         "Exit status 1 if the books do not balance.",
         examples="  egressctl counters            every workspace\n"
         "  egressctl counters acme       one workspace\n"
@@ -136,7 +138,8 @@ def _workspace(workspace: Mapping[str, Any], paint: Paint, *, moving: bool) -> s
     parts = [
         _hosts(workspace["hosts"], paint),
         _denied(workspace["denied"], paint),
-        _names(workspace.get("names_refused", 0)),
+        _refused("questions refused by the resolver", workspace["names_refused_by"], paint),
+        _refused("connections refused by the inspector", workspace["flows_refused"], paint),
         _links(workspace["links"], workspace["ended"], paint),
         _balance(workspace["balance"], paint, moving=moving),
     ]
@@ -144,23 +147,33 @@ def _workspace(workspace: Mapping[str, Any], paint: Paint, *, moving: bool) -> s
 
 
 def _hosts(hosts: list[dict[str, Any]], paint: Paint) -> str:
-    head = ["host", "ports", "packets out", "bytes out", "packets in", "bytes in", "connections"]
-    rows = [
-        [
-            escape(h["host"]) + (" (removed)" if h.get("kind") == "removed" else ""),
-            escape(" ".join(h["ports"])),
-            str(h["out"][0]),
-            amount(h["out"][1]),
-            str(h["in"][0]),
-            amount(h["in"][1]),
-            str(h["connections"]),
-        ]
-        for h in hosts
-    ]
-    if not rows:
+    """A wildcard's names stand below it, indented; its own row has what names counted that it no longer
+    holds. The last column is there when the inspector dials for somebody."""
+    if not hosts:
         return "  no host is allowed"
-    right = "packets out,packets in,bytes out,bytes in,connections"
+    read = any(h["dialled"] is not None for h in hosts)
+    head = ["host", "ports", "packets out", "bytes out", "packets in", "bytes in", "connections"]
+    rows = [[*_host(h), *([_upstream(h)] if read else [])] for h in hosts]
+    right = "packets out,packets in,bytes out,bytes in,connections,bytes upstream"
+    head += ["bytes upstream"] if read else []
     return table(head, rows, right=right, indent="  ", columns=paint.columns)
+
+
+def _host(host: Mapping[str, Any]) -> list[str]:
+    name = {"removed": "{} (removed)", "granted": "  {}"}.get(host["kind"], "{}").format(escape(host["host"]))
+    return [
+        name,
+        escape(" ".join(host["ports"])),
+        str(host["out"][0]),
+        amount(host["out"][1]),
+        str(host["in"][0]),
+        amount(host["in"][1]),
+        str(host["connections"]),
+    ]
+
+
+def _upstream(host: Mapping[str, Any]) -> str:
+    return "-" if host["dialled"] is None else amount(host["dialled"][1])
 
 
 def _denied(denied: Mapping[str, list[int]], paint: Paint) -> str:
@@ -171,13 +184,11 @@ def _denied(denied: Mapping[str, list[int]], paint: Paint) -> str:
     return table(head, rows, right="packets,bytes", indent="  ", columns=paint.columns)
 
 
-def _names(refused: int) -> str:
-    """Their packets went to the resolver and are in its row; what they asked for was refused there."""
-    return (
-        f"  {refused} question{'' if refused == 1 else 's'} for names off the list refused by the resolver"
-        if refused
-        else ""
-    )
+def _refused(title: str, counts: Mapping[str, int], paint: Paint) -> str:
+    """By reason. Their packets were admitted, to the resolver or to the inspector, and are in a row above;
+    what they asked for was refused there."""
+    rows = [[escape(reason), str(count)] for reason, count in sorted(counts.items()) if count]
+    return table([title, "count"], rows, right="count", indent="  ", columns=paint.columns) if rows else ""
 
 
 def _links(links: list[dict[str, Any]], ended: Mapping[str, Any], paint: Paint) -> str:

@@ -93,13 +93,19 @@ def _workspaces(workspaces: list[dict[str, Any]], paint: Paint) -> str:
             escape(w["workspace"]),
             escape(w["guard"] or "-"),
             str(w["sandboxes"]),
+            _names(w["names"]),
             shorten(escape(w["policy"] or "-"), 19),  # "sha256:" and 9 digits, for the eye
             escape(w["problem"] or "-"),
         ]
         for w in workspaces
     ]
-    head = ["workspace", "guard", "sandboxes", "policy", "problem"]
-    return table(head, rows, right="sandboxes", columns=paint.columns)
+    head = ["workspace", "guard", "sandboxes", "names", "policy", "problem"]
+    return table(head, rows, right="sandboxes,names", columns=paint.columns)
+
+
+def _names(names: dict[str, int] | None) -> str:
+    """Names of wildcards that are granted now, of how many."""
+    return "-" if names is None else f"{names['granted']}/{names['budget']}"
 
 
 def _sees_all() -> bool:

@@ -22,7 +22,8 @@ def add(subparsers: Subparsers) -> None:
         "why",
         summary="why a name, an address or a sandbox is allowed or denied",
         says="What would happen to SUBJECT in a workspace, and by which rule: a name, a name or address\n"
-        "with a port, or a sandbox by its link. A denial is an answer: exit status 0.",
+        "with a port, or a sandbox by its link. Of a name that a wildcard covers, whether it is granted\n"
+        "now. A denial is an answer: exit status 0.",
         examples="  egressctl why -w acme tracker.example\n"
         "  egressctl why tracker.example                        where you are a member of one workspace\n"
         "  egressctl why -w acme db.internal.example:5432/tcp\n"

@@ -7,7 +7,9 @@ no longer counts.
 
 An answer counts if it comes from the server asked, with the id and the question of this very attempt.
 Anything else is not even an event: over UDP anyone can send it, and a forger must not be able to end the
-wait. Ids are drawn by the caller (unpredictable), one per attempt.
+wait. Ids are drawn by the caller (unpredictable), one per attempt. With `mixed_case` the letters of the name
+are as well (draft-vixie-dnsext-dns0x20), and what comes back over UDP must have them so; that keeps forgers
+guessing longer, but not every server does it.
 
     for each server, twice:  ask --answer--> finish
                                  --TC------> ask the same server by TCP
@@ -119,11 +121,18 @@ Command: TypeAlias = Send | Finish
 
 
 class Exchange:
-    """`draw` gives an unpredictable number of 16 bits for each attempt."""
+    """`draw` gives an unpredictable number of 16 bits for each attempt, and more for mixed case."""
 
-    def __init__(self, question: Question, servers: Sequence[Server], *, draw: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        question: Question,
+        servers: Sequence[Server],
+        *,
+        draw: Callable[[], int],
+        mixed_case: bool = False,
+    ) -> None:
         self.question = question
-        self._draw = draw
+        self._draw, self._mixed_case = draw, mixed_case
         self._plan = self._attempts(servers)
         self._attempt = 0
         self._sent: Send | None = None
@@ -152,6 +161,8 @@ class Exchange:
             return None
         response = wire.read_response(data)
         if response is None or not self._matches(response):
+            return None
+        if sent.transport is Transport.UDP and self._mixed_case and not _echoes(sent.message, data):
             return None
         if response.truncated and sent.transport is Transport.UDP:
             return self._send(sent.server, Transport.TCP, _STREAM_TIMEOUT, now)
@@ -201,5 +212,34 @@ class Exchange:
         self._attempt += 1
         self._id = self._draw() & 0xFFFF
         message = wire.query(id=self._id, labels=self.question.labels, qtype=self.question.qtype)
+        if self._mixed_case and transport is Transport.UDP:
+            message = _mixed(message, self._draw)
         self._sent = Send(self._attempt, server, transport, message, min(now + timeout, self._end))
         return self._sent
+
+
+_HEADER = 12  # bytes before the question
+
+
+def _name_end(message: bytes) -> int:
+    """Where the question's name ends. Ours, or one that was read already: it does end."""
+    at = _HEADER
+    while message[at]:
+        at += 1 + message[at]
+    return at + 1
+
+
+def _mixed(message: bytes, draw: Callable[[], int]) -> bytes:
+    """The message with a bit drawn for every letter of the name: is it a capital?"""
+    end = _name_end(message)
+    bits = [number >> bit & 1 for number in (draw() for _ in range(0, end, 16)) for bit in range(16)]
+    name = bytearray(message[_HEADER:end])
+    for at, byte in enumerate(name):
+        if bits[at] and 0x61 <= byte <= 0x7A:  # lengths of labels are below these
+            name[at] = byte - 0x20
+    return message[:_HEADER] + bytes(name) + message[end:]
+
+
+def _echoes(asked: bytes, answered: bytes) -> bool:
+    end = _name_end(asked)
+    return asked[_HEADER:end] == answered[_HEADER:end]

@@ -15,6 +15,7 @@ leaves the old standing, which the kernel still has; a first resolution it does 
                                               \\--withheld--> idle, old standing; tried again later
 
 A user that joins while the kernel is asked is not covered by that acknowledgement: it causes another.
+A name that only a wildcard covers comes here once it has been granted (`adopt`), and is then kept alike.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class Family:
 
     slots: Slots[Any] = EMPTY
     failure: Failure | None = None
+    stale: bool = False  # older than their TTL, because upstream fails (RFC 8767)
 
 
 class State(enum.Enum):
@@ -143,6 +145,7 @@ class _Entry:
     due: float | None = None  # of the next look; None while asking
     failures: int = 0
     good_at: list[float | None] = field(default_factory=lambda: [None, None])  # per family
+    ttls: list[float] = field(default_factory=lambda: [0.0, 0.0])  # per family, of what was found then
     latest: Standing | None = None  # as upstream last had it, whatever the kernel thinks of it
     proposed: Standing | None = None  # with the kernel
     serial: int = 0
@@ -193,6 +196,49 @@ class Keeper:
                 commands += self._use(target, wanted, now)
         return commands
 
+    def shortcut(self, target: Target, *, now: float) -> Standing | None:
+        """What is known of a name without asking upstream: it is kept for somebody else already, it is
+        static, or there is nobody to ask."""
+        entry = self._entries.get(target)
+        if entry is not None:
+            return entry.latest if entry.latest is not None and entry.latest.state is State.KNOWN else None
+        findings = self._unasked(target.host)
+        return None if findings is None else self.judge(target, findings, now=now)[0]
+
+    def judge(self, target: Target, findings: Findings, *, now: float) -> tuple[Standing, list[Note]]:
+        """What `found` would make of these, and what is to be recorded. Nothing is kept."""
+        kept = self._entries.get(target)
+        entry = _Entry(target, frozenset())
+        if kept is not None:
+            entry.latest, entry.good_at, entry.ttls = kept.latest, list(kept.good_at), list(kept.ttls)
+        return self._learn(entry, findings, now)
+
+    def adopt(self, target: Target, user: User, standing: Standing, *, seen: float) -> list[Command]:
+        """The kernel leads to the slots of this standing, found at `seen`, for this user: a name that a
+        wildcard covers was granted. From now on it is kept like any other."""
+        entry = self._entries.get(target)
+        if entry is None:
+            return self._adopt_new(target, user, standing, seen)
+        entry.users |= {user}
+        # For others it was known before. What differs meanwhile is asked anew, of the kernel alone.
+        if entry.proposed is None and _same_way(entry.standing, standing):
+            entry.standing = replace(entry.standing, users=entry.standing.users | {user})
+            return []
+        if entry.latest is None or entry.latest.state is not State.KNOWN:
+            entry.latest = standing  # the others' luck
+        return self._apply(entry, entry.latest)
+
+    def leave(self, target: Target, user: User) -> list[Command]:
+        """This user is one no more. A name that nobody uses is forgotten."""
+        entry = self._entries.get(target)
+        if entry is None or user not in entry.users:
+            return []
+        if entry.users == {user}:
+            del self._entries[target]
+            return [Settled(target)]
+        self._narrow(entry, entry.users - {user})
+        return [Settled(target)]
+
     def readmit(self) -> list[Command]:
         """The controller is a new one, which knows of no slots: tell it all of them again. Answers
         continue meanwhile, because the kernel still leads where it did."""
@@ -217,12 +263,9 @@ class Keeper:
         if entry is None:
             return []
         entry.asking = False
-        before = entry.latest or Standing()
-        v4, notes4 = self._family(entry, 0, findings[0], before.v4, now)
-        v6, notes6 = self._family(entry, 1, findings[1], before.v6, now)
-        entry.latest = _standing(v4, v6, findings, exists=before.exists)
+        entry.latest, notes = self._learn(entry, findings, now)
         self._reschedule(entry, findings, now)
-        return [*notes4, *notes6, *self._apply(entry, entry.latest)]
+        return [*notes, *self._apply(entry, entry.latest)]
 
     def admitted(self, target: Target, serial: int) -> list[Command]:
         """The kernel leads where the `Admit` of that serial said."""
@@ -258,23 +301,49 @@ class Keeper:
         if entry is None:
             entry = self._entries[target] = _Entry(target, users)
             return self._look(entry, now)
+        self._narrow(entry, users)
+        return self._apply(entry, entry.latest) if entry.latest is not None else []
+
+    def _narrow(self, entry: _Entry, users: frozenset[User]) -> None:
+        """Whoever left has lost what the kernel had for it; should it come back, that must be asked anew."""
         entry.users = users
-        # Whoever left has lost what the kernel had for it; should it come back, that must be asked anew.
         entry.standing = replace(entry.standing, users=entry.standing.users & users)
         if entry.proposed is not None:
             entry.proposed = replace(entry.proposed, users=entry.proposed.users & users)
-        return self._apply(entry, entry.latest) if entry.latest is not None else []
+
+    def _adopt_new(self, target: Target, user: User, standing: Standing, seen: float) -> list[Command]:
+        users = frozenset({user})
+        entry = self._entries[target] = _Entry(target, users)
+        entry.standing, entry.latest = replace(standing, users=users), standing
+        families = (standing.v4, standing.v6)
+        entry.good_at = [seen if family.failure is None else None for family in families]
+        entry.ttls = [standing.ttl, standing.ttl]
+        entry.failures = int(None in entry.good_at)
+        self._pace(entry, standing.ttl, seen)
+        return []
 
     def _look(self, entry: _Entry, now: float) -> list[Command]:
         entry.due = None
-        host = entry.target.host
-        if host in self._static:
-            return self.found(entry.target, _static_findings(self._static[host]), now=now)
-        if not self._upstream:
-            lost = Finding(failure=Failure(Extended.NO_REACHABLE_AUTHORITY, _AIR_GAPPED.format(host)))
-            return self.found(entry.target, (lost, lost), now=now)
+        findings = self._unasked(entry.target.host)
+        if findings is not None:
+            return self.found(entry.target, findings, now=now)
         entry.asking = True
         return [Ask(entry.target)]
+
+    def _unasked(self, host: str) -> Findings | None:
+        """What is to be said without asking upstream."""
+        if host in self._static:
+            return _static_findings(self._static[host])
+        if self._upstream:
+            return None
+        lost = Finding(failure=Failure(Extended.NO_REACHABLE_AUTHORITY, _AIR_GAPPED.format(host)))
+        return lost, lost
+
+    def _learn(self, entry: _Entry, findings: Findings, now: float) -> tuple[Standing, list[Note]]:
+        before = entry.latest or Standing()
+        v4, notes4 = self._family(entry, 0, findings[0], before.v4, now)
+        v6, notes6 = self._family(entry, 1, findings[1], before.v6, now)
+        return _standing(v4, v6, findings, exists=before.exists), [*notes4, *notes6]
 
     def _family(
         self, entry: _Entry, number: int, finding: Finding, old: Family, now: float
@@ -284,8 +353,8 @@ class Keeper:
             good_at = entry.good_at[number]
             if good_at is None or schedule.is_stale_too_long(good_at=good_at, now=now):
                 return Family(failure=finding.failure), []
-            return old, []
-        entry.good_at[number] = now
+            return replace(old, stale=old.slots != EMPTY and now >= good_at + entry.ttls[number]), []
+        entry.good_at[number], entry.ttls[number] = now, finding.ttl
         host = entry.target.host
         good, refused = sift(finding.addresses, private=entry.target.private, own=self._own)
         notes = [_refused(host, address, kind) for address, kind in refused]
@@ -296,13 +365,16 @@ class Keeper:
         return Family(assign(old.slots, good)[0], failure), notes
 
     def _reschedule(self, entry: _Entry, findings: Findings, now: float) -> None:
-        if any(f.failure is not None for f in findings):
-            entry.failures += 1
-            self._at(entry, now + schedule.retry_after(entry.failures, jitter=self._jitter()))
+        failed = any(f.failure is not None for f in findings)
+        entry.failures = entry.failures + 1 if failed else 0
+        self._pace(entry, min(f.ttl for f in findings), now)
+
+    def _pace(self, entry: _Entry, ttl: float, now: float) -> None:
+        jitter = self._jitter()
+        if entry.failures:
+            self._at(entry, now + schedule.retry_after(entry.failures, jitter=jitter))
         else:
-            entry.failures = 0
-            ttl = min(f.ttl for f in findings)  # neither failed
-            self._at(entry, now + schedule.refresh_after(ttl, jitter=self._jitter()))
+            self._at(entry, now + schedule.refresh_after(ttl, jitter=jitter))
 
     def _at(self, entry: _Entry, due: float) -> None:
         entry.due = due

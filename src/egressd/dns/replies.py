@@ -12,10 +12,11 @@ from egressd.model.addresses import Address
 
 __all__ = [
     "ANSWER_TTL", "DENIED_TTL", "Extended", "Failure", "Rcode", "Reply", "Type", "addresses", "any_type",
-    "blocked", "failure", "no_data", "no_name", "pointer", "refused", "unknown_version",
+    "blocked", "failure", "no_data", "no_name", "pointer", "refused", "stale", "unknown_version",
 ]  # fmt: skip
 
 ANSWER_TTL = 60  # seconds; synthetic addresses are stable, so this only bounds how soon a new family shows
+STALE_TTL = 30  # seconds; RFC 8767 section 4
 DENIED_TTL = 5  # seconds; a policy change should be felt soon, and nobody upstream is spared by caching
 _MAX_TEXT = 240  # bytes of UTF-8 in an Extended DNS Error
 
@@ -53,6 +54,7 @@ class Extended(enum.IntEnum):
     """Extended DNS Error codes, RFC 8914 section 4."""
 
     OTHER = 0
+    STALE_ANSWER = 3
     NOT_READY = 14
     BLOCKED = 15
     PROHIBITED = 18
@@ -81,10 +83,16 @@ class Reply:
     negative: bool = False
     extended: int | None = None
     text: str = ""
+    shared: bool = True  # another sandbox of the workspace may be given the same bytes, unasked
 
 
 def addresses(found: tuple[Address, ...], *, ttl: int = ANSWER_TTL) -> Reply:
     return Reply(addresses=found, ttl=ttl)
+
+
+def stale(found: tuple[Address, ...]) -> Reply:
+    """The last good ones, while upstream fails (RFC 8767; the Extended Error is RFC 8914 section 4.4)."""
+    return Reply(addresses=found, ttl=STALE_TTL, extended=Extended.STALE_ANSWER)
 
 
 def pointer(name: str) -> Reply:

@@ -7,6 +7,9 @@ of its block, never with real ones; nothing a sandbox asks about a listed name g
     a listed name, A or AAAA       synthetic, or why not      the same
     a listed name, ANY             HINFO (RFC 8482)           the same
     a listed name, any other type  NODATA                     the same
+    covered by a wildcard, granted as a listed name           the same
+    covered, A or AAAA             granted first (`Covered`)  the same
+    covered, any other type        NODATA, nothing is asked   the same
     a local service                synthetic slot 0           the same
     localhost                      127.0.0.1, ::1             the same
     PTR of a synthetic address     its name                   the same
@@ -16,7 +19,7 @@ of its block, never with real ones; nothing a sandbox asks about a listed name g
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv6Address
 from typing import Annotated, Literal, Protocol, TypeAlias
 
@@ -26,18 +29,21 @@ from egressd.dns import replies
 from egressd.dns.keeper import Standing, State, Target, User
 from egressd.dns.replies import Extended, Reply, Type
 from egressd.dns.slots import leading
+from egressd.dns.wildcards import Cover, Patterns, Pending
 from egressd.dns.wire import Query, reverse_address
 from egressd.model.addresses import Address
 from egressd.model.identities import WORKSPACE_PATTERN
 from egressd.model.verdicts import Reason
-from egressd.policy.compiled import Guard
+from egressd.policy.compiled import Budgets, Guard
 
 __all__ = [
-    "Decision", "Denied", "Forward", "Pools", "Table", "Wait", "WorkspaceNames", "answer", "users_of",
+    "Covered", "Decision", "Denied", "Forward", "Pools", "Table", "Wait", "WorkspaceNames", "answer",
+    "unlisted", "users_of",
 ]  # fmt: skip
 
 _Block = Annotated[int, Meta(ge=0, lt=1 << 14)]
 _Host = Annotated[str, Meta(min_length=1, max_length=253, pattern=r"^[a-z0-9._-]+$")]
+_Pattern = Annotated[str, Meta(max_length=255, pattern=r"^\*\*?(?:\.[a-z0-9-]{1,63}){2,}$")]
 _Listed = tuple[_Block, bool]
 _MAX_NEGATIVE_TTL = 60.0  # seconds; what upstream says about absence is looked at again anyway
 
@@ -49,6 +55,9 @@ class WorkspaceNames(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     guard: Literal["off", "observe", "enforce"]
     hosts: dict[_Host, _Listed] = {}  # canonical names without wildcards -> their block, and `private`
     services: dict[_Host, _Block] = {}  # `local:` rules
+    wildcards: dict[_Pattern, bool] = {}  # "*.x" or "**.x" -> `private`
+    granted: dict[_Host, _Listed] = {}  # names that only a wildcard covers, as far as they are granted
+    budgets: Budgets = Budgets()  # of such names
 
 
 class Pools(Protocol):
@@ -61,9 +70,17 @@ class Pools(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Nothing can be said yet; ask again when the target has settled."""
+    """Nothing can be said yet; ask again when this has settled."""
 
-    target: Target
+    target: Target | Pending
+
+
+@dataclass(frozen=True, slots=True)
+class Covered:
+    """A wildcard covers the name, which is not granted yet. See `wildcards.Wildcards.asked`."""
+
+    host: str
+    cover: Cover
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +98,7 @@ class Denied:
     reason: Reason
 
 
-Decision: TypeAlias = Reply | Wait | Forward | Denied
+Decision: TypeAlias = Reply | Wait | Forward | Denied | Covered
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,17 +107,33 @@ class Table:
 
     names: WorkspaceNames
     pools: Pools
+    patterns: Patterns
     by_block: dict[int, str] = field(default_factory=dict)
+    granted: dict[str, _Listed] = field(default_factory=dict)
 
     @classmethod
     def of(cls, names: WorkspaceNames, pools: Pools) -> Table:
+        """Granted names are added with `grant`: what the list says of them may be out of date."""
         by_block = {block: host for host, (block, _) in names.hosts.items()}
         by_block |= {block: service for service, block in names.services.items()}
-        return cls(names, pools, by_block)
+        return cls(names, pools, Patterns(names.wildcards), by_block)
 
     @property
     def workspace(self) -> str:
         return self.names.workspace
+
+    def lists(self, host: str) -> bool:
+        """Whether the name itself is on the list: then no wildcard has a say in it."""
+        return host in self.names.hosts or host in self.names.services
+
+    def grant(self, host: str, block: int, *, private: bool) -> None:
+        self.granted[host] = (block, private)
+        self.by_block[block] = host
+
+    def release(self, host: str) -> None:
+        block, _ = self.granted.pop(host, (None, False))
+        if block is not None:
+            self.by_block.pop(block, None)
 
 
 def users_of(tables: Mapping[str, Table]) -> dict[Target, frozenset[User]]:
@@ -110,6 +143,8 @@ def users_of(tables: Mapping[str, Table]) -> dict[Target, frozenset[User]]:
         for host, (block, private) in table.names.hosts.items():
             if host not in table.names.services:
                 users.setdefault(Target(host, private), set()).add(User(table.workspace, block))
+        for host, (block, private) in table.granted.items():
+            users.setdefault(Target(host, private), set()).add(User(table.workspace, block))
     return {target: frozenset(found) for target, found in users.items()}
 
 
@@ -130,7 +165,23 @@ def answer(table: Table, query: Query, standing: Callable[[Target], Standing]) -
         found = _name_of(table, address)
         if found is not None:
             return replies.pointer(found)
-    return _unlisted(table, query)
+    return _covered(table, query, standing)
+
+
+def _covered(table: Table, query: Query, standing: Callable[[Target], Standing]) -> Decision:
+    """By a wildcard. An answer about such a name is only for who asked: asking is what keeps it granted."""
+    granted = table.granted.get(query.name)
+    if granted is not None:
+        decision = _listed(table, query, *granted, standing)
+        return replace(decision, shared=False) if isinstance(decision, Reply) else decision
+    cover = table.patterns.match(query.name)
+    if cover is None:
+        return unlisted(table, query)
+    if query.qtype in _ADDRESS_TYPES:
+        return Covered(query.name, cover)
+    if query.qtype == Type.ANY:
+        return replace(replies.any_type(), shared=False)
+    return replace(replies.no_data(extended=Extended.NOT_SUPPORTED, text=Reason.TYPE.text), shared=False)
 
 
 def _fixed(query: Query, pair: tuple[IPv4Address, IPv6Address]) -> Reply:
@@ -176,13 +227,15 @@ def _synthetic(table: Table, query: Query, block: int, known: Standing, ttl: int
     family, which = (known.v4, 0) if query.qtype == Type.A else (known.v6, 1)
     slots = leading(family.slots)
     if slots:
-        return replies.addresses(tuple(table.pools.synthetic(block, slot)[which] for slot in slots))
+        found = tuple(table.pools.synthetic(block, slot)[which] for slot in slots)
+        return replies.stale(found) if family.stale else replies.addresses(found)
     if family.failure is not None:
         return replies.no_data(extended=family.failure.code, text=family.failure.text)
     return replies.no_data(ttl=ttl)
 
 
-def _unlisted(table: Table, query: Query) -> Decision:
+def unlisted(table: Table, query: Query) -> Decision:
+    """Nothing on the list has a say in it: the guard decides."""
     guard = Guard(table.names.guard)
     if guard is Guard.ENFORCE:
         text = f"{query.name or '.'} is not on the list of workspace {table.workspace}"

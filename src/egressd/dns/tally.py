@@ -7,7 +7,7 @@ of a link the rest is counted under one name, so that the record of the others s
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from egressd.journal.floods import Flood, Floods
 
@@ -36,14 +36,15 @@ class Tally:
         self._distinct = distinct
         self._open: dict[int, set[Happening]] = {}  # by link
 
-    def add(self, happening: Happening, *, now: float) -> list[tuple[Happening, int]]:
-        """Count one. Returns those whose second is over."""
+    def add(self, happening: Happening, *, now: float, count: int = 1) -> list[tuple[Happening, int]]:
+        """Count it, `count` times. Returns those whose second is over."""
         over = self.due(now=now)
         known = self._open.setdefault(happening.link, set())
         if happening not in known and len(known) >= self._distinct:
-            happening = replace(happening, name=OTHERS, type=OTHERS)
+            event, link, workspace = happening.event, happening.link, happening.workspace
+            happening = Happening(event, link, workspace, OTHERS, OTHERS, happening.reason)
         known.add(happening)
-        return over + self._closed(self._floods.add(happening, None, now=now))
+        return over + self._closed(self._floods.add(happening, None, now=now, count=count))
 
     def due(self, *, now: float) -> list[tuple[Happening, int]]:
         return self._closed(self._floods.due(now=now))

@@ -3,7 +3,9 @@
 Theory of operation. Reading is done by a small cursor of our own: dnslib parses the data of every record
 type it knows, follows compression pointers in ways that can recurse without end, and fails with whatever
 exception comes up. What a stranger sends is read here for exactly the fields that somebody uses, every
-step bounded. Writing, where all input is ours, is dnslib's.
+step bounded. Queries of the common form are read, and answers of the common forms written, by code that
+does nothing else, because a sandbox can ask for as many names that nobody knows as it likes; the rest is
+the cursor's and dnslib's, which also say in the tests what the fast code must come to.
 
 Rules of this file: any bytes give a value (`Query`, `Malformed`, `Response`) or None, never an exception.
 A name is *canonical* when it is lower case, without final dot, every byte that is not a letter, digit,
@@ -15,11 +17,12 @@ Formats: RFC 1035 section 4, EDNS RFC 6891, Extended DNS Errors RFC 8914, negati
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import dnslib
 
@@ -42,6 +45,7 @@ _QR, _TC, _RD, _RA, _CD = 0x8000, 0x0200, 0x0100, 0x0080, 0x0010
 _IN = 1
 _OPTION_EDE = 15  # RFC 8914 section 2
 _LABEL_BYTES = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789-_")
+_NAME_BYTES = bytes(_LABEL_BYTES) + b"."
 
 Labels: TypeAlias = tuple[bytes, ...]
 
@@ -60,9 +64,8 @@ class Edns:
     dnssec_ok: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Query:
-    """One well-formed question."""
+class Query(NamedTuple):
+    """One well-formed question. A tuple, because making one is most of what reading one costs."""
 
     id: int
     labels: Labels  # as asked, case kept (0x20)
@@ -72,6 +75,7 @@ class Query:
     recursion: bool
     checking_disabled: bool
     edns: Edns | None
+    echo: bytes = b""  # the question section as it came; empty: to be made from the labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +118,9 @@ class Response:
 
 def canonical(labels: Labels) -> str:
     """The name as text; the root is the empty string. Inverse of `labels_of` for listed names."""
+    text = b".".join(labels).lower()
+    if not text.translate(None, _NAME_BYTES) and text.count(b".") == len(labels) - 1:
+        return text.decode("ascii")
     return ".".join(_label_text(label.lower()) for label in labels)
 
 
@@ -216,6 +223,10 @@ def read_query(data: bytes) -> Query | Malformed | None:
     opcode, recursion = flags >> 11 & 0xF, bool(flags & _RD)
     if opcode != 0:
         return Malformed(number, opcode, recursion, Rcode.NOTIMP)
+    if questions == 1 and not answers and not authorities and additional <= 1:
+        found = _read_plain(data, number, flags, additional)
+        if found is not None:
+            return found
     # Exactly one question (RFC 9619); a query carries no answers; OPT and at most one signature.
     if questions == 1 and not answers and not authorities and additional <= 2:
         try:
@@ -225,10 +236,49 @@ def read_query(data: bytes) -> Query | Malformed | None:
     return Malformed(number, opcode, recursion, Rcode.FORMERR)
 
 
+def _read_plain(data: bytes, number: int, flags: int, additional: int) -> Query | None:
+    """Nearly every query: a name, and OPT without options or nothing. None for whatever is different,
+    right or wrong: `_read_query` decides about it."""
+    labels, end = [], len(data)
+    position, length = _HEADER.size + 1, data[_HEADER.size] if end > _HEADER.size else 0xFF
+    while 0 < length < 64:
+        following = position + length
+        if following >= end:
+            return None
+        labels.append(data[position:following])
+        position, length = following + 1, data[following]
+    rest = end - position
+    if length or position > _HEADER.size + _MAX_NAME or rest != (_QUESTION_OPT if additional else _HH.size):
+        return None
+    edns = None
+    if additional:
+        qtype, qclass, root, kind, size, ttl, options = _PLAIN.unpack_from(data, position)
+        if root or kind != _OPT or options:
+            return None
+        edns = _edns(size, ttl)
+    else:
+        qtype, qclass = _HH.unpack_from(data, position)
+    chosen = tuple(labels)
+    echo = data[_HEADER.size : position + _HH.size]
+    recursion, checking_disabled = bool(flags & _RD), bool(flags & _CD)
+    return Query(number, chosen, canonical(chosen), qtype, qclass, recursion, checking_disabled, edns, echo)
+
+
+_PLAIN = struct.Struct("!HHBHHIH")  # type and class of the question, then OPT
+_QUESTION_OPT = _PLAIN.size
+_OPT = int(Type.OPT)
+
+
+@functools.lru_cache(maxsize=64)
+def _edns(size: int, ttl: int) -> Edns:
+    return Edns(size=size, version=ttl >> 16 & 0xFF, dnssec_ok=bool(ttl & 0x8000))
+
+
 def _read_query(data: bytes, number: int, flags: int, additional: int) -> Query:
     cursor = _Cursor(data, _HEADER.size)
     labels = cursor.name(compressed=False)
     qtype, qclass = cursor.take(_HH)
+    echo = data[_HEADER.size : cursor.at]
     edns = None
     for _ in range(additional):
         owner = cursor.name()
@@ -240,10 +290,11 @@ def _read_query(data: bytes, number: int, flags: int, additional: int) -> Query:
             raise _WireError
         for _ in _options(rdata):
             pass
-        edns = Edns(size=size, version=ttl >> 16 & 0xFF, dnssec_ok=bool(ttl & 0x8000))
+        edns = _edns(size, ttl)
     if cursor.at != len(data):
         raise _WireError
-    return Query(number, labels, canonical(labels), qtype, qclass, bool(flags & _RD), bool(flags & _CD), edns)
+    recursion, checking_disabled = bool(flags & _RD), bool(flags & _CD)
+    return Query(number, labels, canonical(labels), qtype, qclass, recursion, checking_disabled, edns, echo)
 
 
 def _options(rdata: bytes) -> Iterator[tuple[int, bytes]]:
@@ -396,9 +447,67 @@ def _limit(asked: Query, *, udp: bool) -> int:
 
 
 def _pack(asked: Query, reply: Reply, *, text: str, truncated: bool = False) -> bytes:
+    if reply.pointer is None and not reply.hinfo:
+        return _pack_plain(asked, reply, text, truncated)
+    return _pack_any(asked, reply, text=text, truncated=truncated)
+
+
+def _flags(asked: Query, reply: Reply, truncated: bool) -> int:
     flags = _QR | _RA | (_RD if asked.recursion else 0) | (_CD if asked.checking_disabled else 0)
-    flags |= (_TC if truncated else 0) | (reply.rcode & 0xF)
-    record = _record(header=_header(id=asked.id, flags=flags))
+    return flags | (_TC if truncated else 0) | (reply.rcode & 0xF)
+
+
+def _pack_plain(asked: Query, reply: Reply, text: str, truncated: bool) -> bytes:
+    """Addresses, or what says that there are none, written by hand: dnslib takes ten times as long."""
+    question = asked.echo or _question(asked)
+    owner = b"\xc0\x0c" if asked.labels else b"\x00"
+    parts = [b"", question]
+    for address in reply.addresses:
+        packed = address.packed
+        parts += (owner, _RECORD.pack(1 if len(packed) == 4 else 28, _IN, reply.ttl, len(packed)), packed)
+    if reply.negative:
+        parts.append(_negative(reply.ttl))
+    if asked.edns is not None:
+        parts.append(_plain_opt(asked.edns, reply, text))
+    additional = 0 if asked.edns is None else 1
+    counts = 1, len(reply.addresses), int(reply.negative), additional
+    parts[0] = _HEADER.pack(asked.id, _flags(asked, reply, truncated), *counts)
+    return b"".join(parts)
+
+
+def _question(asked: Query) -> bytes:
+    name = b"".join(bytes((len(label),)) + label for label in asked.labels)
+    return name + b"\x00" + _HH.pack(asked.qtype, asked.qclass)
+
+
+_SOA_NAMES = b"\x07egressd\x07invalid\x00\x06nobody\x07invalid\x00"
+_SOA_TIMES = 1, 3600, 600, 86400  # serial, refresh, retry, expire
+
+
+@functools.lru_cache(maxsize=128)
+def _negative(ttl: int) -> bytes:
+    data = _SOA_NAMES + _SOA.pack(*_SOA_TIMES, ttl)
+    return b"\x00" + _RECORD.pack(Type.SOA, _IN, ttl, len(data)) + data
+
+
+def _plain_opt(asked: Edns, reply: Reply, text: str) -> bytes:
+    data = b""
+    if reply.extended is not None:
+        why = text.encode()
+        data = _EDE.pack(_OPTION_EDE, 2 + len(why), reply.extended) + why
+    return b"\x00" + _RECORD.pack(_OPT, UDP_SIZE, _opt_ttl(asked, reply), len(data)) + data
+
+
+_EDE = struct.Struct("!HHH")  # an option's code and length, and the error's code
+
+
+def _opt_ttl(asked: Edns, reply: Reply) -> int:
+    """RFC 6891 section 6.1.3: the upper bits of the response code, version 0, DO."""
+    return reply.rcode >> 4 << 24 | (0x8000 if asked.dnssec_ok else 0)
+
+
+def _pack_any(asked: Query, reply: Reply, *, text: str, truncated: bool) -> bytes:
+    record = _record(header=_header(id=asked.id, flags=_flags(asked, reply, truncated)))
     owner = _label(asked.labels)
     record.add_question(dnslib.DNSQuestion(owner, asked.qtype, asked.qclass))
     for kind, data in _records(reply):
@@ -421,9 +530,7 @@ def _records(reply: Reply) -> Iterator[tuple[int, Any]]:
 
 def _soa(ttl: int) -> Any:
     # No zone of ours exists; the root as owner holds for any name, "invalid." (RFC 6761) misleads nobody.
-    return dnslib.SOA(
-        _label((b"egressd", b"invalid")), _label((b"nobody", b"invalid")), (1, 3600, 600, 86400, ttl)
-    )
+    return dnslib.SOA(_label((b"egressd", b"invalid")), _label((b"nobody", b"invalid")), (*_SOA_TIMES, ttl))
 
 
 def _opt(asked: Edns, reply: Reply, text: str) -> Any:

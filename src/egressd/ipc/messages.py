@@ -12,11 +12,11 @@ from typing import Annotated, Literal, TypeAlias
 
 from msgspec import Meta, Struct
 
-from egressd.ruleset.wants import NatEntry, WorkspaceName
+from egressd.ruleset.wants import Element, NatEntry, WorkspaceName
 
 __all__ = [
-    "FROM_CLIENT", "FROM_INSPECTOR", "FROM_RESOLVER", "FROM_WARDEN", "TO_AUDITOR", "TO_CLIENT",
-    "TO_INSPECTOR", "TO_RESOLVER", "TO_WARDEN",
+    "FROM_CLIENT", "FROM_INSPECTOR", "FROM_RELAY", "FROM_RESOLVER", "FROM_WARDEN", "TO_AUDITOR", "TO_CLIENT",
+    "TO_INSPECTOR", "TO_RELAY", "TO_RESOLVER", "TO_WARDEN",
 ]  # fmt: skip
 
 LinkNumber = Annotated[int, Meta(ge=1, le=999_999_999)]
@@ -40,6 +40,7 @@ class _Request(_Message, frozen=True, tag=True):
 #   SetWorkspaces   only ever writes egressd's own two tables inside the gateway; every field is a number,
 #                   an address or a checked identifier. A hostile controller can allow what it likes --
 #                   that is what a controller is for -- but reaches no other table, namespace or host.
+#   Grant           the same, for the elements of one name at a time; Withdraw only ever takes away.
 #   SetNat          the same, for where synthetic addresses lead; real addresses are checked again against
 #                   the classes no rule may reach (loopback, link-local, egressd's own pools).
 #   OpenLink        the descriptor must be a network namespace (nsfs magic, NS_GET_NSTYPE), owned through a
@@ -58,6 +59,23 @@ class SetWorkspaces(_Request, frozen=True, tag=True):
 class SetNat(_Request, frozen=True, tag=True):
     """Change where slots lead. One batch."""
 
+    entries: Annotated[tuple[NatEntry, ...], Meta(max_length=512)]
+
+
+class Grant(_Request, frozen=True, tag=True):
+    """Add elements to a workspace's allow map and lead their slots: one name that a wildcard covers. One
+    batch; they stay until `Withdraw`, or a `SetWorkspaces` that does not name them."""
+
+    workspace: WorkspaceName
+    elements: Annotated[tuple[Element, ...], Meta(min_length=1, max_length=256)]
+    entries: Annotated[tuple[NatEntry, ...], Meta(max_length=16)]
+
+
+class Withdraw(_Request, frozen=True, tag=True):
+    """Take elements of a workspace away again, and the ways of their slots. One batch."""
+
+    workspace: WorkspaceName
+    elements: Annotated[tuple[Element, ...], Meta(min_length=1, max_length=4096)]
     entries: Annotated[tuple[NatEntry, ...], Meta(max_length=512)]
 
 
@@ -103,7 +121,17 @@ class ReadDrift(_Request, frozen=True, tag=True):
 
 
 TO_WARDEN: TypeAlias = (
-    SetWorkspaces | SetNat | OpenLink | KeepLink | CloseLink | Settle | ReadCounters | ReadRuleset | ReadDrift
+    SetWorkspaces
+    | SetNat
+    | Grant
+    | Withdraw
+    | OpenLink
+    | KeepLink
+    | CloseLink
+    | Settle
+    | ReadCounters
+    | ReadRuleset
+    | ReadDrift
 )
 
 
@@ -149,6 +177,7 @@ class Retired(_Message, frozen=True, tag=True):
 
     workspace: WorkspaceName
     elements: dict[str, tuple[int, int]]  # comment -> (packets, bytes), summed
+    dialled: dict[str, tuple[int, int]] = {}  # the same for what the inspector sent on; in no book
 
 
 class LinkLost(_Message, frozen=True, tag=True):
@@ -196,22 +225,48 @@ class Resolved(_Request, frozen=True, tag=True):
     slots6: tuple[IPv6Address | None, IPv6Address | None, IPv6Address | None, IPv6Address | None]
 
 
+class GrantName(_Request, frozen=True, tag=True):
+    """resolver -> controller: this name, which a wildcard of the workspace covers, was asked for by the
+    sandbox on `link` and leads here. Answered `Granted` once the kernel admits it and leads there, `Failed`
+    if it does not; nothing is granted then. Until then no answer is given."""
+
+    workspace: WorkspaceName
+    link: LinkNumber
+    host: HostName
+    wildcard: HostName
+    slots4: tuple[IPv4Address | None, IPv4Address | None, IPv4Address | None, IPv4Address | None]
+    slots6: tuple[IPv6Address | None, IPv6Address | None, IPv6Address | None, IPv6Address | None]
+
+
+class Granted(_Request, frozen=True, tag=True):
+    """The name's block of synthetic addresses in that workspace."""
+
+    block: Annotated[int, Meta(ge=1, lt=1 << 14)]
+
+
+class ReleaseNames(_Request, frozen=True, tag=True):
+    """resolver -> controller: nobody has used these names for a while; take them back. Answered `Done`."""
+
+    workspace: WorkspaceName
+    hosts: Annotated[tuple[HostName, ...], Meta(min_length=1, max_length=256)]
+
+
 class ReadRefused(_Request, frozen=True, tag=True):
     """How many questions were refused? Answered by `RefusedNames`."""
 
 
 class RefusedNames(_Request, frozen=True, tag=True):
-    """Questions refused since the resolver started, by workspace."""
+    """Questions refused since the resolver started: workspace -> reason -> count."""
 
-    counts: dict[WorkspaceName, int]
+    counts: dict[WorkspaceName, dict[Annotated[str, Meta(max_length=32)], int]]
 
 
-TO_RESOLVER: TypeAlias = SetNames | BindSource | UnbindSource | ReadRefused | Done | Failed
-FROM_RESOLVER: TypeAlias = Resolved | RefusedNames | Done | Failed
+TO_RESOLVER: TypeAlias = SetNames | BindSource | UnbindSource | ReadRefused | Granted | Done | Failed
+FROM_RESOLVER: TypeAlias = Resolved | GrantName | ReleaseNames | RefusedNames | Done | Failed
 
 
 # --------------------------------------------------------------------------------------------------
-# controller -> inspector and back
+# controller -> relay and back
 class Relay(Struct, frozen=True, forbid_unknown_fields=True):
     """A `local:` service: connections from `workspace` to (block, port) go to 127.0.0.1:`port`."""
 
@@ -228,8 +283,54 @@ class SetRelays(_Request, frozen=True, tag=True):
     relays: Annotated[tuple[Relay, ...], Meta(max_length=1024)]
 
 
-TO_INSPECTOR: TypeAlias = SetRelays | BindSource | UnbindSource
-FROM_INSPECTOR: TypeAlias = Done | Failed
+TO_RELAY: TypeAlias = SetRelays | BindSource | UnbindSource
+FROM_RELAY: TypeAlias = Done | Failed
+
+
+# --------------------------------------------------------------------------------------------------
+# controller -> inspector and back
+class Site(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A host whose connections are read: those from `workspace` to (block, port) must ask for `host`.
+
+    `index` is the workspace's number: the inspector dials the block's synthetic addresses from that
+    workspace's own source address (layout.dial_source), and the kernel admits and translates it."""
+
+    workspace: WorkspaceName
+    index: Annotated[int, Meta(ge=1, lt=1 << 13)]
+    host: HostName
+    block: Annotated[int, Meta(ge=1, lt=1 << 14)]
+    port: Annotated[int, Meta(ge=1, le=65535)]
+    ech: bool = False  # whether encrypted_client_hello may be there
+    idle: float | None = None  # seconds without a byte after which the flow is reset; None: the default
+
+
+class SetSites(_Request, frozen=True, tag=True):
+    """All sites there are; payload: list[Site]. Flows whose site is no longer among them are closed on both
+    sides before `Done` is answered: only then is a revocation complete. Other flows stay."""
+
+    payload_length: Annotated[int, Meta(ge=2, le=1 << 28)]
+
+
+class AddSites(_Request, frozen=True, tag=True):
+    """More of them: a wildcard's name was granted. The rest stays."""
+
+    sites: Annotated[tuple[Site, ...], Meta(min_length=1, max_length=256)]
+
+
+class RemoveSites(_Request, frozen=True, tag=True):
+    """Some of them go, with their flows."""
+
+    sites: Annotated[tuple[Site, ...], Meta(min_length=1, max_length=4096)]
+
+
+class RefusedFlows(_Request, frozen=True, tag=True):
+    """Connections refused since the inspector started: workspace -> reason -> count."""
+
+    counts: dict[WorkspaceName, dict[Annotated[str, Meta(max_length=32)], int]]
+
+
+TO_INSPECTOR: TypeAlias = SetSites | AddSites | RemoveSites | BindSource | UnbindSource | ReadRefused
+FROM_INSPECTOR: TypeAlias = RefusedFlows | Done | Failed
 
 
 # --------------------------------------------------------------------------------------------------

@@ -39,17 +39,17 @@ class Floods(Generic[K, D]):
     def __len__(self) -> int:
         return len(self._open)
 
-    def add(self, key: K, detail: D, *, now: float) -> list[Flood[K, D]]:
-        """Count one; returns the floods that are over."""
+    def add(self, key: K, detail: D, *, now: float, count: int = 1) -> list[Flood[K, D]]:
+        """Count one, or `count` of them; returns the floods that are over."""
         over = self.due(now=now)
         flood = self._open.get(key)
         if flood is not None:
-            flood.count += 1
+            flood.count += count
             flood.last = now
             return over
         if len(self._open) >= self._capacity:
             over.append(self._open.popitem(last=False)[1])
-        self._open[key] = Flood(key, detail, now, now)
+        self._open[key] = Flood(key, detail, now, now, count)
         return over
 
     def due(self, *, now: float) -> list[Flood[K, D]]:

@@ -2,8 +2,10 @@
 
 Deleting an entry ends the flow for good: its next packet is looked up anew, and its replies belong to
 nothing. Messages of linux/netfilter/nfnetlink_conntrack.h. A delete with a mark filter walks the table once
-in the kernel; one with an address filter exists only since 6.8, so entries of an address are listed with
-that filter (since 5.8) and deleted by identity.
+in the kernel; one with an address filter exists only since 6.8, so entries of an address are listed and
+deleted by identity. The filter of a listing (since 5.8) is used for IPv4 only: for IPv6 it is the wrong way
+round, and lists every connection but those of the address (seen on 6.18; ctnetlink_filter_match_tuple). What
+is listed is compared here in either case.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ __all__ = ["Conntrack"]
 _GET, _DELETE = 0x101, 0x102  # NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_*
 _TUPLE_ORIG, _MARK, _ZONE, _ID, _MARK_MASK, _FILTER = 1, 8, 18, 12, 21, 25
 _TUPLE_IP = 1
+_IP4_SRC, _IP6_SRC = 1, 3  # CTA_IP_V4_SRC, CTA_IP_V6_SRC
 _FILTER_ORIG_FLAGS = 1
 _FILTER_IP_SRC = 1 << 0  # CTA_FILTER_FLAG(CTA_IP_SRC), net/netfilter/nf_conntrack_netlink.c
 _FEW = 2  # marks: below, one walk in the kernel for each; above, one listing
@@ -53,7 +56,7 @@ class Conntrack:
     def forget_sources(self, addresses: Collection[IPv4Address | IPv6Address]) -> None:
         """Delete every entry that one of these addresses began."""
         for address in addresses:
-            self._delete(self._entries(_from(address)))
+            self._delete([entry for entry in self._entries(_from(address)) if entry.source == address.packed])
 
     def forget_all(self) -> None:
         """Empty the table."""
@@ -76,6 +79,7 @@ class Conntrack:
 
 class _Entry(NamedTuple):
     mark: int
+    source: bytes  # who began it
     identity: bytes  # the body of a request that names this entry and no later one of the same tuple
 
 
@@ -85,7 +89,9 @@ def _entry(body: bytes) -> _Entry:
     identity += attribute(_TUPLE_ORIG, said[_TUPLE_ORIG], nested=True) + attribute(_ID, said[_ID])
     if _ZONE in said:
         identity += attribute(_ZONE, said[_ZONE])
-    return _Entry(struct.unpack(">I", said.get(_MARK, bytes(4)))[0], identity)
+    ends = dict(attributes(dict(attributes(said[_TUPLE_ORIG]))[_TUPLE_IP]))
+    source = ends.get(_IP4_SRC) or ends[_IP6_SRC]
+    return _Entry(struct.unpack(">I", said.get(_MARK, bytes(4)))[0], source, identity)
 
 
 def _header(family: int) -> bytes:
@@ -93,13 +99,15 @@ def _header(family: int) -> bytes:
 
 
 def _from(address: IPv4Address | IPv6Address) -> Request:
-    version4 = address.version == 4
-    source = attribute(1 if version4 else 3, address.packed)  # CTA_IP_V4_SRC, CTA_IP_V6_SRC
-    body = attribute(_TUPLE_ORIG, attribute(_TUPLE_IP, source, nested=True), nested=True)
+    """What lists the connections of an address, and of IPv6 all the others as well."""
+    what = f"list connections of {address}"
+    if address.version == 6:
+        return Request(_GET, _header(socket.AF_INET6), what, DUMP)
+    source = attribute(_TUPLE_IP, attribute(_IP4_SRC, address.packed), nested=True)
+    body = attribute(_TUPLE_ORIG, source, nested=True)
     flags = attribute(_FILTER_ORIG_FLAGS, struct.pack("=I", _FILTER_IP_SRC))
     body += attribute(_FILTER, flags, nested=True)
-    family = socket.AF_INET if version4 else socket.AF_INET6
-    return Request(_GET, _header(family) + body, f"list connections of {address}", DUMP)
+    return Request(_GET, _header(socket.AF_INET) + body, what, DUMP)
 
 
 _EVERY = Request(_GET, _header(socket.AF_UNSPEC), "list connections", DUMP)

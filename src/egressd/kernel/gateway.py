@@ -46,15 +46,19 @@ __all__ = [
 UPLINK_MAC, HOST_MAC = "02:53:00:00:00:03", "02:53:00:00:00:04"
 
 _ANY4, _ANY6 = IPv4Network("0.0.0.0/0"), IPv6Network("::/0")
+# What the inspector dials is synthetic: unmarked, it is for the gateway itself, where nobody listens.
+_DIAL: dict[int, str] = {socket.AF_INET: str(layout.DIAL4), socket.AF_INET6: str(layout.DIAL6)}
 
 
 def _rules(family: int) -> tuple[Rule, ...]:
-    inspect, resolve, forward = int(Kind.INSPECT), int(Kind.RESOLVE), int(Kind.FORWARD)
+    steered, resolve, forward = int(Kind.RELAY), int(Kind.RESOLVE), int(Kind.FORWARD)
     return (
-        Rule(family, 10, None, mark=inspect, device=UPLINK),
-        Rule(family, 11, layout.ROUTES_INSPECT, mark=inspect),
+        Rule(family, 10, None, mark=steered, device=UPLINK),
+        Rule(family, 11, layout.ROUTES_STEERED, mark=steered),
         Rule(family, 12, LOCAL, mark=resolve),
         Rule(family, 13, layout.ROUTES_FORWARD, mark=forward),
+        Rule(family, 14, layout.ROUTES_DIALLED, device="lo", source=_DIAL[family]),
+        Rule(family, 15, None, device="lo", source=_DIAL[family]),
         Rule(family, 20, LOCAL, device="lo"),
         Rule(family, 21, MAIN, device="lo"),
         Rule(family, 22, LOCAL, device=UPLINK),
@@ -136,7 +140,20 @@ def gateway_things(pools: Pools) -> list[Thing]:
         Route(network=_ANY6, device=UPLINK, table=layout.ROUTES_FORWARD, via=layout.UPLINK_HOST6),
     ]
     for network in (_ANY4, _ANY6):
-        things.append(Route(network=network, device="lo", table=layout.ROUTES_INSPECT, kind="local"))
+        things.append(Route(network=network, device="lo", table=layout.ROUTES_STEERED, kind="local"))
+    for network in (layout.DIAL4, layout.DIAL6):
+        things.append(Route(network=network, device="lo", table=LOCAL, kind="local"))
+    for network in (pools.synthetic4, pools.synthetic6):
+        # `local`: what no rule marks is for the gateway itself, where nobody listens, and refused at once
+        things.append(
+            Route(
+                network=network,
+                device="lo",
+                table=layout.ROUTES_DIALLED,
+                kind="local",
+                mtu=layout.UPLINK_MTU,
+            )
+        )
     # An admitted packet that was not translated (somebody flushed `table inet`) ends here, unsent.
     return things + [replace(route, table=layout.ROUTES_FORWARD) for route in backstops(pools)]
 
@@ -219,8 +236,8 @@ def thing_steps(
     steps = [_missing(thing, indexes) for thing in wanted if _key(thing) not in have]
     steps += _undelivered(tables, wanted, have, indexes)
     if foreign_routes:
-        ours = {_key(thing) for thing in wanted}
-        steps += [_foreign(route, indexes) for route in routes if _key(route) not in ours]
+        ours = {thing.place for thing in wanted if isinstance(thing, Route)}
+        steps += [_foreign(route, indexes) for route in routes if route.place not in ours]
     return steps
 
 

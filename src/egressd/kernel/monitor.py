@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import struct
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
@@ -41,6 +42,7 @@ class GoneElement:
     name: str  # of the set or map
     comment: str
     count: Count
+    mark: int = 0  # what the map said, if it said a mark
 
 
 @dataclass(slots=True)
@@ -136,8 +138,8 @@ def _elements(body: bytes) -> list[GoneElement]:
     ]
 
 
-def _element(said: dict[int, bytes]) -> tuple[str, Count]:
-    """An element's comment and counter."""
+def _element(said: dict[int, bytes]) -> tuple[str, Count, int]:
+    """An element's comment, counter, and mark."""
     expressions = [said[7]] if 7 in said else []  # NFTA_SET_ELEM_EXPR
     expressions += [value for _, value in attributes(said.get(11, b""))]  # NFTA_SET_ELEM_EXPRESSIONS
     count = (0, 0)
@@ -145,7 +147,8 @@ def _element(said: dict[int, bytes]) -> tuple[str, Count]:
         parts = dict(attributes(expression))
         if _text(parts.get(1)) == "counter":
             count = _count(parts.get(2, b""))
-    return _comment(said.get(6, b"")), count
+    data = dict(attributes(said.get(2, b""))).get(1, b"")  # NFTA_SET_ELEM_DATA, NFTA_DATA_VALUE
+    return _comment(said.get(6, b"")), count, int.from_bytes(data, sys.byteorder) if len(data) == 4 else 0
 
 
 def _comment(data: bytes) -> str:

@@ -68,6 +68,7 @@ class Rule:
     table: int | None
     mark: int = 0  # value and mask both; 0: any
     device: str = ""  # "": any
+    source: str = ""  # a network; "": any
     mask: int = 0  # of the mark, where it differs from it (only ever seen in foreign rules)
     odd: str = ""  # selectors and actions that ours never have, as the kernel showed them
     raw: bytes = field(default=b"", compare=False, repr=False)  # as the kernel showed it
@@ -75,6 +76,7 @@ class Rule:
     def describe(self) -> str:
         mark = f" fwmark {self.mark:#x}/{self.mask or self.mark:#x}" if self.mark or self.mask else ""
         device = f" iif {self.device}" if self.device else ""
+        device = f" from {self.source}{device}" if self.source else device
         action = "prohibit" if self.table is None else f"lookup {_table_name(self.table)}"
         odd = f" ({self.odd})" if self.odd else ""
         return f"ip {_flag(self.family)} rule {self.preference}:{mark}{device} {action}{odd}"
@@ -92,11 +94,15 @@ class Rule:
             attrs += [("FRA_FWMARK", self.mark), ("FRA_FWMASK", self.mask or self.mark)]
         if self.device:
             attrs.append(("FRA_IIFNAME", self.device))
+        source = ipaddress.ip_network(self.source) if self.source else None
+        if source is not None:
+            attrs.append(("FRA_SRC", str(source.network_address)))
         if self.table is not None:
             attrs.append(("FRA_TABLE", self.table))
         action = _PROHIBIT if self.table is None else _TO_TABLE
         table = self.table if self.table is not None and self.table < 256 else 0
-        return encode(fibmsg, attrs, family=self.family, table=table, action=action)
+        length = 0 if source is None else source.prefixlen
+        return encode(fibmsg, attrs, family=self.family, src_len=length, table=table, action=action)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +116,7 @@ class Route:
     via: AnyAddress | None = None
     metric: int = 0
     proto: int = PROTOCOL
+    mtu: int = 0  # bytes; 0: the device's
 
     @property
     def family(self) -> int:
@@ -119,6 +126,11 @@ class Route:
     def key(self) -> tuple[object, ...]:
         """What makes two routes the same for us: not the protocol, and not the device the kernel shows
         for IPv6 routes that reject."""
+        return *self.place, self.mtu
+
+    @property
+    def place(self) -> tuple[object, ...]:
+        """The same without what can be changed in place: to make a route replaces the one there."""
         rejects = self.kind not in ("unicast", "local")
         device = "" if rejects else self.device
         return self.network, device, self.table, self.kind, self.via, self.metric
@@ -128,7 +140,8 @@ class Route:
         device = f" dev {self.device}" if self.device else ""
         kind = "" if self.kind == "unicast" else f"{self.kind} "
         table = "" if self.table == MAIN else f" table {_table_name(self.table)}"
-        return f"ip {_flag(self.family)} route {kind}{_prefix(self.network)}{via}{device}{table}"
+        mtu = f" mtu {self.mtu}" if self.mtu else ""
+        return f"ip {_flag(self.family)} route {kind}{_prefix(self.network)}{via}{device}{table}{mtu}"
 
     def make(self, indexes: Indexes) -> Request:
         flags = CREATE | REPLACE
@@ -147,6 +160,8 @@ class Route:
             attrs.append(("RTA_GATEWAY", str(self.via)))
         if self.metric:
             attrs.append(("RTA_PRIORITY", self.metric))
+        if self.mtu:
+            attrs.append(("RTA_METRICS", {"attrs": [("RTAX_MTU", self.mtu)]}))
         scope = _SCOPE_UNIVERSE
         if self.family == socket.AF_INET and self.kind == "local":
             scope = _SCOPE_HOST
@@ -286,8 +301,7 @@ class Tables:
             yield _rule(reply.body)
 
     def routes(self, names: Mapping[int, str]) -> list[Route]:
-        """All but those the kernel itself keeps (table local, `proto kernel`, caches). `names`: ifindex ->
-        device name."""
+        """All but those the kernel itself keeps (`proto kernel`, caches). `names`: ifindex -> device name."""
         return [route for body in self._routes() if (route := _route(body, names)) is not None]
 
     def locals(self) -> set[AnyAddress]:
@@ -347,7 +361,7 @@ def _device(body: bytes) -> Device:
     return Device(_text(said.get(3)), index, flags, _u32(said.get(27)), mac, _text(kind))
 
 
-_PLAIN = {3, 6, 10, 15, 16, 21}  # FRA_IFNAME, PRIORITY, FWMARK, TABLE, FWMASK, PROTOCOL
+_PLAIN = {2, 3, 6, 10, 15, 16, 21}  # FRA_SRC, IFNAME, PRIORITY, FWMARK, TABLE, FWMASK, PROTOCOL
 _DETACHED = 0x8  # FIB_RULE_IIF_DETACHED: the device is not there just now
 
 
@@ -362,6 +376,7 @@ def _rule(body: bytes) -> Rule:
         table=table if action == _TO_TABLE else None,
         mark=mark,
         device=_text(said.get(3)),
+        source=f"{ipaddress.ip_address(said[2])}/{body[2]}" if 2 in said else "",
         mask=0 if mask == mark else mask,
         odd=_odd(body, said),
         raw=body,
@@ -371,6 +386,7 @@ def _rule(body: bytes) -> Rule:
 def _odd(body: bytes, said: Mapping[int, bytes]) -> str:
     """What this rule has that none of ours has: prefixes, tos, flags, another action, other attributes."""
     destination, source, tos, action = body[1], body[2], body[3], body[7]
+    source = 0 if 2 in said else source
     flags = struct.unpack_from("=I", body, 8)[0] & ~_DETACHED
     unsuppressed = said.get(14) == b"\xff" * 4  # FRA_SUPPRESS_PREFIXLEN -1: not used
     others = sorted(set(said) - _PLAIN - ({14} if unsuppressed else set()))
@@ -383,7 +399,7 @@ def _route(body: bytes, names: Mapping[int, str]) -> Route | None:
     family, length, _, _, table, proto, _, kind, flags = struct.unpack_from("=BBBBBBBBI", body)
     said = dict(attributes(body[12:]))
     table = _u32(said.get(15), table)  # RTA_TABLE
-    if table == LOCAL or proto == _KERNEL or flags & _CLONED or kind not in _KIND_NAMES:
+    if proto == _KERNEL or flags & _CLONED or kind not in _KIND_NAMES:
         return None
     width = 4 if family == socket.AF_INET else 16
     destination = ipaddress.ip_address(said.get(1, bytes(width)))
@@ -397,6 +413,7 @@ def _route(body: bytes, names: Mapping[int, str]) -> Route | None:
         via=via,
         metric=0 if family == socket.AF_INET6 and metric == _NO_METRIC else metric,
         proto=proto,
+        mtu=_u32(dict(attributes(said.get(8, b""))).get(2)),  # RTA_METRICS, RTAX_MTU
     )
 
 

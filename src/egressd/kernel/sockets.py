@@ -43,8 +43,9 @@ def _each() -> Iterator[tuple[str, socket.socket]]:
     for version in (4, 6):
         yield f"udp{version}", _bound(version, socket.SOCK_DGRAM, (resolver[version], DNS_PORT))
         yield f"tcp{version}", _bound(version, socket.SOCK_STREAM, (resolver[version], DNS_PORT))
-        place = (loopback[version], layout.INSPECTOR_PORT)
-        yield f"tproxy{version}", _bound(version, socket.SOCK_STREAM, place, transparent=True)
+        for name, port in (("inspect", layout.INSPECTOR_PORT), ("relay", layout.RELAY_PORT)):
+            place = (loopback[version], port)
+            yield f"{name}{version}", _bound(version, socket.SOCK_STREAM, place, transparent=True)
     yield "nflog", _log()
 
 

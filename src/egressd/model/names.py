@@ -12,14 +12,14 @@ A-labels and must survive the way to Unicode and back (RFC 5891 section 5.4).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import idna
 
 from egressd.model.errors import Unfit
 
-__all__ = ["Pattern", "canonical", "is_pattern", "matches", "quoted", "service_label"]
+__all__ = ["Pattern", "canonical", "covering", "is_pattern", "matches", "quoted", "service_label"]
 
 MAX_NAME = 253  # RFC 1035 section 2.3.4: 255 octets on the wire are 253 characters
 MAX_LABEL = 63
@@ -167,6 +167,8 @@ class Pattern:
                 "an asterisk is the whole first label: *.example.com or **.example.com",
             )
         base = canonical(rest)
+        if len(base) > MAX_NAME - 2:
+            raise Unfit(f"{quoted(text)} leaves no room for a label", f"a name has at most {MAX_NAME}")
         _refuse_shared(base, text, is_public_suffix)
         return cls(base=base, deep=stars == "**")
 
@@ -200,3 +202,20 @@ def matches(pattern: str, name: str) -> bool:
     if pattern.startswith("*."):
         return Pattern(base=pattern[2:], deep=False).matches(name)
     return pattern == name
+
+
+def covering(host: str) -> Iterator[str]:
+    """Every host of a rule that would cover the canonical name or pattern `host`, the most specific first.
+
+    `a.b.example.com`: itself, `*.b.example.com`, `**.b.example.com`, `**.example.com`, `**.com`. At most 128
+    of them, so that one look into a dictionary for each finds the rule, however many rules there are.
+    """
+    yield host
+    stars, _, rest = host.partition(".")
+    if stars == "*":
+        yield f"**.{rest}"
+    elif stars != "**" and rest:
+        yield from (f"*.{rest}", f"**.{rest}")
+    while "." in rest:
+        rest = rest.partition(".")[2]
+        yield f"**.{rest}"

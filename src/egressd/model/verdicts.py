@@ -38,11 +38,25 @@ class Reason(enum.StrEnum):
     UNMARKED = "unmarked"
     REPLY = "reply"
     INSPECTOR = "inspector"
+    DIAL = "dial"
     MISROUTED = "misrouted"
     # decided by the resolver
     NAME = "name"
     UPSTREAM = "upstream"
     TYPE = "type"
+    BUDGET_NAMES = "budget-names"
+    BUDGET_BYTES = "budget-bytes"
+    BUDGET_RATE = "budget-rate"
+    # decided by the inspector
+    SNI_MISSING = "sni-missing"
+    SNI_ADDRESS = "sni-address"
+    SNI_REPEATED = "sni-repeated"
+    SNI_OTHER = "sni-other"
+    ECH = "ech"
+    NOT_TLS = "not-tls"
+    HELLO_MALFORMED = "hello-malformed"
+    HELLO_TOO_LONG = "hello-too-long"
+    HELLO_TOO_SLOW = "hello-too-slow"
     # decided by the controller
     WORKSPACE = "workspace"
     MEMBER = "member"
@@ -83,10 +97,23 @@ _TEXTS: dict[Reason, str] = {
     Reason.UNMARKED: "the packet came over a link without having passed its guard",
     Reason.REPLY: "a sandbox answered; nobody may connect to one",
     Reason.INSPECTOR: "the inspector, which must read this connection, is not running",
+    Reason.DIAL: "the inspector dialled what no rule of the workspace allows, or allows any more",
     Reason.MISROUTED: "the packet was admitted, but its way does not lead to where its mark permits",
     Reason.NAME: "the name is not on the workspace's list",
     Reason.UPSTREAM: "the upstream resolver gave no usable answer",
     Reason.TYPE: "only address records are answered for this name",
+    Reason.BUDGET_NAMES: "as many different names of wildcards have been asked for as the budget allows",
+    Reason.BUDGET_BYTES: "the bytes of names of wildcards that may be asked upstream are used up",
+    Reason.BUDGET_RATE: "fresh names of wildcards are asked for faster than the budget allows",
+    Reason.SNI_MISSING: "the TLS ClientHello names no server",
+    Reason.SNI_ADDRESS: "the TLS ClientHello names an address instead of a server",
+    Reason.SNI_REPEATED: "the TLS ClientHello names more than one server",
+    Reason.SNI_OTHER: "the TLS ClientHello names another server than the one whose address was used",
+    Reason.ECH: "the TLS ClientHello may hide another name (encrypted_client_hello); see ech: allow",
+    Reason.NOT_TLS: "what was sent is not TLS, and the rule says that it is; see verify: address",
+    Reason.HELLO_MALFORMED: "the TLS ClientHello is not well formed",
+    Reason.HELLO_TOO_LONG: "the TLS ClientHello is longer than any client's",
+    Reason.HELLO_TOO_SLOW: "the TLS ClientHello did not arrive in time",
     Reason.WORKSPACE: "there is no workspace of that name, or its policy is broken",
     Reason.MEMBER: "the caller is not a member of the workspace",
     Reason.NAMESPACE: "the descriptor is not a fresh network namespace owned by the caller",

@@ -11,11 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple, TypeVar
 
 from egressd.policy.compiled import (
+    Budgets,
     CidrRule,
+    Ech,
     Guard,
     HostRule,
     Limits,
@@ -50,6 +52,7 @@ class Draft:
     residency: tuple[str, ...]
     rules: tuple[Drafted, ...]
     limits: Limits
+    wildcards: Budgets
 
 
 class Finding(NamedTuple):
@@ -72,6 +75,7 @@ def compile(draft: Draft) -> Policy:
         residency=tuple(sorted(draft.residency)),
         rules=_merged(draft.rules),
         limits=draft.limits,
+        wildcards=draft.wildcards,
         digest="",
     )
     return replace(policy, digest=digest(policy))
@@ -82,6 +86,7 @@ def conflicts(draft: Draft) -> tuple[Finding, ...]:
     checks: tuple[Callable[[Draft], Iterator[Finding]], ...] = (
         _repeated_ports,
         _disagreeing_hosts,
+        _crowded_blocks,
         _overlapping_networks,
         _shared_loopback_ports,
         _repeated_members,
@@ -100,6 +105,7 @@ def digest(policy: Policy) -> str:
         "residency": sorted(policy.residency),
         "rules": sorted((_meaning(rule) for rule in policy.rules), key=lambda rule: str(rule["key"])),
         "limits": {name: getattr(policy.limits, name) for name in Limits.__slots__},
+        "wildcards": asdict(policy.wildcards),
     }
     text = json.dumps(meaning, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
@@ -109,7 +115,12 @@ def _meaning(rule: Rule) -> dict[str, object]:
     meaning: dict[str, object] = {"key": rule.key, "ports": [str(port) for port in sorted(rule.ports)]}
     match rule:
         case HostRule():
-            return meaning | {"kind": "host", "verify": str(rule.verify), "private": rule.private}
+            return meaning | {
+                "kind": "host",
+                "private": rule.private,
+                "inspected": [[str(port), str(how)] for port, how in rule.inspected],
+                "ech": str(rule.ech),
+            }
         case CidrRule():
             return meaning | {"kind": "cidr"}
         case LocalRule():
@@ -120,9 +131,20 @@ def _merged(drafted: tuple[Drafted, ...]) -> tuple[Rule, ...]:
     """One rule per key, in the order the keys first appear, ports sorted."""
     rules: dict[str, Rule] = {}
     for _, rule in drafted:
-        known = rules.get(rule.key, rule)
-        rules[rule.key] = replace(known, ports=tuple(sorted({*known.ports, *rule.ports})))
+        known = rules.get(rule.key)
+        rules[rule.key] = _joined(known or rule, rule)
     return tuple(rules.values())
+
+
+def _joined(known: Rule, rule: Rule) -> Rule:
+    """Two rules of one key. Each port keeps the way in which its own rule has it verified."""
+    ports = tuple(sorted({*known.ports, *rule.ports}))
+    if not isinstance(known, HostRule) or not isinstance(rule, HostRule):
+        return replace(known, ports=ports)
+    inspected = tuple(sorted({*known.inspected, *rule.inspected}))
+    # a rule that has nothing inspected has no say: its `ech` is the default (see _disagreeing_hosts)
+    ech = Ech.ALLOW if Ech.ALLOW in (known.ech, rule.ech) else Ech.REFUSE
+    return replace(known, ports=ports, inspected=inspected, ech=ech)
 
 
 # ---- the checks. Each is at most n log n in the number of (rule, port) pairs.
@@ -142,18 +164,34 @@ def _repeated_ports(draft: Draft) -> Iterator[Finding]:
 
 
 def _disagreeing_hosts(draft: Draft) -> Iterator[Finding]:
+    hosts = [(place, rule) for place, rule in draft.rules if isinstance(rule, HostRule)]
+    yield from _disagreeing(hosts, "private")
+    # ECH is a matter of what is read: the rule with the other ports has nothing to say about it
+    yield from _disagreeing([(place, rule) for place, rule in hosts if rule.inspected], "ech")
+
+
+def _disagreeing(hosts: list[tuple[int, HostRule]], name: str) -> Iterator[Finding]:
     first: dict[str, HostRule] = {}
-    for place, rule in draft.rules:
-        if not isinstance(rule, HostRule):
-            continue
+    for place, rule in hosts:
         known = first.setdefault(rule.host, rule)
-        for name in ("private", "verify"):
-            if getattr(known, name) != getattr(rule, name):
-                yield Finding(
-                    ("allow", place, name),
-                    f"{rule.host} has another value for {name} on line {known.line}",
-                    "a host has one value for it, whatever the port",
-                )
+        if getattr(known, name) != getattr(rule, name):
+            yield Finding(
+                ("allow", place, name),
+                f"{rule.host} has another value for {name} on line {known.line}",
+                "a host has one value for it, whatever the port",
+            )
+
+
+def _crowded_blocks(draft: Draft) -> Iterator[Finding]:
+    """A name that a wildcard covers takes a block of addresses, as a rule does, while it is held."""
+    rules = {rule.key: rule for _, rule in draft.rules}
+    names = draft.wildcards.workspace.names
+    if len(rules) + names > MAX_RULES and any(isinstance(r, HostRule) and r.wildcard for r in rules.values()):
+        yield Finding(
+            ("wildcards", "workspace", "names"),
+            f"{len(rules)} rules and {names} names of wildcards are more than {MAX_RULES} together",
+            "set a smaller budget of names under wildcards: {workspace: {names: ...}}",
+        )
 
 
 def _overlapping_networks(draft: Draft) -> Iterator[Finding]:

@@ -11,8 +11,8 @@ from ipaddress import IPv4Network, IPv6Network
 from typing import TypeAlias
 
 __all__ = [
-    "CidrRule", "Guard", "HostRule", "Limits", "LocalRule", "Member", "MemberKind", "Policy", "Port",
-    "Protocol", "Rule", "Verify",
+    "Budget", "Budgets", "CidrRule", "Ech", "Guard", "HostRule", "Limits", "LocalRule", "Member",
+    "MemberKind", "Policy", "Port", "Protocol", "Rule", "Verify",
 ]  # fmt: skip
 
 
@@ -30,10 +30,17 @@ class Protocol(enum.StrEnum):
 
 
 class Verify(enum.StrEnum):
-    """How a flow to a host is checked beyond its address. `SNI` is reserved for the inspector."""
+    """How a flow to a host is checked: by its address alone, or also by the name its TLS asks for."""
 
     ADDRESS = "address"
     SNI = "sni"
+
+
+class Ech(enum.StrEnum):
+    """May a ClientHello carry encrypted_client_hello, which can hide another name than the one read?"""
+
+    REFUSE = "refuse"
+    ALLOW = "allow"
 
 
 class MemberKind(enum.StrEnum):
@@ -63,13 +70,21 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class HostRule:
-    """A name, its ports, and whether it may resolve into private ranges. `line` is where it stands."""
+    """A name, its ports, and whether it may resolve into private ranges. `line` is where it stands.
+
+    `inspected` holds the ports whose connections are read, each with what for; sorted, TCP only.
+    """
 
     host: str  # canonical, lower case, no trailing dot; "*.x" one label, "**.x" any depth
     ports: tuple[Port, ...]
-    verify: Verify
+    inspected: tuple[tuple[Port, Verify], ...]
     private: bool
     line: int
+    ech: Ech = Ech.REFUSE
+
+    def verify_on(self, port: Port) -> Verify:
+        """How a connection to this port is checked."""
+        return dict(self.inspected).get(port, Verify.ADDRESS)
 
     @property
     def key(self) -> str:
@@ -120,6 +135,24 @@ class Limits:
     processes: int | None = None
     egress_bytes: int | None = None  # bytes seen at the link's ingress, denied ones included
     connections: int | None = None  # concurrently open
+    idle: float | None = None  # seconds without a byte, of an inspected connection
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What may be asked upstream because a wildcard covers it."""
+
+    names: int  # distinct ones
+    bytes: int  # of the labels that the asker chose
+    rate: float  # fresh names per second; a second's worth at once
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """`sandbox`: names and bytes in its whole life. `workspace`: names held at a time, bytes per day."""
+
+    sandbox: Budget = Budget(names=64, bytes=4 << 10, rate=5.0)
+    workspace: Budget = Budget(names=1024, bytes=256 << 10, rate=20.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +163,7 @@ class Policy:
     residency: tuple[str, ...]  # jurisdictions, kept for the residency rooms
     rules: tuple[Rule, ...]
     limits: Limits
+    wildcards: Budgets
     digest: str  # "sha256:" + hex of the canonical form
 
     @property

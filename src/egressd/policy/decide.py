@@ -3,21 +3,27 @@
 Nothing enforces by calling this: the guard's maps and the resolver's table are compiled from the same
 policy. It is what `egressctl why` and the tests ask, and so must be the plainest statement of the rules:
 a list of what is allowed, and denial for the rest.
+
+A name is governed by one rule: the one that lists it, else the most specific wildcard that covers it
+(`rule_for`). Rules for a name do not add up with those of a wildcard around it: whoever lists a name has
+said all that is allowed of it, and a wider wildcard added later does not open more of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 
 from egressd.model.addresses import Address, AddressClass, Network, classes, classify, usable
 from egressd.model.errors import Unfit
-from egressd.model.names import MAX_LABEL, MAX_NAME, canonical, matches
+from egressd.model.names import MAX_LABEL, MAX_NAME, canonical, covering
 from egressd.model.verdicts import Reason, Verdict
-from egressd.policy.compiled import CidrRule, Guard, HostRule, LocalRule, Policy, Port, Protocol, Rule
+from egressd.policy.compiled import CidrRule, Guard, HostRule, LocalRule, Policy, Port, Protocol, Rule, Verify
 
-__all__ = ["Decision", "decide_address", "decide_flow", "decide_name", "parse_address"]
+__all__ = [
+    "Decision", "decide_address", "decide_flow", "decide_name", "parse_address", "rule_among", "rule_for",
+]  # fmt: skip
 
 # Refused in every mode: they would mean the gateway or the sandbox itself, or nobody in particular.
 _NEVER_FORWARDED = frozenset(
@@ -49,6 +55,20 @@ class Decision:
     @property
     def allowed(self) -> bool:
         return self.verdict is Verdict.ALLOWED
+
+
+def rule_for(policy: Policy, name: str) -> HostRule | None:
+    """The one rule that governs a canonical host name: exactly that name, else the most specific wildcard.
+
+    More labels after the asterisks are more specific, and of equal ones `*.` is before `**.`. The controller
+    grants by it; the resolver walks `covering(name)` through a table of its own, which is the same.
+    """
+    return rule_among({rule.host: rule for rule in policy.hosts}, name)
+
+
+def rule_among(rules: Mapping[str, HostRule], name: str) -> HostRule | None:
+    """The same, for many names: `rules` are a policy's host rules by host."""
+    return next((rules[host] for host in covering(name) if host in rules), None)
 
 
 def decide_name(policy: Policy, name: str) -> Decision:
@@ -104,37 +124,35 @@ def _listed_name(policy: Policy, name: str) -> Decision:
         wanted = canonical(name)
     except Unfit as error:
         return Decision(Verdict.DENIED, Reason.NAME, None, error.text)
-    rules = _rules_for(policy, wanted)
-    if not rules:
-        return Decision(
-            Verdict.DENIED, Reason.NAME, None, f"{wanted} is not on the list of {policy.workspace}"
-        )
-    ports = ", ".join(str(port) for rule in rules for port in rule.ports)
-    return _allow(rules[0], f"{_spelt(rules[0])} is allowed on {ports}")
+    rule = _rule_for(policy, wanted)
+    if rule is None:
+        text = f"{wanted} is not on the list of {policy.workspace}"
+        return Decision(Verdict.DENIED, Reason.NAME, None, text)
+    return _allow(rule, f"{_named(rule, wanted)} is allowed on {_ports(rule)}{_as(rule)}")
 
 
 def _decide_host(policy: Policy, name: str, wanted: Port) -> Decision:
     listed = _listed_name(policy, name)
-    if listed.allowed:
-        listed = _on_port(_rules_for(policy, canonical(name)), wanted)
+    if listed.allowed and listed.rule is not None:
+        listed = _on_port([listed.rule], wanted, canonical(name))
     if policy.guard is Guard.ENFORCE or not _is_wire_name(name):
         return listed
     return _unrestricted(policy, listed)
 
 
-def _rules_for(policy: Policy, name: str) -> list[Rule]:
-    """Exact rules first, then the most specific wildcard."""
-    exact: list[Rule] = [rule for rule in policy.rules if not isinstance(rule, CidrRule) and rule.key == name]
-    wild = [rule for rule in policy.hosts if rule.wildcard and matches(rule.host, name)]
-    return [*exact, *sorted(wild, key=lambda rule: (-rule.host.count("."), rule.host))]
+def _rule_for(policy: Policy, name: str) -> HostRule | LocalRule | None:
+    """Hosts have a dot and services have none, so that a name is at most one of them."""
+    service = next((rule for rule in policy.locals if rule.service == name), None)
+    return service or rule_for(policy, name)
 
 
-def _on_port(rules: list[Rule], wanted: Port) -> Decision:
+def _on_port(rules: Sequence[Rule], wanted: Port, name: str = "") -> Decision:
     for rule in rules:
         if wanted in rule.ports:
-            return _allow(rule, f"{_spelt(rule)} is allowed on {wanted}")
-    ports = ", ".join(str(port) for rule in rules for port in rule.ports)
-    text = f"{_spelt(rules[0])} is allowed on {ports}, not on {wanted}"
+            text = f"{_named(rule, name)} is allowed on {wanted}{_as(rule)}{_checked(rule, wanted)}"
+            return _allow(rule, text)
+    ports = ", ".join(map(_ports, rules))
+    text = f"{_named(rules[0], name)} is allowed on {ports}{_as(rules[0])}, not on {wanted}"
     return Decision(Verdict.DENIED, Reason.PORT, rules[0], text)
 
 
@@ -154,7 +172,7 @@ def _is_wire_name(name: str) -> bool:
 
 
 def _listed_address(policy: Policy, address: Address, wanted: Port, own: tuple[Network, ...]) -> Decision:
-    rules: list[Rule] = [rule for rule in policy.cidrs if address in rule.network]
+    rules = [rule for rule in policy.cidrs if address in rule.network]
     if not rules or not usable(address, private=True, own=own):
         return _unlisted_address(address, own)
     return _on_port(rules, wanted)
@@ -192,9 +210,24 @@ def _allow(rule: Rule, text: str) -> Decision:
     return Decision(Verdict.ALLOWED, Reason.ALLOWED, rule, f"{text} (line {rule.line})")
 
 
-def _spelt(rule: Rule) -> str:
+def _ports(rule: Rule) -> str:
+    return ", ".join(map(str, rule.ports))
+
+
+def _named(rule: Rule, name: str) -> str:
     match rule:
-        case HostRule() | CidrRule():
+        case HostRule():
+            return name
+        case CidrRule():
             return rule.key
         case LocalRule():
             return f"the local service {rule.service}"
+
+
+def _as(rule: Rule) -> str:
+    return f" as {rule.host}" if isinstance(rule, HostRule) and rule.wildcard else ""
+
+
+def _checked(rule: Rule, port: Port) -> str:
+    read = isinstance(rule, HostRule) and rule.verify_on(port) is Verify.SNI
+    return ", if its TLS asks for that name" if read else ""

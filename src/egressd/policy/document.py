@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import islice
 from typing import Annotated, Any, TypeAlias, TypeVar
 
@@ -21,7 +22,10 @@ from egressd.policy import compile as compilation
 from egressd.policy import jurisdictions, values
 from egressd.policy.compile import Draft, Drafted
 from egressd.policy.compiled import (
+    Budget,
+    Budgets,
     CidrRule,
+    Ech,
     Guard,
     HostRule,
     Limits,
@@ -38,7 +42,8 @@ from egressd.policy.tree import MAX_BYTES, Path, Tree, read
 __all__ = ["KNOWN_SERVICES", "MAX_BYTES", "load"]
 
 KNOWN_SERVICES: dict[str, Port] = {"ollama": Port(11434, Protocol.TCP)}
-DEFAULT_PORT = Port(443, Protocol.TCP)
+DEFAULT_PORT = Port(443, Protocol.TCP)  # and the one that is verified by SNI unless the rule says otherwise
+QUIC = Port(443, Protocol.UDP)
 MAX_PORTS = 64  # per rule
 MAX_MEMBERS = 1024
 MAX_PROBLEMS = 1000  # told one by one
@@ -84,14 +89,16 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True)
 
 
+_HostPorts: TypeAlias = list[Annotated[values.WrittenPort, PlainValidator(values.host_port)]]
 _Ports: TypeAlias = list[Annotated[Port, PlainValidator(values.port)]]
 _TcpPorts: TypeAlias = list[Annotated[Port, PlainValidator(values.tcp_port)]]
 
 
 class _HostPart(_Part):
     host: Annotated[str, PlainValidator(values.host)]
-    ports: _Ports = []
-    verify: Annotated[Verify, PlainValidator(values.verify)] = Verify.ADDRESS
+    ports: _HostPorts = []
+    verify: Annotated[Verify | None, PlainValidator(values.verify)] = None
+    ech: Annotated[Ech, PlainValidator(values.ech)] = Ech.REFUSE
     private: Annotated[bool, PlainValidator(values.truth)] = False
 
 
@@ -111,6 +118,20 @@ class _LimitsPart(_Part):
     processes: Annotated[int | None, PlainValidator(values.count(values.MAX_PROCESSES))] = None
     egress_bytes: Annotated[int | None, PlainValidator(values.byte_count)] = None
     connections: Annotated[int | None, PlainValidator(values.count(values.MAX_CONNECTIONS))] = None
+    idle: Annotated[float | None, PlainValidator(values.idle)] = None
+
+
+class _BudgetPart(_Part):
+    """Whatever is not written is the default of the sandbox, or of the workspace."""
+
+    names: Annotated[int | None, PlainValidator(values.count(values.MAX_NAMES))] = None
+    bytes: Annotated[int | None, PlainValidator(values.label_bytes)] = None
+    rate: Annotated[float | None, PlainValidator(values.rate)] = None
+
+
+class _WildcardsPart(_Part):
+    sandbox: Any = None
+    workspace: Any = None
 
 
 class _ResidencyPart(_Part):
@@ -126,6 +147,7 @@ class _RootPart(_Part):
     residency: Any = None
     allow: Any = None
     limits: Any = None
+    wildcards: Any = None
 
 
 class _MembersPart(_Part):
@@ -140,6 +162,7 @@ _MISSING = {
     "jurisdictions": "add jurisdictions: [EEA]",
 }
 P = TypeVar("P", bound=_Part)
+T = TypeVar("T")
 
 
 # ---- reading: parts out of the tree, every fault to its line
@@ -162,7 +185,7 @@ class _Reader:
         if not isinstance(root, dict):
             what = "the document is empty" if root is None else f"the document is {values.kind(root)}"
             self.wrong((), what, "begin with workspace: NAME")
-            return Draft("", Guard.OFF, (), (), (), Limits())
+            return Draft("", Guard.OFF, (), (), (), Limits(), Budgets())
         head = self._part(_RootPart, root, ())
         if expected_name is not None:
             self._check_name(root.get("workspace"), expected_name)
@@ -173,6 +196,7 @@ class _Reader:
             residency=self._residency(root),
             rules=self._rules(root),
             limits=self._limits(root),
+            wildcards=self._wildcards(root),
         )
 
     def _check_name(self, workspace: object, expected_name: str) -> None:
@@ -204,6 +228,24 @@ class _Reader:
             return Limits()
         part = self._part(_LimitsPart, root["limits"], ("limits",))
         return Limits(**part.model_dump()) if part else Limits()
+
+    def _wildcards(self, root: dict[str, Any]) -> Budgets:
+        usual = Budgets()
+        if "wildcards" not in root:
+            return usual
+        section = root["wildcards"]
+        if self._part(_WildcardsPart, section, ("wildcards",)) is None:
+            return usual
+        found = {
+            whose: self._budget(section[whose], getattr(usual, whose), ("wildcards", whose))
+            for whose in _WildcardsPart.model_fields
+            if whose in section
+        }
+        return replace(usual, **found)
+
+    def _budget(self, section: object, usual: Budget, path: Path) -> Budget:
+        part = self._part(_BudgetPart, section, path)
+        return replace(usual, **part.model_dump(exclude_none=True)) if part else usual
 
     def _rules(self, root: dict[str, Any]) -> tuple[Drafted, ...]:
         if "allow" not in root:
@@ -247,8 +289,7 @@ class _Reader:
         line = self._tree.line(path)
         match part:
             case _HostPart():
-                ports = self._ports(part, part.ports, DEFAULT_PORT, path)
-                return HostRule(part.host, ports, part.verify, part.private, line) if ports else None
+                return self._host(part, path)
             case _CidrPart():
                 ports = self._ports(part, part.ports, None, path)
                 return CidrRule(part.cidr, ports, line) if ports else None
@@ -257,7 +298,23 @@ class _Reader:
                 return LocalRule(part.local, ports, line) if ports else None
         return None
 
-    def _ports(self, part: _Part, ports: list[Port], default: Port | None, path: Path) -> tuple[Port, ...]:
+    def _host(self, part: _HostPart, path: Path) -> HostRule | None:
+        usual = values.WrittenPort(DEFAULT_PORT, tls=False)
+        ports = self._ports(part, part.ports, usual, path)
+        faults = [_misverified(written, part.verify) for written in ports]
+        for number, fault in enumerate(faults):
+            if fault is not None:
+                self.wrong((*path, "ports", number), *fault)
+        inspected = tuple(sorted({(w.port, Verify.SNI) for w in ports if _is_inspected(w, part.verify)}))
+        if not ports or any(faults):
+            return None
+        if "ech" in part.model_fields_set and not inspected:
+            self.wrong((*path, "ech"), "no port of this rule is verified by sni, so ECH is not seen", _NO_ECH)
+            return None
+        numbers = tuple(written.port for written in ports)
+        return HostRule(part.host, numbers, inspected, part.private, self._tree.line(path), part.ech)
+
+    def _ports(self, part: _Part, ports: list[T], default: T | None, path: Path) -> tuple[T, ...]:
         """What was written, or the default; () after reporting when there is neither."""
         written = "ports" in part.model_fields_set
         if not written and default is not None:
@@ -325,6 +382,32 @@ class _Reader:
         self.wrong(path, f"this is {values.kind(value)}", empty if value is None else f"write {wanted}")
 
 
+def _is_inspected(written: values.WrittenPort, verify: Verify | None) -> bool:
+    """Without `verify`, what is usually or expressly TLS is read; TCP only."""
+    if written.port.protocol is not Protocol.TCP or verify is Verify.ADDRESS:
+        return False
+    return verify is Verify.SNI or written.tls or written.port == DEFAULT_PORT
+
+
+def _misverified(written: values.WrittenPort, verify: Verify | None) -> tuple[str, str] | None:
+    """What keeps this port from being verified as the rule says: text and remedy."""
+    port = written.port
+    if verify is Verify.ADDRESS and written.tls:
+        text = f"{port.number}/tls is verified by sni, and verify: address says the contrary"
+        return text, f"write {port}, or leave verify out"
+    if verify is Verify.SNI and port.protocol is not Protocol.TCP:
+        text = f"{port} cannot be verified by sni, which is for TLS over TCP"
+        return text, "give it a rule of its own, with verify: address"
+    if verify is None and port == QUIC:
+        return f"{port} is QUIC, whose name is not verified", _QUIC
+    return None
+
+
+_NO_ECH = "leave ech out, or leave out verify: address"
+_QUIC = (
+    "leave it out, since clients fall back to TCP; or give it a rule of its own with verify: address, and"
+    " every other name behind the same address can be asked for"
+)
 _BY_HOST = "list the provider's endpoints as host rules"
 
 

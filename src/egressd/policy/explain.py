@@ -8,13 +8,27 @@ from dataclasses import dataclass
 
 from egressd.model.addresses import Address, Network
 from egressd.model.errors import Unfit
-from egressd.model.names import canonical, quoted
+from egressd.model.names import canonical, covering, matches, quoted
 from egressd.model.verdicts import Reason
-from egressd.policy.compiled import CidrRule, Guard, HostRule, Limits, LocalRule, Policy, Protocol, Rule
+from egressd.policy.compiled import (
+    Budget,
+    Budgets,
+    CidrRule,
+    Ech,
+    Guard,
+    HostRule,
+    Limits,
+    LocalRule,
+    Policy,
+    Port,
+    Protocol,
+    Rule,
+    Verify,
+)
 from egressd.policy.decide import Decision, decide_address, decide_flow, decide_name, parse_address
 from egressd.policy.units import duration_text, size_text
 
-__all__ = ["Explanation", "Subject", "explain_policy", "limit_text", "why"]
+__all__ = ["Explanation", "Subject", "budget_text", "explain_policy", "limit_text", "why"]
 
 _GUARDS = {
     Guard.ENFORCE: "only what is listed is reachable",
@@ -38,6 +52,8 @@ def _lines(policy: Policy) -> Iterator[str]:
     if policy.residency:
         yield f"residency: {', '.join(policy.residency)}"
     yield from (f"limit: {name} {limit_text(name, value)}" for name, value in _limits(policy.limits))
+    if any(rule.wildcard for rule in policy.hosts):
+        yield f"names of wildcards: {_budgets_text(policy.wildcards)}"
     if not policy.rules:
         yield "allowed: nothing"
     yield from (f"allowed: {rule_text(rule)}" for rule in policy.rules)
@@ -49,16 +65,42 @@ def rule_text(rule: Rule) -> str:
     match rule:
         case HostRule():
             extra = ", also in private ranges" if rule.private else ""
-            return f"host {rule.host} on {ports}{extra} (line {rule.line})"
+            return f"host {rule.host} on {ports}{_verified(rule)}{extra} (line {rule.line})"
         case CidrRule():
             return f"cidr {rule.network} on {ports} (line {rule.line})"
         case LocalRule():
             return f"local service {rule.service} on {ports} of this machine's loopback (line {rule.line})"
 
 
+def _verified(rule: HostRule) -> str:
+    """Which ports are checked for more than the address: `, 443/tcp verified by SNI`."""
+    read = [str(port) for port, how in rule.inspected if how is Verify.SNI]
+    if not read:
+        return ""
+    which = "" if len(read) == len(rule.ports) else f"of which {', '.join(read)} "
+    ech = ", ECH allowed" if rule.ech is Ech.ALLOW else ""
+    return f", {which}verified by SNI{ech}"
+
+
+def _budgets_text(budgets: Budgets) -> str:
+    return (
+        f"{_budget_text(budgets.sandbox)} for a sandbox, {_budget_text(budgets.workspace)} for the workspace"
+    )
+
+
+def _budget_text(budget: Budget) -> str:
+    labels = budget_text("bytes", budget.bytes)
+    return f"{budget.names} names, {labels} of labels, {budget_text('rate', budget.rate)} a second"
+
+
+def budget_text(name: str, value: float) -> str:
+    """A part of a budget as its document would write it."""
+    return size_text(int(value)) if name == "bytes" else f"{value:g}"
+
+
 def limit_text(name: str, value: float) -> str:
     """A limit in the unit its document would use."""
-    if name == "wall":
+    if name in ("wall", "idle"):
         return duration_text(value)
     return size_text(int(value)) if name in ("memory", "egress_bytes") else str(int(value))
 
@@ -143,8 +185,37 @@ def _sentences(policy: Policy, asked: Subject, decision: Decision) -> Iterator[s
         yield f"under guard: enforce it would be {listed.verdict}: {listed.text} [{listed.reason}]"
     if listed.rule is not None:
         yield f"the rule is: {rule_text(listed.rule)}"
+    if listed.allowed and isinstance(listed.rule, HostRule):
+        yield from _conditions(policy, listed.rule, asked)
+    if listed.reason is Reason.PORT and isinstance(listed.rule, HostRule):
+        yield from _set_aside(policy, listed.rule, asked)
     if listed.reason is Reason.NAME and isinstance(asked.destination, str):
         yield from _near_misses(policy, asked.destination)
+
+
+def _conditions(policy: Policy, rule: HostRule, asked: Subject) -> Iterator[str]:
+    """What else must hold for a flow that the list allows."""
+    if asked.port is not None and rule.verify_on(Port(asked.port, asked.protocol)) is Verify.SNI:
+        ech = (
+            "may hide another in it" if rule.ech is Ech.ALLOW else "may not hide another in it (ech: refuse)"
+        )
+        yield f"its TLS ClientHello is read: it must ask for that very name, and {ech}"
+    if rule.wildcard:
+        budget = _budget_text(policy.wildcards.sandbox)
+        yield f"a name under {rule.host} is looked up when first asked for; a sandbox has a budget: {budget}"
+
+
+def _set_aside(policy: Policy, rule: HostRule, asked: Subject) -> Iterator[str]:
+    """A wider wildcard would allow the port; but a name has one rule."""
+    hosts = {other.host: other for other in policy.hosts}
+    for host in covering(rule.host):
+        wider = hosts.get(host)
+        if wider is not None and Port(asked.port or 0, asked.protocol) in wider.ports:
+            yield (
+                f"line {wider.line} allows it to names under {wider.host}; but a name has one rule, the most"
+                f" specific one: add the port to line {rule.line}"
+            )
+            return
 
 
 def _near_misses(policy: Policy, text: str) -> Iterator[str]:
@@ -156,6 +227,11 @@ def _near_misses(policy: Policy, text: str) -> Iterator[str]:
             yield error.remedy
         return
     hosts = {rule.key: rule for rule in policy.rules if not isinstance(rule, CidrRule)}
+    around = [rule for rule in policy.hosts if rule.wildcard and matches("**." + _base(rule), "x." + name)]
+    if around:
+        nearest_wildcard = max(around, key=lambda rule: (len(rule.host), rule.host))
+        yield _not_covered(nearest_wildcard, name)
+        return
     related = [key for key in hosts if key.endswith("." + name) or name.endswith("." + key)]
     if related:
         nearest = min(related, key=lambda key: (abs(len(key) - len(name)), key))
@@ -163,6 +239,16 @@ def _near_misses(policy: Policy, text: str) -> Iterator[str]:
         return
     for close in difflib.get_close_matches(name, _alike(name, hosts), n=1, cutoff=0.8):
         yield f"did you mean {close} (line {hosts[close].line})?"
+
+
+def _base(rule: HostRule) -> str:
+    return rule.host.lstrip("*").removeprefix(".")
+
+
+def _not_covered(rule: HostRule, name: str) -> str:
+    if name == _base(rule):
+        return f"{rule.host} (line {rule.line}) does not cover {name} itself: add a rule for it"
+    return f"{rule.host} (line {rule.line}) covers one label and no more; **.{_base(rule)} is for any depth"
 
 
 def _alike(name: str, hosts: Iterable[str]) -> list[str]:

@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from itertools import islice
 
 from egressd.model.addresses import AddressClass, classify
 from egressd.model.errors import Problem
-from egressd.policy.compiled import CidrRule, Guard, Limits, Policy
+from egressd.model.names import covering
+from egressd.policy.compiled import (
+    Budgets,
+    CidrRule,
+    Ech,
+    Guard,
+    HostRule,
+    Limits,
+    Policy,
+    Port,
+    Protocol,
+    Verify,
+)
+from egressd.policy.diff import opens
 
 __all__ = ["remarks"]
 
 # A network of public addresses wider than these is more than one organisation's, as a rule.
 _WIDE = {4: 16, 6: 32}
+_HTTPS, _QUIC = Port(443, Protocol.TCP), Port(443, Protocol.UDP)
+# Where customers of one provider, strangers to each other, have names side by side. The public suffix list
+# has most of them, and those are refused; others it lacks, has for some regions only, or they lie below a
+# domain that is itself none (amazonaws.com). Good enough for remarks, since such a list is never complete.
+_SHARED_HOSTING = (
+    "amazonaws.com", "amazonaws.com.cn", "aliyuncs.com", "appspot.com", "awsglobalaccelerator.com",
+    "azure-api.net", "azureedge.net", "azurefd.net", "azurewebsites.net", "backblazeb2.com", "cloudapp.net",
+    "cloudfront.net", "digitaloceanspaces.com", "edgekey.net", "edgesuite.net", "fastly.net",
+    "googleapis.com", "googleusercontent.com", "myhuaweicloud.com", "myqcloud.com", "netlify.app",
+    "oraclecloud.com", "r2.cloudflarestorage.com", "run.app", "trafficmanager.net", "vercel.app",
+    "wasabisys.com", "windows.net", "workers.dev",
+)  # fmt: skip
+# Labels below those that are a service's own and no customer's: *.s3.eu-south-9.amazonaws.com is everybody's
+_SERVICE = re.compile(
+    r"s3|s3-[a-z0-9-]+|dualstack|blob|web|file|queue|table|dfs|core|storage|[a-z]{2,4}(-[a-z]+)+-?[0-9]+"
+)
 
 
 def remarks(policy: Policy, *, source: str = "") -> tuple[Problem, ...]:
@@ -33,18 +64,70 @@ def _about_workspace(policy: Policy) -> Iterator[_Remark]:
     if policy.residency:
         text = "jurisdictions are recorded, and not enforced in this version"
         yield 0, "residency", text, "choose the hosts accordingly"
-    absent = [name for name in Limits.__slots__ if getattr(policy.limits, name) is None]
+    absent = [name for name in Limits.__slots__ if name != "idle" and getattr(policy.limits, name) is None]
     if absent:
         yield 0, "limits", f"no limit is set for {', '.join(absent)}", "add them under limits:"
     if not policy.rules and policy.guard is Guard.ENFORCE:
         yield 0, "allow", "nothing is allowed, so nothing can be reached", "add rules under allow:"
+    if policy.wildcards != Budgets() and not any(rule.wildcard for rule in policy.hosts):
+        yield 0, "wildcards", "budgets are set, and no rule has a wildcard", "remove wildcards:"
 
 
 def _about_rules(policy: Policy) -> Iterator[_Remark]:
+    hosts = {rule.host: rule for rule in policy.hosts}
     for rule in policy.rules:
         if isinstance(rule, CidrRule) and _is_wide(rule):
             text = f"{rule.network} is wide for public addresses, and its counters cannot tell hosts apart"
             yield rule.line, "", text, "name the hosts instead"
+        elif isinstance(rule, HostRule):
+            yield from ((rule.line, "", text, remedy) for text, remedy in _about_host(rule, hosts))
+
+
+def _about_host(rule: HostRule, hosts: Mapping[str, HostRule]) -> Iterator[tuple[str, str]]:
+    """Text and remedy."""
+    yield from _about_verification(rule)
+    if rule.wildcard:
+        yield from _about_wildcard(rule.host)
+    wider = next((hosts[host] for host in islice(covering(rule.host), 1, None) if host in hosts), None)
+    if wider is not None and opens(rule, wider):
+        where = f"{wider.host} (line {wider.line})"
+        text = f"{rule.host} is under {where}, which allows more and does not count for it"
+        yield text, "a name has one rule: write here all that is allowed"
+
+
+def _about_verification(rule: HostRule) -> Iterator[tuple[str, str]]:
+    weak = "verified by address alone: other names behind the same address can be asked for"
+    for port in rule.ports:
+        if port == _QUIC:
+            yield f"{rule.host} on {port} is QUIC, {weak}", "leave it out, clients fall back to TCP"
+        elif port == _HTTPS and rule.verify_on(port) is Verify.ADDRESS:
+            yield f"{rule.host} on {port} is {weak}", "leave out verify: address if it speaks TLS"
+    if rule.ech is Ech.ALLOW:
+        yield (
+            f"{rule.host} may be sent encrypted_client_hello, which can hide another name from the check",
+            "leave out ech: allow unless the clients are browsers",
+        )
+
+
+def _about_wildcard(host: str) -> Iterator[tuple[str, str]]:
+    stars, _, base = host.partition(".")
+    if stars == "**":
+        yield (
+            f"{host} covers names of any depth, so long texts can be sent to the name servers of {base}",
+            f"write *.{base} if one label is enough",
+        )
+    if _is_shared(base):
+        yield f"{host} covers names of customers of one provider, who are strangers", "name the hosts instead"
+
+
+def _is_shared(base: str) -> bool:
+    """Is the domain a provider's own down to the wildcard, with nobody's name in it?"""
+    for shared in _SHARED_HOSTING:
+        if base == shared or shared.endswith("." + base):
+            return True
+        if base.endswith("." + shared):
+            return all(map(_SERVICE.fullmatch, base.removesuffix("." + shared).split(".")))
+    return False
 
 
 def _is_wide(rule: CidrRule) -> bool:

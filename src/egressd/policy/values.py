@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from ipaddress import ip_address, ip_network
+from typing import NamedTuple
 
 from pydantic import ValidationInfo
 
@@ -17,17 +18,21 @@ from egressd.model.errors import Unfit
 from egressd.model.identities import check_workspace
 from egressd.model.names import Pattern, canonical, is_pattern, quoted, service_label
 from egressd.policy import jurisdictions, units
-from egressd.policy.compiled import Guard, Member, MemberKind, Port, Protocol, Verify
+from egressd.policy.compiled import Ech, Guard, Member, MemberKind, Port, Protocol, Verify
 
-# What this version cannot do yet. Each is parsed and checked in full, then refused by this one switch.
-WILDCARDS_AVAILABLE: bool = False
-VERIFY_AVAILABLE: frozenset[Verify] = frozenset({Verify.ADDRESS})
+# Named by those who compare us with others, and not built.
+_VERIFY_NOT_AVAILABLE = frozenset({"http-host"})
 
 MAX_CONNECTIONS = 1_000_000  # what the kernel message can say (ruleset/wants.py)
 MAX_PROCESSES = 4_194_304  # PID_MAX_LIMIT, linux/threads.h
 MAX_WALL = 366 * 86400
+MAX_IDLE = 86400
 MIN_MEMORY = 1 << 20
 MAX_BYTE_COUNT = 1 << 62  # a named quota's range, with room to spare
+MAX_NAMES = 8192  # of wildcards: half of a workspace's blocks (ruleset/layout.py), the rest are for rules
+MAX_LABEL_BYTES = 1 << 30
+MAX_RATE = 1000  # fresh names per second
+TLS = "tls"  # a port's protocol: TCP, on which TLS is spoken
 
 _PORT = re.compile(r"([1-9][0-9]{0,9}|0)(?:/([A-Za-z0-9]+))?")
 _RANGE = re.compile(r"[0-9]+ ?[-:] ?[0-9]+(?:/[a-z]+)?")
@@ -109,20 +114,21 @@ def host(value: object, info: ValidationInfo) -> str:
     assert info.context is not None
     if is_pattern(text):
         pattern = Pattern.of(text, is_public_suffix=info.context["is_public_suffix"])
-        if not WILDCARDS_AVAILABLE:
-            raise Unfit(
-                f"{quoted(text)}: wildcards are not available in this version", "list the names one by one"
-            )
+        _refuse_this_machine(pattern.base)
         return str(pattern)
     name = canonical(text)
-    if name == "localhost" or name.endswith(".localhost"):
-        raise Unfit(f"{quoted(name)} is this machine itself", "for a service on it write a local rule")
+    _refuse_this_machine(name)
     if "." not in name:
         raise Unfit(
             f"{quoted(name)} is a single label",
             "write the full name; for a service on this machine write a local rule",
         )
     return name
+
+
+def _refuse_this_machine(name: str) -> None:
+    if name == "localhost" or name.endswith(".localhost"):  # RFC 6761 section 6.3
+        raise Unfit(f"{quoted(name)} is this machine itself", "for a service on it write a local rule")
 
 
 def network(value: object, info: ValidationInfo) -> Network:
@@ -149,7 +155,18 @@ def _as_network(text: str) -> str:
         return ""
 
 
-def port(value: object) -> Port:
+class WrittenPort(NamedTuple):
+    """A port of a host rule. `tls`: written as N/tls, which is TCP that must speak TLS."""
+
+    port: Port
+    tls: bool
+
+
+def host_port(value: object) -> WrittenPort:
+    return _port(value, "tcp, tls or udp")
+
+
+def _port(value: object, protocols: str) -> WrittenPort:
     if not isinstance(value, str) and (not isinstance(value, int) or isinstance(value, bool)):
         raise Unfit(f"this is {kind(value)}", "write a port such as 443/tcp")
     text = str(value)
@@ -160,9 +177,18 @@ def port(value: object) -> Port:
     if not 1 <= int(match[1]) <= 65535:
         raise Unfit(f"{quoted(text)} is not a port", "ports are 1 to 65535")
     protocol = match[2] or "tcp"
+    if protocol == TLS:
+        return WrittenPort(Port(int(match[1]), Protocol.TCP), tls=True)
     if protocol not in tuple(Protocol):
-        raise Unfit(f"{quoted(text)} has an unknown protocol", "write tcp or udp, in lower case")
-    return Port(int(match[1]), Protocol(protocol))
+        raise Unfit(f"{quoted(text)} has an unknown protocol", f"write {protocols}, in lower case")
+    return WrittenPort(Port(int(match[1]), Protocol(protocol)), tls=False)
+
+
+def port(value: object) -> Port:
+    found, tls = _port(value, "tcp or udp")
+    if tls:
+        raise Unfit(f"{found.number}/tls is for host rules: only there is a name to verify", f"write {found}")
+    return found
 
 
 def tcp_port(value: object) -> Port:
@@ -173,14 +199,23 @@ def tcp_port(value: object) -> Port:
 
 
 def verify(value: object) -> Verify:
-    text = _text(value, "address")
+    wanted = "sni or address"
+    text = _text(value, wanted)
+    if text in _VERIFY_NOT_AVAILABLE:
+        raise Unfit(f"verify: {text} is not available in this version", "write verify: address")
     try:
-        verify = Verify(text)
+        return Verify(text)
     except ValueError:
-        raise Unfit(f"{quoted(text)} is not a way to verify", "write address") from None
-    if verify not in VERIFY_AVAILABLE:
-        raise Unfit(f"verify: {verify} is not available in this version", "write verify: address")
-    return verify
+        raise Unfit(f"{quoted(text)} is not a way to verify", f"write {wanted}") from None
+
+
+def ech(value: object) -> Ech:
+    wanted = "refuse or allow"
+    text = _text(value, wanted)
+    try:
+        return Ech(text)
+    except ValueError:
+        raise Unfit(f"{quoted(text)} is not a way to treat ECH", f"write {wanted}") from None
 
 
 def truth(value: object) -> bool:
@@ -204,6 +239,13 @@ def wall(value: object) -> float:
     return seconds
 
 
+def idle(value: object) -> float:
+    seconds = units.duration(_text(value, "a whole number and its unit: 10m"))
+    if seconds > MAX_IDLE:
+        raise Unfit(f"{quoted(str(value))} is too long", f"{units.duration_text(MAX_IDLE)} is the most")
+    return seconds
+
+
 def memory(value: object) -> int:
     count = byte_count(value)
     if count < MIN_MEMORY:
@@ -216,6 +258,17 @@ def byte_count(value: object) -> int:
     if count > MAX_BYTE_COUNT:
         raise Unfit(f"{quoted(str(value))} is too much", f"{units.size_text(MAX_BYTE_COUNT)} is the most")
     return count
+
+
+def label_bytes(value: object) -> int:
+    count = units.size(_text(value, "a whole number and its unit: 4KiB"))
+    if count > MAX_LABEL_BYTES:
+        raise Unfit(f"{quoted(str(value))} is too much", f"{units.size_text(MAX_LABEL_BYTES)} is the most")
+    return count
+
+
+def rate(value: object) -> float:
+    return float(count(MAX_RATE)(value))
 
 
 def count(most: int) -> Callable[[object], int]:

@@ -30,7 +30,7 @@ class Namespace(enum.StrEnum):
 @dataclass(frozen=True, slots=True)
 class Card:
     name: str
-    user: str  # "root", "warden", "daemon" or "audit"
+    user: str  # "root", "warden", "daemon", "inspect" or "audit"
     namespace: Namespace
     capabilities: frozenset[Capability]
     reads: str  # what it reads from strangers
@@ -84,12 +84,21 @@ CARDS: dict[str, Card] = {
             does="answers names, keeps real addresses fresh",
         ),
         Card(
-            name="inspector",
+            name="relay",
             user="daemon",
             namespace=Namespace.HOST,
             capabilities=frozenset(),
             reads="connections steered to it",
-            does="relays to local services",
+            does="carries connections to local services",
+        ),
+        Card(
+            name="inspector",
+            user="inspect",
+            # It dials from there, so that the kernel looks up where to; in the host it could dial anything.
+            namespace=Namespace.GATEWAY,
+            capabilities=frozenset(),
+            reads="connections steered to it; the first bytes of both sides",
+            does="lets TLS through that asks for the host it was sent to",
         ),
         Card(
             name="auditor",

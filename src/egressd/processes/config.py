@@ -24,7 +24,7 @@ from egressd.ruleset import layout
 
 __all__ = ["Account", "Config", "PoolsConfig", "load"]
 
-_ACCOUNTS = ("daemon", "warden", "audit")
+_ACCOUNTS = ("daemon", "warden", "inspect", "audit")
 
 
 class Account(Struct, frozen=True, forbid_unknown_fields=True):
@@ -60,9 +60,10 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     state_dir: str = "/var/lib/egressd"
     upstream: tuple[Annotated[str, Meta(max_length=512)], ...] = ()
     upstream_ca: str | None = None
+    upstream_0x20: bool = False
     hosts: dict[str, tuple[str, ...]] = {}
     pools: PoolsConfig = PoolsConfig()
-    user: str | dict[Literal["daemon", "warden", "audit"], str] = "egressd"
+    user: str | dict[Literal["daemon", "warden", "inspect", "audit"], str] = "egressd"
     metrics: str | None = None
     gateway: Annotated[str, Meta(pattern=r"^[a-z][a-z0-9-]{0,31}$")] = layout.GATEWAY
     uplinks: tuple[Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,15}$")], ...] = ()
@@ -79,7 +80,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
         return Path(self.run_dir, "control.sock")
 
     def accounts(self) -> dict[str, Account]:
-        """Who each process runs as: keys "daemon", "warden" and "audit". KeyError names a missing account.
+        """Who each process runs as, by role. KeyError names a missing account.
 
         `user: same` keeps the invoking user for all of them: for a lab without subordinate ids, where
         the processes are then kept apart by capabilities alone.
@@ -87,7 +88,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
         if self.user == "same":
             return dict.fromkeys(_ACCOUNTS, Account(os.getuid(), os.getgid()))
         if isinstance(self.user, str):
-            names = {"daemon": self.user, "warden": f"{self.user}-warden", "audit": f"{self.user}-audit"}
+            names = {role: f"{self.user}-{role}" for role in _ACCOUNTS} | {"daemon": self.user}
         else:
             names = {role: self.user.get(role, "") for role in _ACCOUNTS}  # type: ignore[call-overload]
         return {role: _account(name) for role, name in names.items()}
@@ -160,7 +161,7 @@ def _check_user(config: Config) -> None:
     except KeyError as error:
         raise ValueError(
             f"there is no account {error.args[0]!r}; create it (systemd-sysusers egressd.conf),"
-            " or name numbers: user: {daemon: '900', warden: '901', audit: '902'}"
+            " or name numbers: user: {daemon: '900', warden: '901', audit: '902', inspect: '903'}"
         ) from error
 
 

@@ -270,7 +270,7 @@ class ControlSocket:
         if sandbox is not None:
             await self._send(peer, reports.why_sandbox(sandbox, policy))
         else:
-            await self._send(peer, reports.why(self.controller, policy, message.subject))
+            await self._send(peer, await reports.why(self.controller, policy, message.subject))
 
     def _sandbox_of(self, caller: Caller, link: Link) -> Sandbox:
         """One answer for "there is none" and for "not of a workspace of yours"."""

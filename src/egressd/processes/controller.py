@@ -2,6 +2,9 @@
 
 It holds no right over the kernel. What it wants, it asks of the warden in typed messages; what the warden
 has not acknowledged has not happened. The order of every grant is *record, then admit, then answer*.
+
+What holds `changing` happens one after the other: a change of policy, a name of a wildcard granted or taken
+back, another process brought up to date. Sandboxes come and go beside that.
 """
 
 from __future__ import annotations
@@ -29,8 +32,10 @@ from egressd.model.identities import Link
 from egressd.model.verdicts import Reason
 from egressd.policy import diff
 from egressd.policy.compiled import HostRule, Policy
+from egressd.policy.decide import rule_for
 from egressd.processes import names, reports, ritual
 from egressd.processes.control import ControlSocket
+from egressd.processes.grants import Granting, Grants, Held, with_grants
 from egressd.processes.leases import Leases, LinkNumbers, Sandbox
 from egressd.processes.remembered import Account, Remembered
 from egressd.processes.workspaces import broken_workspaces, public_suffixes, read_workspaces
@@ -43,7 +48,11 @@ __all__ = ["Controller", "main"]
 log = logging.getLogger("controller")
 
 _BOOKS_EVERY = 5.0  # seconds
-_REPLIES = (messages.Done, messages.Failed, messages.Payload, messages.LinkClosed, messages.RefusedNames)
+_REPLIES = (
+    messages.Done, messages.Failed, messages.Payload, messages.LinkClosed, messages.RefusedNames,
+    messages.RefusedFlows,
+)  # fmt: skip
+_SERVING = ("resolver", "relay", "inspector")  # who has to know which source address is whose sandbox
 Totals = dict[str, tuple[int, int]]
 
 
@@ -58,6 +67,8 @@ class Controller:
         self.problems: list[Problem] = []
         self.wants: dict[str, WorkspaceWant] = {}
         self.addresses = names.Addresses(self.pools)
+        self.grants = Grants()
+        self._granting = Granting(self)
         own = Path(self.config.run_dir, "controller")
         self.leases = Leases(self.pools, LinkNumbers(own / "next-link"))
         self.remembered = Remembered(own)
@@ -65,15 +76,15 @@ class Controller:
         self.processes: tuple[messages.ProcessState, ...] = ()
         self.alarms: collections.deque[tuple[float, str]] = collections.deque(maxlen=100)
         self.since = time.time()
-        self.peers: dict[str, Peer | None] = {"warden": None, "resolver": None, "inspector": None}
+        self.peers: dict[str, Peer | None] = dict.fromkeys(("warden", *_SERVING))
         self.settled = asyncio.Event()  # the warden enforces what we last said
-        self._changing = asyncio.Lock()
+        self.changing = asyncio.Lock()
         self._reading = asyncio.Lock()
         self._next_reading: asyncio.Future[Counters] | None = None
         self._closing: set[Link] = set()
         self._unbalanced = False
         self._tasks: set[asyncio.Task[None]] = set()
-        self._admitting = names.Admitting(self._set_nat, self.addresses.acknowledged)
+        self.admitting = names.Admitting(self._set_nat, self.addresses.acknowledged)
         self.control: ControlSocket | None = None
 
     # ---- the other processes
@@ -86,11 +97,13 @@ class Controller:
         bring_up = {
             "warden": self._warden_came,
             "resolver": self._resolver_came,
+            "relay": self._relay_came,
             "inspector": self._inspector_came,
         }
         receives = {
             "warden": messages.FROM_WARDEN,
             "resolver": messages.FROM_RESOLVER,
+            "relay": messages.FROM_RELAY,
             "inspector": messages.FROM_INSPECTOR,
         }[name]
         handler = {"warden": self._from_warden, "resolver": self._from_resolver}.get(name, _unexpected)
@@ -126,9 +139,9 @@ class Controller:
         task.add_done_callback(self._tasks.discard)
 
     async def _warden_came(self) -> None:
-        async with self._changing:
+        async with self.changing:
             warden = self.peer("warden")
-            await self._set_workspaces(self.wants)
+            await self._set_workspaces(with_grants(self.wants, self.grants.held, self.pools))
             for sandbox in list(self.leases.by_link.values()):
                 await warden.ask(_keep(warden, sandbox))
             for batch in names.batches(self.addresses.entries()):
@@ -137,12 +150,20 @@ class Controller:
             self.settled.set()
 
     async def _resolver_came(self) -> None:
-        await self._set_names()
+        async with self.changing:
+            await self._set_names()
         await self._bind_all("resolver")
+
+    # Sources first: what these two serve at the moment they are told is confirmed, or ends.
+
+    async def _relay_came(self) -> None:
+        await self._bind_all("relay")
+        await self._set_relays()
 
     async def _inspector_came(self) -> None:
         await self._bind_all("inspector")
-        await self._set_relays()
+        async with self.changing:
+            await self._set_sites()
 
     def auditor_came(self, sock: socket.socket) -> None:
         """Another auditor: it has to know whose links there are."""
@@ -153,7 +174,8 @@ class Controller:
     async def _bind_all(self, name: str) -> None:
         peer = self.peer(name)
         for sandbox in list(self.leases.by_link.values()):
-            await peer.ask(_bind(peer.next_request(), sandbox))
+            if sandbox.link in self.leases.by_link and sandbox.link not in self._closing:
+                await peer.ask(_bind(peer.next_request(), sandbox))
 
     def _from_warden(self, peer: Peer, received: Received[Any]) -> None:
         message = received.message
@@ -169,7 +191,7 @@ class Controller:
         elif isinstance(message, messages.LinkLost):
             self._link_lost(message)
         elif isinstance(message, messages.Retired):
-            self._retire(message.workspace, message.elements)
+            self._retire(message)
 
     def _retire_lost(self, lost: Totals) -> None:
         """Elements somebody deleted, by "acme_out4 host": back at zero, but their last counters are known."""
@@ -177,8 +199,18 @@ class Controller:
             name, _, host = key.partition(" ")
             workspace = name.rpartition("_")[0]
             if workspace in self.policies:
-                self.remembered.account(workspace).retire(host, Tally(packets, octets))
+                self.remembered.account(workspace).retire(self._row(workspace, host), Tally(packets, octets))
         self.remembered.save_books()
+
+    def _row(self, workspace: str, comment: str) -> str:
+        """Where in the books an element that has gone belongs: names of wildcards come and go without end, so
+        those that went stand under their pattern."""
+        held = self.grants.pattern_of(workspace, comment)
+        policy = self.policies.get(workspace)
+        if held is not None or policy is None:
+            return held or comment
+        rule = rule_for(policy, comment)  # held by a controller before this one, perhaps
+        return rule.host if rule is not None else comment
 
     async def _reopen_books(self) -> None:
         """Somebody may have flushed the tables, and with them what hosts and links had counted. If the books
@@ -211,13 +243,17 @@ class Controller:
             facts |= {f"{key}_packets": packets, f"{key}_bytes": octets}
         self.auditing.record("sandbox-lost", facts)
 
-    def _retire(self, workspace: str, elements: Totals) -> None:
-        account = self.remembered.account(workspace)
-        for host, (packets, octets) in elements.items():
-            account.retire(host, Tally(packets, octets))
-            self.auditing.record(
-                "host-retired", {"workspace": workspace, "host": host, "packets": packets, "bytes": octets}
-            )
+    def _retire(self, message: messages.Retired) -> None:
+        """Last counters of what left the maps: of sandboxes' packets, of what was dialled for them."""
+        account = self.remembered.account(message.workspace)
+        for retire, gone, kind in (
+            (account.retire, message.elements, ""),
+            (account.retire_dialled, message.dialled, "dialled_"),
+        ):
+            for host, (packets, octets) in gone.items():
+                retire(self._row(message.workspace, host), Tally(packets, octets))
+                fields = {f"{kind}packets": packets, f"{kind}bytes": octets}
+                self.auditing.record("host-retired", {"workspace": message.workspace, "host": host, **fields})
         self.remembered.save_books()
 
     def alarm(self, event: str, text: str, fields: dict[str, Any]) -> None:
@@ -229,17 +265,31 @@ class Controller:
 
     async def _from_resolver(self, peer: Peer, received: Received[Any]) -> None:
         message = received.message
-        if not isinstance(message, messages.Resolved):
-            raise ProtocolError(f"the resolver may not say {type(message).__name__}")
-        reply: messages.Done | messages.Failed
-        try:
-            await self._admitting.admit(self.addresses.learn(message))
-            reply = messages.Done(request=message.request)
-        except (Refused, PeerGone) as error:
-            reason = error.reason if isinstance(error, Refused) else Reason.UNAVAILABLE
-            reply = messages.Failed(request=message.request, reason=reason, text=str(error))
-        with contextlib.suppress(PeerGone):
-            peer.send(reply)
+        if isinstance(message, messages.Resolved):
+            _reply(peer, await _outcome(message, self._resolved(message)))
+        elif isinstance(message, messages.GrantName):
+            async with self.changing:
+                known = message.host in self.grants.of(message.workspace)
+                _reply(peer, await _outcome(message, self._granted(message)))
+                if peer.closed and not known:  # nobody was told, so nobody would give it back
+                    await _outcome(message, self._granting.abandon(message))
+        elif isinstance(message, messages.ReleaseNames):
+            async with self.changing:
+                _reply(peer, await _outcome(message, self._released(message)))
+        else:
+            _unexpected(peer, received)
+
+    async def _resolved(self, message: messages.Resolved) -> messages.Done:
+        await self.admitting.admit(self.addresses.learn(message))
+        return messages.Done(request=message.request)
+
+    async def _granted(self, message: messages.GrantName) -> messages.Granted:
+        grant = await self._granting.grant(message)
+        return messages.Granted(request=message.request, block=grant.block)
+
+    async def _released(self, message: messages.ReleaseNames) -> messages.Done:
+        await self._granting.release(message)
+        return messages.Done(request=message.request)
 
     async def _set_nat(self, entries: tuple[NatEntry, ...]) -> None:
         warden = self.peer("warden")
@@ -252,7 +302,7 @@ class Controller:
         await peer.ask(message, data=document, timeout=30.0)
 
     def _names_of(self, policy: Policy) -> WorkspaceNames:
-        return names.names_of(policy, self.blocks(policy.workspace))
+        return names.names_of(policy, self.blocks(policy.workspace), self.grants.rules(policy.workspace))
 
     def blocks(self, workspace: str) -> Mapping[str, int]:
         """Rule key -> block, of one workspace."""
@@ -269,7 +319,7 @@ class Controller:
                 )
 
     async def _set_relays(self) -> None:
-        peer = self.peer("inspector")
+        peer = self.peer("relay")
         relays = tuple(
             messages.Relay(
                 workspace=p.workspace,
@@ -283,11 +333,25 @@ class Controller:
         )
         await peer.ask(messages.SetRelays(request=peer.next_request(), relays=relays))
 
+    async def _set_sites(self) -> None:
+        peer = self.peer("inspector")
+        sites = [site for policy in self.policies.values() for site in self._sites_of(policy)]
+        document = msgspec.json.encode(sites)
+        message = messages.SetSites(request=peer.next_request(), payload_length=len(document))
+        await peer.ask(message, data=document, timeout=30.0)
+
+    def _sites_of(self, policy: Policy) -> Iterable[messages.Site]:
+        assert self.remembered.allocation is not None
+        blocks = self.blocks(policy.workspace)
+        exact = [(rule, blocks[rule.key]) for rule in policy.hosts if not rule.wildcard]
+        index = self.remembered.allocation.workspaces[policy.workspace]
+        return names.sites_of(policy, index, [*exact, *self.grants.rules(policy.workspace)])
+
     # ---- policy
 
     async def apply(self, *, dry_run: bool = False, by: str = "start") -> dict[str, Any]:
         """Read the directory again and make it true, as one change. The answer of `policy apply`."""
-        async with self._changing:
+        async with self.changing:
             began = time.monotonic()
             wanted, problems = await self._read()
             changes = _changes(self.policies, wanted)
@@ -322,31 +386,42 @@ class Controller:
         """What the directory says at the start. The warden hears of it when it is connected."""
         wanted, self.problems = await self._read()
         self._record_changes(_changes({}, wanted), self.problems, "start")
-        allocation, wants = self._numbered(wanted)
-        self._stand(wanted, allocation, wants)
+        allocation, wants = self._numbered(wanted, {})
+        self._stand(wanted, allocation, wants, {})
 
-    def _numbered(self, wanted: dict[str, Policy]) -> tuple[allocate.Allocation, dict[str, WorkspaceWant]]:
-        allocation = allocate.allocate(wanted.values(), self.remembered.allocation)
+    def _numbered(
+        self, wanted: dict[str, Policy], held: Held
+    ) -> tuple[allocate.Allocation, dict[str, WorkspaceWant]]:
+        allocation = allocate.allocate(wanted.values(), self.remembered.allocation, granted=held)
         return allocation, {
             name: plan.want(policy, allocation, self.pools) for name, policy in wanted.items()
         }
 
     def _stand(
-        self, wanted: dict[str, Policy], allocation: allocate.Allocation, wants: dict[str, WorkspaceWant]
+        self,
+        wanted: dict[str, Policy],
+        allocation: allocate.Allocation,
+        wants: dict[str, WorkspaceWant],
+        held: Held,
     ) -> tuple[NatEntry, ...]:
         """From now on this is the policy; returns what changes in where names lead."""
         self.policies, self.remembered.allocation, self.wants = wanted, allocation, wants
+        self.grants.held = held
         self.remembered.save_numbers()
-        return self.addresses.use(_host_rules(wanted, allocation))
+        granted = ((*grant.user, grant.rule) for grant in self.grants.all())
+        return self.addresses.use((*_host_rules(wanted, allocation), *granted))
 
     async def _become(self, wanted: dict[str, Policy]) -> None:
-        allocation, wants = self._numbered(wanted)
+        held, gone = self.grants.surviving(wanted)
+        allocation, wants = self._numbered(wanted, held)
         for name in self.policies.keys() - wanted.keys():
             await self._revoke_workspace(name)
-        await self._set_workspaces(wants)
+        await self._set_workspaces(with_grants(wants, held, self.pools))
         for name in self.policies.keys() - wanted.keys():
             self._close_account(name)
-        await self._admitting.admit(self._stand(wanted, allocation, wants))
+        ways = self._stand(wanted, allocation, wants, held)
+        self._granting.record_gone(gone)
+        await self.admitting.admit(ways)
         await self._tell_the_others()
 
     def _close_account(self, workspace: str) -> None:
@@ -361,10 +436,11 @@ class Controller:
         self.remembered.save_books()
 
     async def _tell_the_others(self) -> None:
-        """The resolver and the inspector, if they run; one that does not is told when it comes back.
+        """Those who serve, if they run; one that does not is told when it comes back.
 
-        For the inspector we wait: a revocation is complete only when it has closed the flows."""
-        for name, tell in (("inspector", self._set_relays), ("resolver", self._set_names)):
+        For inspector and relay we wait: a revocation is complete only when they have closed the flows."""
+        tellings = {"inspector": self._set_sites, "relay": self._set_relays, "resolver": self._set_names}
+        for name, tell in tellings.items():
             try:
                 await tell()
             except (Refused, PeerGone) as error:
@@ -401,7 +477,7 @@ class Controller:
         self.auditing.record("sandbox-opening", _facts(sandbox))
         warden = self.peer("warden")
         request = _open(warden, sandbox)
-        served = [self._bound(name, sandbox) for name in ("resolver", "inspector")]
+        served = [self._bound(name, sandbox) for name in _SERVING]
         linked = asyncio.ensure_future(warden.ask(request, descriptor=descriptor))
         await asyncio.gather(*served)
         await linked
@@ -425,7 +501,7 @@ class Controller:
             with contextlib.suppress(PeerGone, Refused):
                 message = messages.CloseLink(request=warden.next_request(), link=sandbox.link.number)
                 counters = (await warden.ask(message)).message.counters
-        for name in ("resolver", "inspector"):
+        for name in _SERVING:
             peer = self.peers[name]
             if peer is not None:
                 with contextlib.suppress(PeerGone):
@@ -478,13 +554,21 @@ class Controller:
             received = await warden.ask(messages.ReadCounters(request=warden.next_request()), timeout=30.0)
             return msgspec.json.decode(received.payload(), type=Counters)
 
-    async def refused_names(self) -> Mapping[str, int]:
-        """Questions the resolver refused, by workspace; nothing where it cannot be asked."""
-        peer = self.peers["resolver"]
+    async def refused_names(self) -> Mapping[str, Mapping[str, int]]:
+        """Questions the resolver refused: workspace -> reason -> count."""
+        return await self._read_refused("resolver")
+
+    async def refused_flows(self) -> Mapping[str, Mapping[str, int]]:
+        """Connections the inspector refused: workspace -> reason -> count."""
+        return await self._read_refused("inspector")
+
+    async def _read_refused(self, name: str) -> Mapping[str, Mapping[str, int]]:
+        """Nothing where it cannot be asked: it counts from its own start anyway."""
+        peer = self.peers[name]
         if peer is not None:
-            with contextlib.suppress(PeerGone):
+            with contextlib.suppress(PeerGone, Refused):
                 received = await peer.ask(messages.ReadRefused(request=peer.next_request()), timeout=2.0)
-                counts: dict[str, int] = received.message.counts
+                counts: dict[str, dict[str, int]] = received.message.counts
                 return counts
         return {}
 
@@ -516,6 +600,22 @@ def _last(counters: Totals) -> LinkCounts:
         denied=tallies.get("denied", none),
         other=tallies.get("other", none),
     )
+
+
+async def _outcome(
+    message: Any, work: Coroutine[Any, Any, messages.Done | messages.Granted | None]
+) -> messages.Done | messages.Granted | messages.Failed | None:
+    """The answer to a request, whatever became of it."""
+    try:
+        return await work
+    except (EgressdError, OSError) as error:
+        reason = error.reason if isinstance(error, Refused) else Reason.UNAVAILABLE
+        return messages.Failed(request=message.request, reason=reason.value, text=str(error)[:4096])
+
+
+def _reply(peer: Peer, message: Any) -> None:
+    with contextlib.suppress(PeerGone):
+        peer.send(message)
 
 
 def _unexpected(peer: Peer, received: Received[Any]) -> None:
@@ -595,7 +695,7 @@ async def _serve(start: ritual.Start) -> None:
     _watch_signals(controller, stop)
     await controller.begin()
     asyncio.get_running_loop().add_reader(supervisor.socket, _from_supervisor, controller, supervisor, stop)
-    for name in ("warden", "resolver", "inspector"):
+    for name in ("warden", *_SERVING):
         controller.connect(name, start.take(name))
     await controller.settled.wait()
     controller.control.listen()

@@ -1,491 +1,466 @@
-"""The inspector: takes the connections the gateway steers here and relays those meant for local services.
+"""The inspector: lets a TLS connection through only if it asks for the host whose address it was sent to.
 
-A steered connection (TPROXY) keeps its original destination as the accepted socket's own address: a
-synthetic address, so it says which rule of which workspace was meant. Who asks is the source address,
-which the guard compared with the link's before the packet got here. Both must be known, and together be a
-relay the controller has announced; anything else is reset at once and recorded.
+How connections arrive, and who they are from: `steered.py`. Workspace, block and port must together be a
+*site*, which says the one name that is expected. The ClientHello is read (`tls/hello.py`); if it names that
+host and hides nothing, the inspector dials and passes on what it has read, byte for byte. Otherwise the
+connection is reset, nothing having been sent anywhere, and what was asked for is recorded. Until the server
+has answered, a second ClientHello is watched for (`tls/retry.py`). Nothing is decrypted.
 
-The listeners live in the gateway; this process, and so every socket it dials with, in the host's namespace,
-where 127.0.0.1 is the host's. It dials 127.0.0.1 and the announced port, nothing else.
+It knows no real address. It dials the synthetic addresses of the site's block, from the workspace's own
+source address; the kernel looks that up again, and translates. So this process can reach nothing that policy
+does not permit, whatever the bytes it reads make of it.
 
-While the controller is gone nothing changes. When a new one comes, what the old one said is void: flows
-are closed and the new one says again who is who.
+Must not: send a byte upstream before the name is known; log what was asked unescaped; hold more for one
+sandbox than the limits say.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import functools
+import gc
 import logging
-import os
-import resource
 import select
-import signal
 import socket
 import sys
-import time
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address, ip_address
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import msgspec
 
 from egressd.ipc import messages
-from egressd.ipc.channel import Channel
-from egressd.journal.floods import Flood, Floods
+from egressd.ipc.channel import Received
 from egressd.journal.records import Scalar
 from egressd.model.errors import ProtocolError
 from egressd.model.identities import Link
+from egressd.model.names import quoted
 from egressd.model.verdicts import Reason
 from egressd.processes import ritual
-from egressd.processes.flows import DESCRIPTORS, Flow, Poller, reset
-from egressd.ruleset.layout import Pools
+from egressd.processes.dialing import Target
+from egressd.processes.flows import Poller, Stop, keep_alive
+from egressd.processes.steered import Denied, House, Limits, Program, Visit, spelled
+from egressd.ruleset.layout import SLOTS, Pools, dial_source
+from egressd.tls.hello import HelloReader, More, Named, Objection, read
+from egressd.tls.retry import Ruling, Watch
 
-__all__ = ["Inspector", "Limits", "Relays", "main"]
+__all__ = ["IDLE", "Inspector", "Sites", "main"]
 
 log = logging.getLogger(__name__)
 
-Address = IPv4Address | IPv6Address
+IDLE = 7200.0  # seconds without a byte after which a flow is reset, where the rule does not say
+HELLO_WITHIN = 10.0  # seconds from accepting a connection to the last byte of its hello
+DIAL_WITHIN = 10.0  # seconds for all attempts to connect
+_HELLOS = 128  # of one sandbox, begun and not complete
+_TOTAL = 8192
+_CHUNK = 16_384  # bytes per read of a hello; nearly all come whole
+_GROWN_UP = 5.0  # seconds: most connections are over before it pays to ask whether the peer is still there
+_INCOMPLETE = Objection(Reason.HELLO_MALFORMED, "it ends in the middle")
+_TOO_SLOW = Objection(Reason.HELLO_TOO_SLOW, "it is not complete in time")
 
-_TICK = 0.25  # seconds
-_DIAL = 3.0  # seconds: 127.0.0.1 answers at once, unless its backlog is full
-_TOTALS = 60.0  # seconds between records of the totals of services in use
-_ACCEPTS, _READS = 64, 64  # per wake-up, so that nobody holds the loop
-_WANTED_DESCRIPTORS = 32_768
-_OWN_DESCRIPTORS = 64  # listeners, channels, epoll, stderr, and room to spare
-_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How many flows at once."""
-
-    per_sandbox: int = 512
-    total: int = 4096
-
-    @classmethod
-    def within(cls, descriptors: int) -> Limits:
-        """As many as this number of descriptors carries."""
-        return cls(total=max(1, min(cls().total, (descriptors - _OWN_DESCRIPTORS) // DESCRIPTORS)))
+Key = tuple[str, int, int]  # workspace, block, port
 
 
-@dataclass(slots=True)
-class Totals:
-    """Of one service of one workspace, since the process started. Bytes of flows that have ended."""
+class _Visit(Visit):
+    """First the hello, then as every visit."""
 
-    flows: int = 0
-    bytes_out: int = 0
-    bytes_in: int = 0
-    told: bool = True
+    __slots__ = (
+        "_reader",
+        "_said",
+        "block",
+        "counted",
+        "grown_up",
+        "named",
+        "objection",
+        "quiet_since",
+        "site",
+    )
+
+    house: Sites
+
+    def __init__(
+        self,
+        house: Sites,
+        client: socket.socket,
+        *,
+        caller: tuple[Link, str],
+        ends: tuple[str, str, int],
+        block: int,
+        site: messages.Site,
+    ) -> None:
+        source, destination, port = ends
+        super().__init__(
+            house, client, caller=caller, source=source, destination=destination, port=port, label=site.host
+        )
+        self.site, self.block = site, block
+        self.named: Named | None = None
+        self.objection: Objection | None = None
+        self._said = b""  # the hello so far
+        self._reader: HelloReader | None = None  # if it does not come in one piece
+        self.quiet_since, self.counted, self.grown_up = self.started, 0, False
+
+    @property
+    def key(self) -> Key:
+        return self.workspace, self.block, self.port
+
+    # ---- the hello
+
+    def hear(self) -> None:
+        """Read, perhaps, the whole hello."""
+        try:
+            data = self.client.recv(_CHUNK)
+        except BlockingIOError:
+            self.house.poller.watch(self.client.fileno(), select.EPOLLIN, self._client_hello)
+            return
+        except OSError:
+            self.end("reset")
+            return
+        if not data:
+            self._hung_up()
+            return
+        verdict = read(data) if not self._said else self._more(data)
+        self._said += data
+        if isinstance(verdict, Objection):
+            self.refuse(verdict)
+        elif isinstance(verdict, Named):
+            self._judge(verdict)
+        else:
+            if self._reader is None:
+                self._reader = HelloReader()
+                self._reader.feed(data)
+            self.house.poller.watch(self.client.fileno(), select.EPOLLIN, self._client_hello)
+
+    def _client_hello(self, events: int) -> None:
+        if self.named is None:
+            self.hear()
+        else:
+            self.client_event(events)
+
+    def _more(self, data: bytes) -> More | Named | Objection:
+        assert self._reader is not None
+        return self._reader.feed(data)
+
+    def _hung_up(self) -> None:
+        """A client that leaves before it has said anything wants nothing: not refused, and no error."""
+        if self._said:
+            self.refuse(_INCOMPLETE)
+        else:
+            self.end("unused")
+
+    def _judge(self, named: Named) -> None:
+        if named.name != self.site.host:
+            self.refuse(Objection(Reason.SNI_OTHER, "it names another server", quoted(named.name)))
+        elif named.ech and not self.site.ech:
+            self.refuse(Objection(Reason.ECH, "it may hide another name", quoted(named.name)))
+        else:
+            self._let_through(named)
+
+    def _let_through(self, named: Named) -> None:
+        self.named, self._reader = named, None
+        self.house.hello_over(self)
+        said, self._said = self._said, b""
+        self.gate = gate = _Gate(self, named)
+        rest = said[named.length :]
+        try:
+            self.first = said[: named.length] + gate.client(rest) if rest else said
+        except Stop:
+            self.end("refused")
+            return
+        self.dial(self.house.targets(self.site, self.destination))
+
+    def refuse(self, objection: Objection) -> None:
+        """Reset it, and say why."""
+        self.house.refused(self, objection)
+        self.end("refused")
+
+    # ---- what time brings
+
+    def look(self, now: float) -> None:
+        """Once joined: is anything said at all?"""
+        flow = self.flow
+        if flow is None:
+            return
+        moved = flow.moved
+        if moved != self.counted:
+            self.counted, self.quiet_since = moved, now
+        elif now - self.quiet_since > (self.site.idle or IDLE):
+            self.end("idle")
+            return
+        if not self.grown_up and now - self.started > _GROWN_UP:
+            self.grown_up = True
+            keep_alive(flow.client)
+            keep_alive(flow.upstream)
 
 
-@dataclass(frozen=True, slots=True)
-class _Denied:
-    """What makes two denied connections equal."""
+class _Gate:
+    """Holds back what might be a second hello, until the server has said that there is none."""
 
-    event: str
-    link: Link | None
-    workspace: str | None
-    source: str
-    destination: str
-    port: int
-    reason: str
+    __slots__ = ("_visit", "_watch", "over")
+
+    def __init__(self, visit: _Visit, named: Named) -> None:
+        self._visit, self._watch = visit, Watch(named)
+        self.over = False
+
+    def client(self, data: bytes) -> bytes:
+        return self._pass(self._watch.client(data))
+
+    def server(self, data: bytes) -> bytes:
+        return self._pass(self._watch.server(data))
+
+    def _pass(self, ruling: Ruling | Objection) -> bytes:
+        if isinstance(ruling, Objection):
+            self._visit.house.refused(self._visit, ruling)
+            raise Stop("refused")
+        self.over = ruling.over
+        return ruling.forward
 
 
-@dataclass(slots=True)
-class _About:
-    """Whose a flow is."""
+class Sites(House):
+    """Which workspace may ask for which host where, and the flows that do."""
 
-    link: Link
-    relay: messages.Relay
-    source: str
-    destination: str
-    started: float
-
-
-class Relays:
-    """Who may reach which local service, and the flows that do."""
+    dial_within: ClassVar[float] = DIAL_WITHIN
+    denied_event: ClassVar[str] = "flow-refused"
+    failed_event: ClassVar[str] = "flow-failed"
+    visits: set[_Visit]  # type: ignore[assignment]
 
     def __init__(self, poller: Poller, *, pools: Pools, auditing: ritual.Auditing, limits: Limits) -> None:
-        self._poller, self._pools, self._auditing, self._limits = poller, pools, auditing, limits
-        self._sources: dict[Address, tuple[Link, str]] = {}
-        self._services: dict[tuple[str, int, int], messages.Relay] = {}
-        self._flows: dict[Flow, _About] = {}
-        self._by_link: defaultdict[Link, set[Flow]] = defaultdict(set)
-        self._denied: Floods[_Denied, None] = Floods()
-        self._reserve = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
-        self._listeners: list[socket.socket] = []
-        self._paused: list[socket.socket] = []
-        self._totals_at = time.monotonic()
-        self.totals: defaultdict[tuple[str, str], Totals] = defaultdict(Totals)
-
-    def __len__(self) -> int:
-        return len(self._flows)
+        super().__init__(poller, pools=pools, auditing=auditing, limits=limits)
+        self._sites: dict[Key, messages.Site] = {}
+        self._hellos: dict[_Visit, None] = {}  # in the order of their arrival
+        self._hellos_of: defaultdict[Link, int] = defaultdict(int)
+        self._targets = lru_cache(1 << 14)(lambda *key: list(_targets(pools, *key)))
+        self.counts: defaultdict[str, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
 
     # ---- what the controller says
 
-    def bind(self, link: Link, workspace: str, *addresses: Address) -> None:
-        """From now on these source addresses, and no others, are this sandbox; whoever had them before
-        is gone."""
-        for address in [a for a, (bound, _) in self._sources.items() if bound == link]:
-            del self._sources[address]
-        for address in addresses:
-            if address in self._sources:
-                self.unbind(self._sources[address][0])
-            self._sources[address] = (link, workspace)
+    def set_sites(self, sites: Iterable[messages.Site]) -> int:
+        """These and no others. Returns how many connections had to be closed."""
+        self._sites = {_key(site): site for site in sites}
+        return self._revise(self.visits)
 
-    def unbind(self, link: Link) -> None:
-        """Forget the sandbox and close its flows on both sides."""
-        for address in [a for a, (bound, _) in self._sources.items() if bound == link]:
-            del self._sources[address]
-        for flow in list(self._by_link.get(link, ())):
-            flow.abort("unbound")
+    def add_sites(self, sites: Iterable[messages.Site]) -> int:
+        added = {_key(site): site for site in sites}
+        changed = {key for key, site in added.items() if self._sites.get(key, site) != site}
+        self._sites.update(added)
+        return self._revise(v for v in self.visits if v.key in changed) if changed else 0
 
-    def announce(self, relays: Iterable[messages.Relay]) -> int:
-        """These relays and no others. Returns how many flows had to be closed."""
-        self._services = {(relay.workspace, relay.block, relay.port): relay for relay in relays}
-        gone = [flow for flow, about in self._flows.items() if not self._announced(about.relay)]
-        for flow in gone:
-            flow.abort("revoked")
-        return len(gone)
+    def remove_sites(self, sites: Iterable[messages.Site]) -> int:
+        """A site that has become another host's meanwhile is not the one that is meant."""
+        gone = set()
+        for site in sites:
+            known = self._sites.get(_key(site))
+            if known is not None and (known.host, known.index) == (site.host, site.index):
+                del self._sites[_key(site)]
+                gone.add(_key(site))
+        return self._revise(v for v in self.visits if v.key in gone)
 
-    def _announced(self, relay: messages.Relay) -> bool:
-        return self._services.get((relay.workspace, relay.block, relay.port)) == relay
-
-    def forget_everything(self, how: str) -> None:
-        self._sources.clear()
-        self._services.clear()
-        for flow in list(self._flows):
-            flow.abort(how)
+    def _revise(self, visits: Iterable[_Visit]) -> int:
+        """Close those whose permission has ended; the others are under the new terms."""
+        closed = 0
+        for visit in list(visits):
+            site = self._sites.get(visit.key)
+            if site is not None and _permits(site, visit):
+                visit.site = site
+            else:
+                visit.end("revoked")
+                closed += 1
+        return closed
 
     # ---- connections
 
-    def listen(self, listener: socket.socket) -> None:
-        listener.setblocking(False)
-        self._listeners.append(listener)
-        self._watch(listener)
-
-    def _watch(self, listener: socket.socket) -> None:
-        self._poller.watch(listener.fileno(), select.EPOLLIN, functools.partial(self._accept, listener))
-
-    def _accept(self, listener: socket.socket, events: int) -> None:
-        for _ in range(_ACCEPTS):
-            try:
-                client, _ = listener.accept()
-            except BlockingIOError:
-                return
-            except OSError as error:
-                # accept(2): errors of the new connection (ECONNABORTED, EPROTO, ...) come out here, too
-                if error.errno in _EXHAUSTED:
-                    self._shed(listener)
-                    return
-                continue
-            client.setblocking(False)
-            self._admit(client)
-
-    def _shed(self, listener: socket.socket) -> None:
-        """No descriptors left: use the spare one to reset the caller, rather than let it wait. Then stop
-        listening until the next tick, since epoll would report the same connection at once."""
-        os.close(self._reserve)
-        with contextlib.suppress(OSError):
-            client, _ = listener.accept()
-            reset(client)
-        self._reserve = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
-        self._poller.forget(listener.fileno())
-        self._paused.append(listener)
-        self._note(_Denied("relay-denied", None, None, "", "", 0, Reason.LIMIT))
-
-    def _admit(self, client: socket.socket) -> None:
-        try:
-            source, (target, port) = client.getpeername()[0], client.getsockname()[:2]
-        except OSError:  # ENOTCONN: it has been reset meanwhile
-            client.close()
-            return
-        address = _address(source)
-        bound = None if address is None else self._sources.get(address)
-        relay = self._relay(bound, target, port)
-        reason = self._reason(bound, relay)
-        if reason is not None:
-            link, workspace = bound or (None, None)
-            self._note(_Denied("relay-denied", link, workspace, source, target, port, reason))
-            reset(client)
-        elif bound is not None and relay is not None:
-            self._dial(client, _About(bound[0], relay, source, target, time.monotonic()))
-
-    def _relay(self, bound: tuple[Link, str] | None, target: str, port: int) -> messages.Relay | None:
-        address = _address(target)
-        place = None if address is None else self._pools.block_of(address)
-        if bound is None or place is None:
-            return None
-        return self._services.get((bound[1], place[0], port))
-
-    def _reason(self, bound: tuple[Link, str] | None, relay: messages.Relay | None) -> Reason | None:
-        """Why not; None if it may."""
-        if bound is None:
-            return Reason.SOURCE
-        if relay is None:
+    def _receive(
+        self, client: socket.socket, caller: tuple[Link, str], block: int, ends: tuple[str, str, int]
+    ) -> Reason | None:
+        link, workspace = caller
+        site = self._sites.get((workspace, block, ends[2]))
+        if site is None:
             return Reason.UNLISTED
-        if len(self._by_link.get(bound[0], ())) >= self._limits.per_sandbox:
-            return Reason.CONNECTIONS
-        if len(self._flows) >= self._limits.total:
-            return Reason.LIMIT
+        full = self.no_room(link, workspace)
+        if full is not None or self._hellos_of.get(link, 0) >= _HELLOS:
+            return full or Reason.CONNECTIONS
+        visit = _Visit(self, client, caller=caller, ends=ends, block=block, site=site)
+        self.enter(visit)
+        self._hellos[visit] = None
+        self._hellos_of[link] += 1
+        visit.hear()
         return None
 
-    def _dial(self, client: socket.socket, about: _About) -> None:
-        try:
-            flow = Flow(self._poller, client, ("127.0.0.1", about.relay.port), over=self._over)
-        except OSError as error:
-            self._failed(about, error.errno)
-            reset(client)
-            return
-        self._flows[flow] = about
-        self._by_link[about.link].add(flow)
-        flow.dial()
+    def hello_over(self, visit: _Visit) -> None:
+        if visit in self._hellos:
+            del self._hellos[visit]
+            self._hellos_of[visit.link] -= 1
+            if not self._hellos_of[visit.link]:
+                del self._hellos_of[visit.link]
 
-    # ---- ends
+    def targets(self, site: messages.Site, asked: str) -> list[Target]:
+        """The address that was asked for, then the block's others, the families taking turns."""
+        return self._targets(site.index, site.block, asked, site.port)
 
-    def _over(self, flow: Flow, how: str) -> None:
-        about = self._flows.pop(flow)
-        mates = self._by_link[about.link]
-        mates.discard(flow)
-        if not mates:
-            del self._by_link[about.link]
-        if flow.connecting:
-            self._failed(about, flow.error, how)
-            return
-        sent, received = flow.outward.moved, flow.inward.moved
-        total = self.totals[about.relay.workspace, about.relay.service]
-        total.flows += 1
-        total.bytes_out += sent
-        total.bytes_in += received
-        total.told = False
-        self._auditing.record(
-            "relay-closed",
+    def leave(self, visit: Visit, how: str) -> None:
+        assert isinstance(visit, _Visit)
+        self.hello_over(visit)
+        super().leave(visit, how)
+
+    def _left(self, visit: Visit, how: str) -> None:
+        assert isinstance(visit, _Visit)
+        if visit.objection is None and visit.flow is None and visit.race is None:
+            self.failed(visit, how)  # it ended before it had said what it wants
+        else:
+            super()._left(visit, how)
+
+    # ---- records
+
+    def refused(self, visit: _Visit, objection: Objection) -> None:
+        visit.objection = objection
+        self.counts[visit.workspace][str(objection.reason)] += 1
+        details = {"host": visit.site.host, "asked": objection.asked, "detail": objection.detail}
+        self.note(_denied(visit, objection.reason), details)
+
+    def _deny(
+        self,
+        client: socket.socket,
+        caller: tuple[Link, str] | None,
+        ends: tuple[str, str, int],
+        reason: Reason,
+    ) -> None:
+        if caller is not None:
+            self.counts[caller[1]][str(reason)] += 1
+        super()._deny(client, caller, ends, reason)
+
+    def _details(self, visit: Visit) -> Mapping[str, Scalar]:
+        return {"host": visit.label}
+
+    def _closed(self, visit: Visit, how: str, sent: int, received: int) -> None:
+        assert isinstance(visit, _Visit)
+        assert visit.named is not None
+        self.auditing.record(
+            "flow-closed",
             {
-                "link": about.link.device,
-                "workspace": about.relay.workspace,
-                "service": about.relay.service,
-                "port": about.relay.port,
-                "source": about.source,
-                "destination": about.destination,
+                "link": visit.link.device,
+                "workspace": visit.workspace,
+                "host": visit.label,
+                "port": visit.port,
+                "source": visit.source,
+                "destination": visit.destination,
+                "asked": visit.named.name,
+                "ech": visit.named.ech,
                 "bytes_out": sent,
                 "bytes_in": received,
-                "seconds": round(time.monotonic() - about.started, 6),
+                "seconds": round(self.poller.now - visit.started, 6),
                 "how": how,
             },
         )
 
-    def _failed(self, about: _About, code: int | None, how: str = "") -> None:
-        reason = errno.errorcode.get(code or 0, how or "unknown").lower()
-        self._note(
-            _Denied(
-                "relay-failed",
-                about.link,
-                about.relay.workspace,
-                about.source,
-                about.destination,
-                about.relay.port,
-                reason,
-            )
-        )
-
-    # ---- records
-
-    def _note(self, denied: _Denied) -> None:
-        for flood in self._denied.add(denied, None, now=time.monotonic()):
-            self._record(flood)
-
-    def _record(self, flood: Flood[_Denied, None]) -> None:
-        denied = flood.key
-        fields: dict[str, Scalar] = {
-            "link": denied.link.device if denied.link else None,
-            "workspace": denied.workspace,
-            "source": denied.source,
-            "destination": denied.destination,
-            "port": denied.port,
-            "reason": str(denied.reason),
-            "connections": flood.count,
-        }
-        self._auditing.record(denied.event, fields)
-
-    def tick(self, now: float) -> None:
-        """What time brings: floods that are over, dials that took too long, listeners to try again."""
-        for flood in self._denied.due(now=now):
-            self._record(flood)
-        late = [f for f, about in self._flows.items() if f.connecting and now - about.started > _DIAL]
-        for flow in late:
-            flow.error = errno.ETIMEDOUT
-            flow.abort("timeout")
-        while self._paused:
-            self._watch(self._paused.pop())
-        if now - self._totals_at >= _TOTALS:
-            self._totals_at = now
-            self.tell_totals()
-
     def tell_totals(self) -> None:
-        for (workspace, service), total in self.totals.items():
+        for (workspace, host), total in self.totals.items():
             if not total.told:
                 total.told = True
-                self._auditing.record(
-                    "relay-totals",
+                self.auditing.record(
+                    "flow-totals",
                     {
                         "workspace": workspace,
-                        "service": service,
+                        "host": host,
                         "flows": total.flows,
                         "bytes_out": total.bytes_out,
                         "bytes_in": total.bytes_in,
                     },
                 )
 
-    def close(self) -> None:
-        self.forget_everything("stopping")
-        for listener in self._listeners:
-            self._poller.forget(listener.fileno())
-            listener.close()
-        for flood in self._denied.drain():
-            self._record(flood)
-        self.tell_totals()
-        os.close(self._reserve)
+    # ---- what time brings
+
+    def _look(self, now: float) -> None:
+        late = []
+        for visit in self._hellos:
+            if now - visit.started <= HELLO_WITHIN:
+                break
+            late.append(visit)
+        for visit in late:
+            visit.refuse(_TOO_SLOW)
+        for visit in list(self.visits):
+            visit.look(now)
 
 
-def _address(text: str) -> Address | None:
-    """An address as a socket spells it; a scope is cut off. None for what is neither family's."""
-    try:
-        return ip_address(text.partition("%")[0])
-    except ValueError:
-        return None
+def _key(site: messages.Site) -> Key:
+    return site.workspace, site.block, site.port
 
 
-class Inspector:
-    """The process: channels in, one loop."""
+def _permits(site: messages.Site, visit: _Visit) -> bool:
+    """Whether what has been let through, or may yet be, is what this site permits."""
+    before = visit.site
+    hides = visit.named is not None and visit.named.ech
+    return (site.host, site.index) == (before.host, before.index) and (site.ech or not hides)
+
+
+def _denied(visit: _Visit, reason: Reason) -> Denied:
+    return Denied(
+        "flow-refused", visit.link, visit.workspace, visit.source, visit.destination, visit.port, reason
+    )
+
+
+def _targets(pools: Pools, index: int, block: int, asked: str, port: int) -> Iterator[Target]:
+    """RFC 8305 section 4: the address that was chosen, then the families by turns."""
+    sources = [(spelled(address), 0) for address in dial_source(index)]
+    slots = [[(spelled(pools.synthetic(block, slot)[f]), port) for slot in range(SLOTS)] for f in (0, 1)]
+    family = int(":" in asked)
+    for addresses in slots:
+        if (asked, port) in addresses:
+            addresses.remove((asked, port))
+            addresses.insert(0, (asked, port))
+    kinds = (socket.AF_INET, socket.AF_INET6)
+    for slot in range(SLOTS):
+        for chosen in (family, 1 - family):
+            yield Target(kinds[chosen], slots[chosen][slot], sources[chosen])
+
+
+class Inspector(Program):
+    """The process."""
+
+    receives: ClassVar[Any] = messages.TO_INSPECTOR
 
     def __init__(self, start: ritual.Start, *, limits: Limits) -> None:
-        self._poller = Poller()
-        self._auditing = ritual.Auditing.over("inspector", start.take("audit"))
-        self.relays = Relays(
-            self._poller, pools=start.config.pools.pools(), auditing=self._auditing, limits=limits
-        )
-        self._supervisor: Channel[Any] = Channel(start.take("supervisor"), messages.TO_CHILD)
-        self._controller: Channel[Any] | None = None
-        self._ended: str | None = None
-        self._next_beat = 0.0
-        self._supervisor.socket.setblocking(False)
-        self._poller.watch(self._supervisor.fileno(), select.EPOLLIN, self._from_supervisor)
-        self._connect(start.take("controller"))
-        for name in ("tproxy4", "tproxy6"):
-            self.relays.listen(start.take(name))
+        super().__init__(start, limits=limits)
+        self._sites: msgspec.json.Decoder[list[messages.Site]] = msgspec.json.Decoder(list[messages.Site])
+        for name in ("inspect4", "inspect6"):
+            self.house.listen(start.take(name))
 
-    def run(self) -> str:
-        """Serve until told to stop; returns why."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, _: self._finish(signal.Signals(number).name))
-        self._tell(messages.Ready())
-        while self._ended is None:
-            self._poller.turn(_TICK)
-            now = time.monotonic()
-            self.relays.tick(now)
-            if now >= self._next_beat:
-                self._next_beat = now + messages.HEARTBEAT
-                self._tell(messages.Heartbeat())
-        self.relays.close()
-        self._poller.close()
-        return self._ended
+    def _open(self, pools: Pools, limits: Limits) -> Sites:
+        self.sites = Sites(self.poller, pools=pools, auditing=self.auditing, limits=limits)
+        return self.sites
 
-    def _finish(self, why: str) -> None:
-        self._ended = self._ended or why
-
-    # ---- the supervisor
-
-    def _tell(self, message: messages.FROM_CHILD) -> None:
-        try:
-            self._supervisor.send(message)
-        except BlockingIOError:
-            pass  # it will miss heartbeats, and draw its conclusion
-        except OSError as error:
-            self._finish(f"the supervisor is gone: {error}")
-
-    def _from_supervisor(self, events: int) -> None:
-        try:
-            received = self._supervisor.receive()
-        except BlockingIOError:
-            return
-        except (EOFError, OSError, ProtocolError) as error:
-            self._finish(f"the supervisor is gone: {error or 'end of file'}")
-            return
-        sock = socket.socket(fileno=received.take())
-        if received.message.name == "controller":
-            self._disconnect("replaced")
-            self.relays.forget_everything("controller-replaced")
-            self._connect(sock)
-        elif received.message.name == "audit":
-            self._auditing.connect(sock)
+    def _apply(self, received: Received[messages.TO_INSPECTOR]) -> messages.FROM_INSPECTOR:
+        message, changes = received.message, 0
+        if isinstance(message, messages.SetSites):
+            changes = self._set(received.payload())
+        elif isinstance(message, messages.AddSites):
+            changes = self.sites.add_sites(message.sites)
+        elif isinstance(message, messages.RemoveSites):
+            changes = self.sites.remove_sites(message.sites)
+        elif isinstance(message, messages.BindSource):
+            self.sites.bind(Link(message.link), message.workspace, message.source4, message.source6)
+        elif isinstance(message, messages.ReadRefused):
+            counts = {workspace: dict(reasons) for workspace, reasons in self.sites.counts.items()}
+            return messages.RefusedFlows(request=message.request, counts=counts)
         else:
-            sock.close()
+            self.sites.unbind(Link(message.link))
+        return messages.Done(request=message.request, changes=changes)
 
-    # ---- the controller
-
-    def _connect(self, sock: socket.socket) -> None:
-        sock.setblocking(False)
-        self._controller = Channel(sock, messages.TO_INSPECTOR)
-        self._poller.watch(sock.fileno(), select.EPOLLIN, self._from_controller)
-
-    def _disconnect(self, why: str) -> None:
-        if self._controller is not None:
-            log.info("the connection to the controller ended: %s", why)
-            self._poller.forget(self._controller.fileno())
-            self._controller.close()
-            self._controller = None
-
-    def _from_controller(self, events: int) -> None:
-        for _ in range(_READS):
-            if self._controller is None:
-                return
-            try:
-                message = self._controller.receive().message
-            except BlockingIOError:
-                return
-            except (EOFError, OSError, ProtocolError) as error:
-                self._disconnect(str(error) or "end of file")
-                return
-            self._reply(messages.Done(request=message.request, changes=self._apply(message)))
-
-    def _apply(self, message: messages.TO_INSPECTOR) -> int:
-        if isinstance(message, messages.SetRelays):
-            return self.relays.announce(message.relays)
-        if isinstance(message, messages.BindSource):
-            self.relays.bind(Link(message.link), message.workspace, message.source4, message.source6)
-        else:
-            self.relays.unbind(Link(message.link))
-        return 0
-
-    def _reply(self, message: messages.Done) -> None:
-        if self._controller is None:
-            return
+    def _set(self, payload: bytes) -> int:
         try:
-            self._controller.send(message)
-        except OSError as error:
-            self._disconnect(f"it stopped reading: {error}")
-
-
-def raise_descriptor_limit() -> int:
-    """The soft limit, raised as far as the hard one lets us; select(2) is not used anywhere."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _WANTED_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(_WANTED_DESCRIPTORS, hard)
-    if soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    return max(soft, wanted)
+            sites = self._sites.decode(payload)
+        except (msgspec.DecodeError, ValueError) as error:
+            raise ProtocolError(f"not a list of sites: {error}") from error
+        self.sites.settle()
+        return self.sites.set_sites(sites)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status 0 when told to stop, 1 when it could not begin."""
     try:
         start = ritual.begin("inspector", arguments)
-        limits = Limits.within(raise_descriptor_limit())
-        inspector = Inspector(start, limits=limits)
+        inspector = Inspector(start, limits=Limits(total=_TOTAL).within_process())
     except ProtocolError as error:
         print(f"egressd[inspector]: {error}", file=sys.stderr)
         return 1
+    gc.freeze()  # what is imported stays: the collector need not look at it for every few connections
     log.info("ending: %s", inspector.run())
     return 0
 

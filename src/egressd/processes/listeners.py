@@ -2,29 +2,33 @@
 
 UDP and TCP differ only in framing; both give `serve` the bytes and the source address, which is all that
 identifies a sandbox. Nothing one source does may cost another more than its share: a connection too many
-is closed at once, an idle or unread one after ten seconds, and a datagram socket that is full drops.
+is closed at once, an idle or unread one after ten seconds, and who fills a datagram socket loses datagrams.
 """
 
 from __future__ import annotations
 
 import asyncio
 import collections
-import contextlib
 import socket
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from ipaddress import ip_address
 from typing import TypeAlias
 
+from egressd.dns.hot import Cache, shed, sweep
 from egressd.model.addresses import Address
+from egressd.processes.batches import COUNT, LONGEST, Batch
 
 __all__ = ["Datagrams", "Serve", "Streams"]
 
 # (message, source, whether it came over UDP) -> the answer now, later, or never
 Serve: TypeAlias = Callable[[bytes, Address, bool], bytes | Awaitable[bytes | None] | None]
 
-_BATCH = 64  # datagrams per wake-up, so that connections and the controller get their turn
-_MAX_DATAGRAM = 4096  # bytes read; a query is never longer, and what is cut does not parse
+_QUEUE = 1 << 20  # bytes of the kernel's queue; a short question takes 1280 of them
+_AT_ONCE = 2 * COUNT  # datagrams answered per wake-up, so that connections and the controller get their turn
+_ROUNDS, _SHARE = 16, 32  # batches while the queue is about to overflow, and answers of them to each source
+_SO_MEMINFO = 55  # asm-generic/socket.h; SK_MEMINFO_RMEM_ALLOC and _RCVBUF come first (linux/sock_diag.h)
+_MEMORY = struct.Struct("=II")
 _PER_SOURCE, _TOTAL = 16, 1024  # connections
 _PIPELINED = 32  # questions of one connection being worked on
 _IDLE = 10.0  # seconds (RFC 7766 section 6.2.3), also for reading what was asked for
@@ -32,51 +36,89 @@ _LENGTH = struct.Struct("!H")
 
 
 class Datagrams:
-    """One UDP socket."""
+    """One UDP socket. What was asked before is answered from `cache`, the rest by `serve`."""
 
-    def __init__(self, sock: socket.socket, serve: Serve) -> None:
+    def __init__(self, sock: socket.socket, serve: Serve, cache: Cache) -> None:
         sock.setblocking(False)
-        self._sock, self._serve = sock, serve
+        # Whoever made the socket may have had the right to give it more room than net.core.rmem_max.
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) < _QUEUE:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _QUEUE)
+        self._sock, self._serve, self._cache = sock, serve, cache
+        self._batch = Batch(sock)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._sources: dict[str, Address] = {}
+        self._sources: dict[bytes, Address] = {}
         asyncio.get_running_loop().add_reader(sock, self._readable)
 
     def _readable(self) -> None:
-        for _ in range(_BATCH):
-            try:
-                data, place = self._sock.recvfrom(_MAX_DATAGRAM)
-            except BlockingIOError:
+        answered = 0
+        # While these are answered others arrive: looking again is cheaper than being woken again.
+        while answered < _AT_ONCE and (count := self._batch.receive()):
+            if count == COUNT and self._pressed():
+                self._relieve(count)
                 return
-            except OSError:  # an ICMP error for something sent earlier (ip(7)); the socket itself is fine
-                continue
-            answer = self._serve(data, self._address(place[0]), True)
-            if isinstance(answer, bytes):
-                self._send(answer, place)
-            elif answer is not None:  # how many of a sandbox may wait is the server's business
-                self._later(answer, place)
+            self._answer(self._batch.senders(count))
+            answered += count
 
-    def _address(self, text: str) -> Address:
-        """Parsing an address costs more than answering from the cache does."""
-        known = self._sources.get(text)
+    def _answer(self, senders: Sequence[tuple[int, bytes]]) -> None:
+        batch, begin = self._batch, 0
+        data = batch.data(len(senders))
+        others = sweep(data, senders, self._cache.lanes, out=batch.out, lengths=batch.lengths)
+        for number in others:
+            size, source = senders[number]
+            if not size or not self._answered(number, size, source):
+                batch.send(begin, number)
+                begin = number + 1
+        batch.send(begin, len(senders))
+
+    def _answered(self, number: int, size: int, source: bytes) -> bool:
+        """Whether the answer is in its place now."""
+        batch = self._batch
+        answer = self._serve(batch.whole(number, size), self._address(source), True)
+        if isinstance(answer, bytes):
+            if batch.answer(number, answer):
+                return True
+            batch.send_alone(answer, batch.place(number))
+        elif answer is not None:  # how many of a sandbox may wait is the server's business
+            self._later(answer, batch.place(number))
+        return False
+
+    def _pressed(self) -> bool:
+        """Whether the queue is so long that the kernel will soon drop whatever comes, from whomever."""
+        used, size = _MEMORY.unpack(self._sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMORY.size))
+        return bool(used > size * 3 // 4)
+
+    def _relieve(self, count: int) -> None:
+        """Take out what waits, much of it unanswered: who sent more than a share loses the rest, and others
+        find room in the queue. Looking at a datagram costs a fifth of answering it."""
+        shares: dict[bytes, int] = {}
+        for _ in range(_ROUNDS):
+            senders, over = shed(self._batch.senders(count), shares, _SHARE)
+            for source, dropped in over.items():
+                if source in self._cache.lanes:
+                    self._cache.lanes[source].drop(dropped)
+            self._answer(senders)
+            if count < COUNT or not (count := self._batch.receive()):
+                return
+        self._answer(self._batch.senders(count))
+
+    def _address(self, packed: bytes) -> Address:
+        """Making an address costs more than answering from the cache does."""
+        known = self._sources.get(packed)
         if known is None:
             if len(self._sources) >= 4096:
                 self._sources.clear()
-            known = self._sources[text] = ip_address(text.partition("%")[0])
+            known = self._sources[packed] = ip_address(packed)
         return known
 
     def _later(self, answer: Awaitable[bytes | None], place: tuple[object, ...]) -> None:
         async def wait() -> None:
             data = await answer
             if data is not None:
-                self._send(data, place)
+                self._batch.send_alone(data, place)
 
         task = asyncio.ensure_future(wait())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    def _send(self, data: bytes, place: tuple[object, ...]) -> None:
-        with contextlib.suppress(OSError):  # full or unreachable: a datagram may be lost
-            self._sock.sendto(data, place)
 
 
 class Streams:
@@ -95,7 +137,7 @@ class Streams:
         self._server: asyncio.Server | None = None
 
     async def start(self) -> None:
-        self._server = await asyncio.start_server(self._connected, sock=self._sock, limit=_MAX_DATAGRAM * 16)
+        self._server = await asyncio.start_server(self._connected, sock=self._sock, limit=LONGEST * 16)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peer = writer.get_extra_info("peername")
@@ -127,7 +169,7 @@ class _Connection:
         self._room = asyncio.Semaphore(_PIPELINED)
         self._tasks: set[asyncio.Task[None]] = set()
         # What a client does not read is kept by the kernel up to here, then it gets no more.
-        writer.transport.set_write_buffer_limits(high=_MAX_DATAGRAM * 4)
+        writer.transport.set_write_buffer_limits(high=LONGEST * 4)
 
     async def run(self) -> None:
         try:

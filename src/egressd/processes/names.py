@@ -11,12 +11,12 @@ from typing import TypeAlias
 from egressd.dns.table import WorkspaceNames
 from egressd.ipc import messages
 from egressd.model.errors import EgressdError
-from egressd.policy.compiled import HostRule, Policy
+from egressd.policy.compiled import Ech, HostRule, Policy, Verify
 from egressd.ruleset.layout import SLOTS, Kind, Mark, Pools
 from egressd.ruleset.plan import comment
 from egressd.ruleset.wants import NatEntry
 
-__all__ = ["Addresses", "Admitting", "batches", "names_of"]
+__all__ = ["Addresses", "Admitting", "batches", "names_of", "sites_of"]
 
 Slots4: TypeAlias = tuple[IPv4Address | None, ...]
 Slots6: TypeAlias = tuple[IPv6Address | None, ...]
@@ -69,6 +69,33 @@ class Addresses:
         ]
         fresh = [e for key in self.learned for e in self._missing(key, self._users[key])]
         return (*gone, *fresh)
+
+    def join(
+        self, user: tuple[int, int], rule: HostRule, slots: tuple[Slots4, Slots6]
+    ) -> tuple[tuple[NatEntry, ...], tuple[NatEntry, ...]]:
+        """One more uses a name, which was just found there. Returns what has to change in the kernel: for
+        `user` (workspace index, block), and for those who used the name before."""
+        key = (rule.host, rule.private)
+        others = [each for each in self._users.get(key, ()) if each != user]
+        self._users[key] = [*others, user]
+        self.learned[key] = slots
+        return tuple(self._missing(key, [user])), tuple(self._missing(key, others))
+
+    def nowhere(self, user: tuple[int, int], rule: HostRule) -> tuple[NatEntry, ...]:
+        """What takes each way of this one out of the kernel, whether it was acknowledged or not."""
+        return tuple(self._make((rule.host, rule.private), user, ((None,) * SLOTS, (None,) * SLOTS)))
+
+    def leave(self, user: tuple[int, int], rule: HostRule) -> None:
+        """This one uses the name no more, and its ways are out of the kernel."""
+        key = (rule.host, rule.private)
+        self.acknowledged(self.nowhere(user, rule))
+        self._made.pop((key, user), None)
+        left = [each for each in self._users.get(key, ()) if each != user]
+        if left:
+            self._users[key] = left
+        else:
+            self._users.pop(key, None)
+            self.learned.pop(key, None)
 
     def acknowledged(self, entries: Iterable[NatEntry]) -> None:
         """The kernel now leads there."""
@@ -167,11 +194,32 @@ def batches(entries: Sequence[NatEntry]) -> Iterator[tuple[NatEntry, ...]]:
     return (tuple(entries[at : at + _BATCH]) for at in range(0, len(entries), _BATCH))
 
 
-def names_of(policy: Policy, blocks: Mapping[str, int]) -> WorkspaceNames:
-    """What the resolver has to know of a workspace."""
+def names_of(
+    policy: Policy, blocks: Mapping[str, int], granted: Iterable[tuple[HostRule, int]] = ()
+) -> WorkspaceNames:
+    """What the resolver has to know of a workspace. `granted`: names of wildcards, with their blocks."""
     return WorkspaceNames(
         workspace=policy.workspace,
         guard=policy.guard.value,
         hosts={rule.host: (blocks[rule.key], rule.private) for rule in policy.hosts if not rule.wildcard},
         services={rule.service: blocks[rule.key] for rule in policy.locals},
+        wildcards={rule.host: rule.private for rule in policy.hosts if rule.wildcard},
+        granted={rule.host: (block, rule.private) for rule, block in granted},
+        budgets=policy.wildcards,
     )
+
+
+def sites_of(policy: Policy, index: int, rules: Iterable[tuple[HostRule, int]]) -> Iterator[messages.Site]:
+    """What the inspector has to know of these (rule, block) of a workspace: each port that it reads."""
+    for rule, block in rules:
+        for port, verify in rule.inspected:
+            if verify is Verify.SNI:
+                yield messages.Site(
+                    workspace=policy.workspace,
+                    index=index,
+                    host=rule.host,
+                    block=block,
+                    port=port.number,
+                    ech=rule.ech is Ech.ALLOW,
+                    idle=policy.limits.idle,
+                )

@@ -27,7 +27,8 @@ class Account(Struct):
 
     links: int = 0
     ended: LinkCounts = LinkCounts()
-    retired: dict[str, Tally] = {}  # by host
+    retired: dict[str, Tally] = {}  # by host; names that wildcards covered are counted under the wildcard
+    dialled: dict[str, Tally] = {}  # the same, of what the inspector had sent upstream for them
 
     def end(self, last: LinkCounts) -> None:
         self.links += 1
@@ -40,6 +41,9 @@ class Account(Struct):
 
     def retire(self, host: str, last: Tally) -> None:
         self.retired[host] = self.retired.get(host, Tally()) + last
+
+    def retire_dialled(self, host: str, last: Tally) -> None:
+        self.dialled[host] = self.dialled.get(host, Tally()) + last
 
 
 class Remembered:

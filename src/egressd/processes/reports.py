@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from egressd import __version__
 from egressd.model.errors import Problem, Refused, Unfit
+from egressd.model.names import canonical, is_pattern
 from egressd.model.verdicts import Reason
 from egressd.policy.compiled import CidrRule, HostRule, LocalRule, Policy, Rule
+from egressd.policy.decide import rule_for
 from egressd.policy.explain import Subject, explain_policy
 from egressd.policy.explain import why as explain
 from egressd.processes.workspaces import broken_workspaces
 from egressd.ruleset.books import Books, Equation, books, contradictions, equations, sum_tallies
-from egressd.ruleset.layout import RESOLVER_BLOCK, UNLISTED_BLOCK, Mark
+from egressd.ruleset.layout import RESOLVER_BLOCK, UNLISTED_BLOCK, Kind, Mark
 from egressd.ruleset.observe import Counters, ElementCount, LinkCounts, Tally
 
 if TYPE_CHECKING:
     from egressd.processes.controller import Controller
+    from egressd.processes.grants import Grant
     from egressd.processes.leases import Sandbox
+    from egressd.processes.remembered import Account
 
 __all__ = ["answer", "read_books", "why", "why_sandbox"]
 
@@ -66,7 +72,18 @@ def _workspace(controller: Controller, policy: Policy, problems: list[Problem]) 
         "guard": policy.guard.value,
         "policy": policy.digest,
         "sandboxes": controller.leases.count(policy.workspace),
+        "names": _names(controller, policy),
         "problem": _problem_text(policy.workspace, problems),
+    }
+
+
+def _names(controller: Controller, policy: Policy) -> Document | None:
+    """Names that wildcards cover: how many are granted now, of how many; None without a wildcard."""
+    if not any(rule.wildcard for rule in policy.hosts):
+        return None
+    return {
+        "granted": len(controller.grants.of(policy.workspace)),
+        "budget": policy.wildcards.workspace.names,
     }
 
 
@@ -76,6 +93,7 @@ def _never_good(name: str, problems: list[Problem]) -> Document:
         "guard": None,
         "policy": None,
         "sandboxes": 0,
+        "names": None,
         "problem": _problem_text(name, problems),
     }
 
@@ -123,13 +141,18 @@ def _equations(controller: Controller, counters: Counters) -> tuple[Equation, ..
 
 async def _counters(controller: Controller, visible: Visible) -> Document:
     counters, found = await read_books(controller)
-    refused = await controller.refused_names()
+    names, flows = await asyncio.gather(controller.refused_names(), controller.refused_flows())
     return {
         "time": time.time(),
         "balanced": found.balanced,
         "differences": [f"{d.what}: {d.packets} packets, {d.bytes} bytes" for d in found.differences],
         "workspaces": [
-            {**_account(controller, counters, found, policy), "names_refused": refused.get(name, 0)}
+            {
+                **_account(controller, counters, found, policy),
+                "names_refused": sum(names.get(name, {}).values()),
+                "names_refused_by": dict(names.get(name, {})),
+                "flows_refused": dict(flows.get(name, {})),
+            }
             for name, policy in visible.items()
         ],
         "late": {reason: _pair(tally) for reason, tally in counters.late.items()},
@@ -155,7 +178,7 @@ def _account(controller: Controller, counters: Counters, found: Books, policy: P
     return {
         "workspace": name,
         "guard": policy.guard.value,
-        "hosts": _hosts(controller, counters, policy, elements) + _retired(gone.retired),
+        "hosts": _hosts(controller, counters, policy, elements) + _retired(gone, policy),
         "denied": {reason: _pair(tally) for reason, tally in counters.denied.get(name, {}).items()},
         "links": [{"link": number, **_link(counts)} for number, counts in links.items()],
         "ended": {"links": gone.links, **_link(gone.ended)},
@@ -174,22 +197,60 @@ def _account(controller: Controller, counters: Counters, found: Books, policy: P
 def _hosts(
     controller: Controller, counters: Counters, policy: Policy, elements: list[ElementCount]
 ) -> list[Document]:
-    """One row per rule, in the policy's order; then the resolver and, unrestricted, everything else."""
+    """One row per rule, in the policy's order, and below a wildcard one for each name that is granted under
+    it; then the resolver and, unrestricted, everything else."""
     by_block: dict[int, list[ElementCount]] = {}
     for element in elements:
         by_block.setdefault(Mark.of(element.mark).block, []).append(element)
+    dialled = _dialled(counters, policy.workspace)
     blocks = controller.blocks(policy.workspace)
-    documents = [
-        {
-            **_host(counters, rule.key, _kind(rule), by_block.get(blocks.get(rule.key, -1), [])),
-            "addresses": controller.addresses.of(rule) if isinstance(rule, HostRule) else [],
-        }
-        for rule in _each_key_once(policy)
-    ]
-    documents.append(_host(counters, "(resolver)", "resolver", by_block.get(RESOLVER_BLOCK, [])))
+    gone = controller.remembered.account(policy.workspace)
+    documents = []
+    for rule in _each_key_once(policy):
+        if isinstance(rule, HostRule) and rule.wildcard:
+            documents.append(_pattern(rule, gone))
+            for grant in _granted_under(controller, policy.workspace, rule.host):
+                row = _host(counters, grant.host, "granted", by_block.get(grant.block, []), dialled)
+                addresses = controller.addresses.of(grant.rule)
+                documents.append({**row, "addresses": addresses, "wildcard": rule.host, "since": grant.since})
+        else:
+            counted = by_block.get(blocks.get(rule.key, -1), [])
+            row = _host(counters, rule.key, _kind(rule), counted, dialled)
+            addresses = controller.addresses.of(rule) if isinstance(rule, HostRule) else []
+            documents.append({**row, "addresses": addresses})
+    documents.append(_host(counters, "(resolver)", "resolver", by_block.get(RESOLVER_BLOCK, []), {}))
     if policy.workspace in counters.unlisted:
         documents.append(_unlisted(controller, counters, policy.workspace))
     return documents
+
+
+def _granted_under(controller: Controller, workspace: str, wildcard: str) -> list[Grant]:
+    held = [grant for grant in controller.grants.of(workspace).values() if grant.wildcard == wildcard]
+    return sorted(held, key=lambda grant: grant.host)
+
+
+def _pattern(rule: HostRule, gone: Account) -> Document:
+    """A wildcard has no element of its own: its row holds what names counted that were given back."""
+    return _gone(rule.host, "wildcard", gone) | {"ports": sorted(map(str, rule.ports))}
+
+
+def _gone(host: str, kind: str, account: Account) -> Document:
+    """A row of last counters."""
+    dialled = account.dialled.get(host)
+    return _row(host, kind) | {
+        "out": _pair(account.retired.get(host, Tally())),
+        "dialled": None if dialled is None else _pair(dialled),
+    }
+
+
+def _dialled(counters: Counters, workspace: str) -> dict[int, Tally]:
+    """What the inspector sent upstream for this workspace, by block."""
+    sums: dict[int, Tally] = {}
+    for element in counters.dialled:
+        if element.workspace == workspace:
+            block = Mark.of(element.mark).block
+            sums[block] = sums.get(block, Tally()) + Tally(element.packets, element.bytes)
+    return sums
 
 
 def _each_key_once(policy: Policy) -> list[Rule]:
@@ -197,16 +258,32 @@ def _each_key_once(policy: Policy) -> list[Rule]:
     return list({rule.key: rule for rule in policy.rules}.values())
 
 
-def _host(counters: Counters, host: str, kind: str, elements: list[ElementCount]) -> Document:
-    marks = {element.mark for element in elements}
+def _row(host: str, kind: str) -> Document:
+    """A row of the table of hosts before anything was counted. `dialled` is what the inspector sent upstream
+    on behalf of those whose connections it reads; None where it reads none."""
     return {
         "host": host,
         "kind": kind,
-        "ports": sorted({f"{e.port}/{e.protocol}" for e in elements}),
+        "ports": [],
         "addresses": [],
+        "out": [0, 0],
+        "in": [0, 0],
+        "connections": 0,
+        "dialled": None,
+    }
+
+
+def _host(
+    counters: Counters, host: str, kind: str, elements: list[ElementCount], dialled: Mapping[int, Tally]
+) -> Document:
+    marks = {element.mark for element in elements}
+    read = [Mark.of(mark).block for mark in marks if Mark.of(mark).kind is Kind.INSPECT]
+    return _row(host, kind) | {
+        "ports": sorted({f"{e.port}/{e.protocol}" for e in elements}),
         "out": _pair(sum_tallies(Tally(e.packets, e.bytes) for e in elements)),
         "in": _pair(sum_tallies(counters.replies.get(mark, Tally()) for mark in marks)),
         "connections": sum(counters.opened.get(mark, Tally()).packets for mark in marks),
+        "dialled": _pair(sum_tallies(dialled.get(block, Tally()) for block in read)) if read else None,
     }
 
 
@@ -215,30 +292,18 @@ def _unlisted(controller: Controller, counters: Counters, workspace: str) -> Doc
     marks = [
         m for m in counters.replies if (Mark.of(m).workspace, Mark.of(m).block) == (index, UNLISTED_BLOCK)
     ]
-    return {
-        "host": "(unlisted)",
-        "kind": "unlisted",
-        "ports": [],
-        "addresses": [],
+    return _row("(unlisted)", "unlisted") | {
         "out": _pair(counters.unlisted[workspace]),
         "in": _pair(sum_tallies(counters.replies[mark] for mark in marks)),
         "connections": sum(counters.opened.get(mark, Tally()).packets for mark in marks),
     }
 
 
-def _retired(retired: Mapping[str, Tally]) -> list[Document]:
-    return [
-        {
-            "host": host,
-            "kind": "removed",
-            "ports": [],
-            "addresses": [],
-            "out": _pair(last),
-            "in": [0, 0],
-            "connections": 0,
-        }
-        for host, last in retired.items()
-    ]
+def _retired(gone: Account, policy: Policy) -> list[Document]:
+    """Hosts that were removed. What counted under a wildcard that is still there stands in its row."""
+    patterns = {rule.host for rule in policy.hosts if rule.wildcard}
+    hosts = dict.fromkeys((*gone.retired, *gone.dialled))
+    return [_gone(host, "removed", gone) for host in hosts if host not in patterns]
 
 
 def _kind(rule: HostRule | CidrRule | LocalRule) -> str:
@@ -290,7 +355,7 @@ async def _diff(controller: Controller, visible: Visible) -> Document:
 # ---- why
 
 
-def why(controller: Controller, policy: Policy, subject: str) -> Document:
+async def why(controller: Controller, policy: Policy, subject: str) -> Document:
     """Why a name or address is allowed or denied; a synthetic address stands for its name. Refused if
     the subject cannot be read."""
     try:
@@ -301,7 +366,7 @@ def why(controller: Controller, policy: Policy, subject: str) -> Document:
     details = list(found.sentences[1:])
     if meant != subject:
         details.insert(0, f"in a sandbox {subject} is {meant}")
-    details += _leads(controller, policy, found.subject)
+    details += await _leads(controller, policy, found.subject)
     return {
         "subject": subject,
         "workspace": policy.workspace,
@@ -324,22 +389,58 @@ def _meant(controller: Controller, policy: Policy, subject: str) -> str:
         return subject
     place = controller.pools.block_of(asked.destination)
     for key, block in controller.blocks(policy.workspace).items():
-        if place is not None and place[0] == block:
+        if place is not None and place[0] == block and not is_pattern(key):
             return key if asked.port is None else f"{key}:{asked.port}/{asked.protocol}"
     return subject
 
 
-def _leads(controller: Controller, policy: Policy, subject: Subject) -> Iterator[str]:
-    """Where the name leads at present."""
-    for rule in policy.hosts:
-        if rule.host == subject.destination:
-            addresses = controller.addresses.of(rule)
-            yield (
-                f"it leads to {', '.join(addresses)}"
-                if addresses
-                else "it has not resolved to any usable address"
-            )
-            return
+async def _leads(controller: Controller, policy: Policy, subject: Subject) -> list[str]:
+    """Where the name leads at present; for one that a wildcard covers, what has become of it."""
+    name = _name_of(subject)
+    rule = rule_for(policy, name) if name else None
+    if rule is None:
+        return []
+    if not rule.wildcard:
+        return [_leads_to(controller.addresses.of(rule))]
+    grant = controller.grants.of(policy.workspace).get(name)
+    if grant is None:
+        return await _not_granted(controller, policy, rule)
+    since = datetime.fromtimestamp(grant.since, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    return [
+        f"it was asked for and granted under {grant.wildcard} at {since}",
+        _leads_to(controller.addresses.of(grant.rule)),
+    ]
+
+
+def _name_of(subject: Subject) -> str:
+    """The name as the policy spells it, or nothing."""
+    try:
+        return canonical(subject.destination) if isinstance(subject.destination, str) else ""
+    except Unfit:
+        return ""
+
+
+def _leads_to(addresses: list[str]) -> str:
+    if not addresses:
+        return "it has not resolved to any usable address"
+    return f"it leads to {', '.join(addresses)}"
+
+
+async def _not_granted(controller: Controller, policy: Policy, rule: HostRule) -> list[str]:
+    """A name that would be granted when it is asked for, if there is budget left."""
+    held, budget = len(controller.grants.of(policy.workspace)), policy.wildcards.workspace.names
+    lines = [
+        f"no sandbox holds it now: the first question for it under {rule.host} goes upstream, within budget",
+        f"{held} of {budget} names are held by the workspace",
+    ]
+    refused = (await controller.refused_names()).get(policy.workspace, {})
+    for reason in _BUDGETS:
+        if refused.get(reason.value):
+            lines.append(f"{refused[reason.value]} questions were refused [{reason.value}]: {reason.text}")
+    return lines
+
+
+_BUDGETS = (Reason.BUDGET_NAMES, Reason.BUDGET_BYTES, Reason.BUDGET_RATE)
 
 
 def why_sandbox(sandbox: Sandbox, policy: Policy) -> Document:

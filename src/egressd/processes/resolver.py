@@ -1,11 +1,13 @@
 """The resolver: answers names for sandboxes, keeps real addresses fresh.
 
-What it decides is decided in `dns` (keeper, table), without I/O; this file carries messages between that,
-the sandboxes (listeners.py), the upstream servers (upstream.py), the controller and the auditor.
+What it decides is decided in `dns` (book), without I/O; this file carries messages between that, the
+sandboxes (listeners.py), the upstream servers (upstream.py), the controller and the auditor.
 
 Who asks is known by the source address alone, which the guard has compared, packet by packet, with the
 link it came over; no link, no binding, no answer. A query for a listed name never causes anything
-upstream: names are looked up because they are on a list, when their time has come.
+upstream: names are looked up because they are on a list, when their time has come. One for a name that only
+a wildcard covers does, once, within its sandbox's and its workspace's budget; and it is answered when the
+controller says that the kernel has it.
 
 Sockets (`--fd`): udp4 udp6 tcp4 tcp6 made in the gateway; controller, supervisor, audit.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import itertools
 import logging
 import random
 import socket
@@ -24,13 +27,16 @@ from typing import Any
 
 import msgspec
 
-from egressd.dns import keeper, replies, table, wire
+from egressd.dns import keeper, replies, table, wildcards, wire
+from egressd.dns.book import Book, Command
 from egressd.dns.exchange import Server
-from egressd.dns.keeper import Keeper, Target
+from egressd.dns.hot import Cache, Denial, Lane
+from egressd.dns.keeper import Standing, Target
 from egressd.dns.replies import Extended, Failure, Rcode, Reply, Type
 from egressd.dns.sift import sift
-from egressd.dns.table import Table, WorkspaceNames
+from egressd.dns.table import WorkspaceNames
 from egressd.dns.tally import Happening, Tally
+from egressd.dns.wildcards import Pending
 from egressd.dns.wire import Query
 from egressd.ipc import messages
 from egressd.ipc.channel import Received
@@ -50,8 +56,8 @@ log = logging.getLogger("egressd")
 PATIENCE = 4.0  # seconds a query waits for its name to be resolved; glibc and musl give up after five
 _WAITING = 128  # queries of one sandbox that wait for something
 _ADMITTING = 256  # requests to the controller at a time; ipc.peer ends a connection that queues 4096
-_CACHE, _CACHED_QUERY = 4096, 320  # answers per workspace, and bytes of the longest query kept for it
-_FLUSH = 0.25  # seconds between looks at the tally
+_PENDING = 1024  # different denials of one source that are counted before they are recorded
+_FLUSH, _FOLD = 0.25, 4  # seconds between looks at the tally, and such looks between folds
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,23 +76,25 @@ class Resolver:
         self.pools = config.pools.pools()
         self.own = self.pools.own
         self.static = static_hosts(config)
-        self.refused: collections.Counter[str] = collections.Counter()  # questions, by workspace
-        self.upstream = Upstream(tuple(map(Server.parse, config.upstream)), ca_file=config.upstream_ca)
+        self.refused: dict[str, collections.Counter[str]] = {}  # questions: workspace -> reason -> count
+        self.upstream = Upstream(
+            tuple(map(Server.parse, config.upstream)),
+            ca_file=config.upstream_ca,
+            mixed_case=config.upstream_0x20,
+        )
         # Spreading refreshes is no secret, so no source of secrets is spent on it.
-        self.keeper = Keeper(
+        self.book = Book(
+            pools=self.pools,
             own=self.own,
             static=self.static,
             upstream=bool(self.upstream.servers),
             jitter=random.random,
         )
         self.auditing, self.tally = auditing, Tally()
-        self.tables: dict[str, Table] = {}
         self.sources: dict[Address, Sandbox] = {}
         self.controller: Peer | None = None
-        self._answers: dict[
-            str, dict[bytes, bytes]
-        ] = {}  # workspace -> query after its id -> answer after it
-        self._settled: dict[Target, asyncio.Event] = {}
+        self._cache = Cache()
+        self._settled: dict[Target | Pending, asyncio.Event] = {}
         self._waiting: collections.Counter[int] = collections.Counter()  # by link
         self._forwarding: dict[tuple[str, int], asyncio.Task[Reply]] = {}
         self._admitting = asyncio.Semaphore(_ADMITTING)
@@ -101,7 +109,7 @@ class Resolver:
         """`udp*` and `tcp*` of the gateway."""
         for name, sock in sockets.items():
             if name.startswith("udp"):
-                Datagrams(sock, self.serve)
+                Datagrams(sock, self.serve, self._cache)
             else:
                 await Streams(sock, self.serve, connections=self._connections, refused=self._too_many).start()
         self._spawn(self._flush())
@@ -112,14 +120,15 @@ class Resolver:
         if self.controller is not None:
             self.controller.close("replaced")
         self.sources.clear()
+        self._cache.unbind()
         self.controller = Peer(
             sock,
             messages.TO_RESOLVER,
             handler=self._from_controller,
             gone=self._controller_gone,
-            replies=(messages.Done, messages.Failed),
+            replies=(messages.Done, messages.Failed, messages.Granted),
         )
-        self._perform(self.keeper.readmit())
+        self._perform(self.book.new_controller(now=self._loop.time()))
 
     def _controller_gone(self, peer: Peer, why: str) -> None:
         log.warning("the controller is gone: %s", why)
@@ -131,7 +140,9 @@ class Resolver:
     def _from_controller(self, peer: Peer, received: Received[Any]) -> None:
         message = received.message
         if isinstance(message, messages.ReadRefused):
-            peer.send(messages.RefusedNames(request=message.request, counts=dict(self.refused)))
+            self._fold()
+            counts = {name: dict(by_reason) for name, by_reason in self.refused.items()}
+            peer.send(messages.RefusedNames(request=message.request, counts=counts))
             return
         try:
             match message:
@@ -141,6 +152,7 @@ class Resolver:
                     self._bind(message)
                 case messages.UnbindSource():
                     self._unbind(message.link)
+                    self._perform(self.book.ended(message.link, now=self._loop.time()))
         except (msgspec.DecodeError, ProtocolError, ValueError) as error:
             log.error("refused %s: %s", type(message).__name__, error)  # noqa: TRY400
             peer.send(
@@ -152,9 +164,8 @@ class Resolver:
     def set_names(self, payload: bytes) -> None:
         """The names of every workspace from now on; as a whole, or an error and the old ones."""
         listed = msgspec.json.decode(payload, type=list[WorkspaceNames])
-        self.tables = {names.workspace: Table.of(names, self.pools) for names in listed}
-        self._answers = {workspace: {} for workspace in self.tables}
-        self._perform(self.keeper.set_users(table.users_of(self.tables), now=self._loop.time()))
+        self._cache.forget()
+        self._perform(self.book.set_names(listed, now=self._loop.time()))
 
     def _bind(self, message: messages.BindSource) -> None:
         sandbox = Sandbox(message.link, message.workspace)
@@ -164,13 +175,15 @@ class Resolver:
                 raise ProtocolError(f"{source} belongs to link {self.sources[source].link}")
         self._unbind(message.link)
         self.sources.update(dict.fromkeys(pair, sandbox))
+        self.book.began(message.link, message.workspace)
 
     def _unbind(self, link: int) -> None:
         self.sources = {source: s for source, s in self.sources.items() if s.link != link}
+        self._cache.unbind()
 
-    # ---- the keeper's commands
+    # ---- the book's commands
 
-    def _perform(self, commands: Iterable[keeper.Command]) -> None:
+    def _perform(self, commands: Iterable[Command]) -> None:
         for command in commands:
             match command:
                 case keeper.Ask():
@@ -181,58 +194,113 @@ class Resolver:
                     self._forget(command.target)
                 case keeper.Note():
                     self.auditing.record(command.event, command.fields)
+                case wildcards.Ask():
+                    self._spawn(self._look_up_covered(command))
+                case wildcards.Grant():
+                    self._spawn(self._grant(command))
+                case wildcards.Release():
+                    self._spawn(self._release(command))
+                case wildcards.Settled():
+                    self._wake(command.name)
         self._arm()
 
     def _arm(self) -> None:
         """One timer, for whatever name is due first."""
-        due = self.keeper.next_due()
+        due = self.book.next_due()
         if self._timer is not None:
             self._timer.cancel()
         self._timer = None if due is None else self._loop.call_at(due, self._tick)
 
     def _tick(self) -> None:
-        self._perform(self.keeper.tick(now=self._loop.time()))
+        self._perform(self.book.tick(now=self._loop.time()))
 
     async def _look_up(self, target: Target) -> None:
-        findings = await self.upstream.addresses(wire.labels_of(target.host))
+        findings = await self._ask_upstream(target.host, workspace="")
+        self._perform(self.book.found(target, findings, now=self._loop.time()))
+
+    async def _look_up_covered(self, ask: wildcards.Ask) -> None:
+        findings = await self._ask_upstream(ask.host, workspace=ask.workspace)
+        self._perform(self.book.looked(ask, findings, now=self._loop.time()))
+
+    async def _ask_upstream(self, host: str, *, workspace: str) -> keeper.Findings:
+        findings = await self.upstream.addresses(wire.labels_of(host), workspace=workspace)
         for text in dict.fromkeys(f.failure.text for f in findings if f.failure is not None):
-            self.auditing.record("dns-upstream-failed", {"name": target.host, "reason": text})
-        self._perform(self.keeper.found(target, findings, now=self._loop.time()))
+            self.auditing.record("dns-upstream-failed", {"name": host, "reason": text})
+        return findings
 
     async def _admit(self, admit: keeper.Admit) -> None:
         """Record, then admit; answering begins with `admitted`."""
         target = admit.target
-        leads = dict.fromkeys(str(a) for a in (*admit.slots4, *admit.slots6) if a is not None)
-        self.auditing.record("dns-resolved", {"name": target.host, "addresses": " ".join(leads)})
-        try:
-            async with self._admitting:
-                await self._ask_controller(admit)
-        except (Refused, PeerGone) as error:
-            commands = self.keeper.withheld(target, admit.serial, str(error), now=self._loop.time())
-        else:
-            commands = self.keeper.admitted(target, admit.serial)
-        self._perform(commands)
-
-    async def _ask_controller(self, admit: keeper.Admit) -> None:
-        controller = self.controller
-        if controller is None:
-            raise PeerGone("the controller is not running")
-        target = admit.target
-        await controller.ask(
-            messages.Resolved(
-                request=controller.next_request(),
-                host=target.host,
-                private=target.private,
-                slots4=admit.slots4,
-                slots6=admit.slots6,
-            )
+        self._record_ways(target.host, (*admit.slots4, *admit.slots6))
+        ask = messages.Resolved(
+            request=0, host=target.host, private=target.private, slots4=admit.slots4, slots6=admit.slots6
         )
+        try:
+            await self._ask_controller(ask)
+        except (Refused, PeerGone) as error:
+            now = self._loop.time()
+            self._perform(self.book.withheld(target, admit.serial, str(error), now=now))
+        else:
+            self._perform(self.book.admitted(target, admit.serial))
+
+    async def _grant(self, grant: wildcards.Grant) -> None:
+        """The same for a name of a wildcard."""
+        self._record_ways(grant.host, _ways(grant.standing))
+        try:
+            block = await self._ask_for_grant(grant)
+        except (Refused, PeerGone) as error:
+            self._perform(self.book.refused(grant, str(error), now=self._loop.time()))
+        else:
+            self._perform(self.book.granted(grant, block, now=self._loop.time()))
+
+    async def _ask_for_grant(self, grant: wildcards.Grant) -> int:
+        ask = messages.GrantName(
+            request=0,
+            workspace=grant.workspace,
+            link=grant.link,
+            host=grant.host,
+            wildcard=grant.wildcard,
+            slots4=grant.standing.v4.slots,
+            slots6=grant.standing.v6.slots,
+        )
+        reply = await self._ask_controller(ask)
+        if not isinstance(reply, messages.Granted):
+            raise PeerGone(f"the controller answered {type(reply).__name__}")
+        return reply.block
+
+    async def _release(self, release: wildcards.Release) -> None:
+        ask = messages.ReleaseNames(request=0, workspace=release.workspace, hosts=release.hosts)
+        try:
+            await self._ask_controller(ask)
+        except (Refused, PeerGone) as error:
+            log.warning("%d names of %s are not taken back: %s", len(release.hosts), release.workspace, error)
+            self._perform(self.book.kept(release, now=self._loop.time()))
+        else:
+            self._perform(self.book.released(release, now=self._loop.time()))
+
+    def _record_ways(self, host: str, leads: Iterable[Address | None]) -> None:
+        found = dict.fromkeys(str(address) for address in leads if address is not None)
+        self.auditing.record("dns-resolved", {"name": host, "addresses": " ".join(found)})
+
+    async def _ask_controller(
+        self, message: messages.Resolved | messages.GrantName | messages.ReleaseNames
+    ) -> Any:
+        """Its reply. Not too many at a time: ipc.peer ends a connection whose queue is too long."""
+        async with self._admitting:
+            controller = self.controller
+            if controller is None:
+                raise PeerGone("the controller is not running")
+            numbered = msgspec.structs.replace(message, request=controller.next_request())
+            return (await controller.ask(numbered)).message
 
     def _forget(self, target: Target) -> None:
         """Cached answers about it are void; who waits for it may ask again."""
-        for user in self.keeper.standing(target).users:
-            self._answers.get(user.workspace, {}).clear()
-        event = self._settled.pop(target, None)
+        for user in self.book.keeper.standing(target).users:
+            self._cache.void(user.workspace)
+        self._wake(target)
+
+    def _wake(self, settled: Target | Pending) -> None:
+        event = self._settled.pop(settled, None)
         if event is not None:
             event.set()
 
@@ -241,42 +309,76 @@ class Resolver:
     def serve(self, data: bytes, source: Address, udp: bool) -> bytes | Awaitable[bytes | None] | None:
         """The answer to one message, now or later; None is silence."""
         sandbox = self.sources.get(source, NOBODY)
-        known = self._answers.get(sandbox.workspace)
-        if udp and known is not None:
-            answer = known.get(data[2:])
-            if answer is not None:
-                return data[:2] + answer
+        lane = self._lane(sandbox, source)
+        if udp and lane is not None:
+            known = lane.answer(data[2:])
+            if known is not None:
+                return data[:2] + known
         asked = wire.read_query(data)
         if asked is None:
             return None
         if isinstance(asked, wire.Malformed):
             return wire.malformed(asked)
         decision = self._decide(asked, sandbox, source)
+        if isinstance(decision, table.Denied):
+            return self._deny(asked, sandbox, lane, decision, data if udp else b"")
         if isinstance(decision, Reply):
             answer = wire.encode(asked, decision, udp=udp)
-            if udp and known is not None and decision.addresses and len(data) <= _CACHED_QUERY:
-                _keep(known, data[2:], answer[2:])
+            if udp and lane is not None and decision.addresses and decision.shared:
+                lane.keep(data[2:], answer[2:])
             return answer
         return self._later(asked, sandbox, decision, udp=udp)
 
-    def _decide(self, asked: Query, sandbox: Sandbox, source: Address) -> Reply | table.Wait | table.Forward:
-        names = self.tables.get(sandbox.workspace)
+    def _lane(self, sandbox: Sandbox, source: Address) -> Lane | None:
+        if sandbox is NOBODY or sandbox.workspace not in self.book.tables:
+            return None
+        return self._cache.lane(source.packed, link=sandbox.link, workspace=sandbox.workspace)
+
+    def _deny(
+        self, asked: Query, sandbox: Sandbox, lane: Lane | None, denied: table.Denied, datagram: bytes
+    ) -> bytes:
+        """Count, and answer; what the list alone denies is remembered, and counted with the next `_fold`."""
+        answer = wire.encode(asked, denied.reply, udp=bool(datagram))
+        if lane is None or denied.reason is not Reason.NAME:
+            self._count("dns-denied", sandbox, asked.name, asked, denied.reason)
+            return answer
+        denial = Denial(answer[2:], asked.name, wire.type_name(asked.qtype), denied.reason.value)
+        # A reverse name may be some granted name's tomorrow.
+        if datagram and denied.reply.shared and not asked.name.endswith(".arpa"):
+            lane.keep_denial(datagram[2:], denial)
+        lane.count(denial)
+        if len(lane.pending) >= _PENDING:
+            self._fold()
+        return answer
+
+    def _decide(
+        self, asked: Query, sandbox: Sandbox, source: Address
+    ) -> Reply | table.Wait | table.Forward | table.Denied:
+        """A `Denied` is not counted yet."""
         if asked.edns is not None and asked.edns.version > 0:
             return replies.unknown_version()
         if sandbox is NOBODY:
             self._count("dns-unknown-source", NOBODY, str(source), asked, Reason.SOURCE)
             return replies.refused(f"{source} is not the address of a sandbox")
-        if names is None:
-            return replies.failure(Extended.NOT_READY, f"workspace {sandbox.workspace} has no list of names")
         if asked.qclass != 1 or asked.qtype in (Type.AXFR, Type.IXFR, Type.OPT):
             self._count("dns-denied", sandbox, asked.name, asked, Reason.TYPE)
             return replies.refused("only questions of class IN for records are answered")
-        decision = table.answer(names, asked, self.keeper.standing)
+        return self._consult(asked, sandbox)
+
+    def _look_into_book(self, asked: Query, sandbox: Sandbox) -> Reply | table.Wait | table.Forward:
+        decision = self._consult(asked, sandbox)
         if isinstance(decision, table.Denied):
             self._count("dns-denied", sandbox, asked.name, asked, decision.reason)
             return decision.reply
+        return decision
+
+    def _consult(self, asked: Query, sandbox: Sandbox) -> Reply | table.Wait | table.Forward | table.Denied:
+        decision, commands = self.book.answer(sandbox.link, sandbox.workspace, asked, now=self._loop.time())
+        if commands:
+            self._perform(commands)
         if isinstance(decision, table.Forward) and decision.record:
             self._count("dns-would-deny", sandbox, asked.name, asked, Reason.NAME)
+        assert not isinstance(decision, table.Covered)  # the book has seen to it
         return decision
 
     def _later(
@@ -286,7 +388,9 @@ class Resolver:
             text = f"{_WAITING} queries of this sandbox are waiting already"
             return wire.encode(asked, replies.failure(Extended.NOT_READY, text), udp=udp)
         self._waiting[sandbox.link] += 1
-        task = asyncio.ensure_future(self._answer_later(asked, sandbox, decision, udp=udp))
+        # Now, not when the task begins: in between it may settle, and would not be waited for any more.
+        settled = self._event(decision.target) if isinstance(decision, table.Wait) else None
+        task = asyncio.ensure_future(self._answer_later(asked, sandbox, settled, udp=udp))
         task.add_done_callback(lambda _: self._waited(sandbox.link))
         return task
 
@@ -296,44 +400,40 @@ class Resolver:
             del self._waiting[link]
 
     async def _answer_later(
-        self, asked: Query, sandbox: Sandbox, decision: table.Wait | table.Forward, *, udp: bool
+        self, asked: Query, sandbox: Sandbox, settled: asyncio.Event | None, *, udp: bool
     ) -> bytes:
         try:
             async with asyncio.timeout(PATIENCE):
-                reply = await self._settle(asked, sandbox, decision)
+                reply = await self._settle(asked, sandbox, settled)
         except TimeoutError:
             reply = replies.failure(Extended.NOT_READY, f"{asked.name} has not been resolved yet")
         return wire.encode(asked, reply, udp=udp)
 
-    async def _settle(
-        self, asked: Query, sandbox: Sandbox, decision: table.Wait | table.Forward | Reply | table.Denied
-    ) -> Reply:
-        """Wait and ask again until there is something to say."""
-        while isinstance(decision, table.Wait):
-            await self._settled.setdefault(decision.target, asyncio.Event()).wait()
-            names = self.tables.get(sandbox.workspace)
-            if names is None:
-                return replies.failure(Extended.NOT_READY, "the workspace is gone")
-            decision = table.answer(names, asked, self.keeper.standing)
-        if isinstance(decision, table.Denied):
-            self._count("dns-denied", sandbox, asked.name, asked, decision.reason)
-            return decision.reply
-        if isinstance(decision, table.Forward):
-            return await self._forward(asked)
-        return decision
+    async def _settle(self, asked: Query, sandbox: Sandbox, settled: asyncio.Event | None) -> Reply:
+        """Wait and ask again until there is something to say; without anything to wait for, ask upstream."""
+        while settled is not None:
+            await settled.wait()
+            decision = self._look_into_book(asked, sandbox)
+            if isinstance(decision, Reply):
+                return decision
+            settled = self._event(decision.target) if isinstance(decision, table.Wait) else None
+        return await self._forward(asked, sandbox)
+
+    def _event(self, target: Target | Pending) -> asyncio.Event:
+        return self._settled.setdefault(target, asyncio.Event())
 
     # ---- guard off or observing: names that are not listed
 
-    async def _forward(self, asked: Query) -> Reply:
+    async def _forward(self, asked: Query, sandbox: Sandbox) -> Reply:
         """The same question of many is asked once."""
         key = asked.name, asked.qtype
         task = self._forwarding.get(key)
         if task is None:
-            task = self._forwarding[key] = self._spawn(self._ask_for(asked))
+            task = self._forwarding[key] = self._spawn(self._ask_for(asked, sandbox.workspace))
             task.add_done_callback(lambda _: self._forwarding.pop(key, None))
         return await asyncio.shield(task)
 
-    async def _ask_for(self, asked: Query) -> Reply:
+    async def _ask_for(self, asked: Query, workspace: str) -> Reply:
         version = 4 if asked.qtype == Type.A else 6
         if asked.name in self.static:
             answer = wire.Answer(
@@ -342,7 +442,7 @@ class Resolver:
                 replies.ANSWER_TTL,
             )
         else:
-            result = await self.upstream.ask(asked.labels, asked.qtype)
+            result = await self.upstream.ask(asked.labels, asked.qtype, workspace=workspace)
             if isinstance(result, Failure):
                 return replies.failure(result.code, result.text)
             answer = result
@@ -367,7 +467,7 @@ class Resolver:
 
     def _count(self, event: str, sandbox: Sandbox, name: str, asked: Query, reason: Reason) -> None:
         if event == "dns-denied":
-            self.refused[sandbox.workspace] += 1
+            self.refused.setdefault(sandbox.workspace, collections.Counter())[reason.value] += 1
         happening = Happening(
             event, sandbox.link, sandbox.workspace, name, wire.type_name(asked.qtype), reason.value
         )
@@ -393,9 +493,25 @@ class Resolver:
             self.auditing.record(happening.event, fields)
 
     async def _flush(self) -> None:
-        while True:
+        for turn in itertools.count():
             await asyncio.sleep(_FLUSH)
+            if turn % _FOLD == 0:
+                self._fold()
             self._record(self.tally.due(now=self._loop.time()))
+
+    def _fold(self) -> None:
+        """Count and record what was denied, or not looked at, since the last time."""
+        now = self._loop.time()
+        for folded in self._cache.fold():
+            denial = folded.denial
+            if denial is None:
+                event, what = "dns-dropped", ("", "", Reason.LIMIT.value)
+            else:
+                counts = self.refused.setdefault(folded.workspace, collections.Counter())
+                counts[denial.reason] += folded.count
+                event, what = "dns-denied", (denial.name, denial.type, denial.reason)
+            happening = Happening(event, folded.link, folded.workspace, *what)
+            self._record(self.tally.add(happening, now=now, count=folded.count))
 
     def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.ensure_future(coroutine)
@@ -410,11 +526,8 @@ class Resolver:
             log.error("a task failed", exc_info=task.exception())
 
 
-def _keep(known: dict[bytes, bytes], query: bytes, answer: bytes) -> None:
-    """Spelling a name in a new way costs its own workspace the cache, nobody else."""
-    if len(known) >= _CACHE:
-        known.clear()
-    known[query] = answer
+def _ways(standing: Standing) -> tuple[Address | None, ...]:
+    return (*standing.v4.slots, *standing.v6.slots)
 
 
 def static_hosts(config: Config) -> dict[str, tuple[Address, ...]]:

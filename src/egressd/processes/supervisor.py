@@ -44,22 +44,21 @@ __all__ = ["main"]
 log = logging.getLogger("egressd")
 
 # The order of starting: what denies and records before what grants and answers.
-ORDER = ("auditor", "warden", "inspector", "resolver", "controller")
+ORDER = ("auditor", "warden", "relay", "inspector", "resolver", "controller")
 # Who talks to whom: (asker, its name for the other, the other, its name for the asker).
 RELATIONS = (
     ("controller", "warden", "warden", "controller"),
     ("controller", "resolver", "resolver", "controller"),
+    ("controller", "relay", "relay", "controller"),
     ("controller", "inspector", "inspector", "controller"),
-    *(
-        (name, "audit", "auditor", f"audit-{name}")
-        for name in ("warden", "inspector", "resolver", "controller")
-    ),
+    *((name, "audit", "auditor", f"audit-{name}") for name in ORDER if name != "auditor"),
 )
 # Sockets that live as long as the supervisor, so that a restarted process finds them open, queue and all.
 HELD = {
     "auditor": ("nflog",),
     "warden": (),
-    "inspector": ("tproxy4", "tproxy6"),
+    "relay": ("relay4", "relay6"),
+    "inspector": ("inspect4", "inspect6"),
     "resolver": ("udp4", "udp6", "tcp4", "tcp6"),
     "controller": ("control",),
 }

@@ -38,7 +38,7 @@ from egressd.kernel.conntrack import Conntrack
 from egressd.kernel.eraser import Eraser
 from egressd.kernel.ledger import Ledger
 from egressd.kernel.links import Links
-from egressd.kernel.monitor import Batch, Count, Monitor
+from egressd.kernel.monitor import Batch, Count, GoneElement, Monitor
 from egressd.kernel.namespaces import Identity
 from egressd.kernel.netlink import Netlink
 from egressd.kernel.nft import Nft
@@ -46,9 +46,10 @@ from egressd.model.errors import EgressdError, KernelError, ProtocolError, Refus
 from egressd.model.identities import Link
 from egressd.model.verdicts import Reason
 from egressd.processes.ritual import Auditing, begin
-from egressd.ruleset import build, diff, observe
+from egressd.ruleset import build, diff, grants, observe
 from egressd.ruleset.build import Desired, LinkWant
-from egressd.ruleset.layout import Mark, Pools
+from egressd.ruleset.grants import Change
+from egressd.ruleset.layout import SLOTS, WORKSPACES, Mark, Pools
 from egressd.ruleset.objects import Chain, Key, Objects, Set
 from egressd.ruleset.observe import Observed
 from egressd.ruleset.wants import NatEntry, WorkspaceWant
@@ -187,12 +188,13 @@ class Warden:
         self._conntrack.forget_marks(self._fresh_marks(wants))
         nat = [self.standing.nat[key] for key in self.standing.nat if key[0] in removed]
         taken = [NatEntry(e.mark, e.synthetic, None, e.comment) for e in nat]
-        commands = [*build.nat(taken, self._translations()), *diff.commands(operations)]
+        commands = [*build.nat(taken, self._leads(taken)), *diff.commands(operations)]
         batch = self._ledger.run(commands) if commands else Batch()
+        names = self._names() | {want.index: name for name, want in wants.items()}
         self.standing.wants = wants
         for entry in nat:
             del self.standing.nat[_key(entry)]
-        self._retire(batch)
+        self._retire(batch, names)
         return messages.Done(request=request, changes=len(operations), microseconds=_since(began))
 
     def _check_workspaces(self, wants: Mapping[str, WorkspaceWant]) -> None:
@@ -240,24 +242,95 @@ class Warden:
     def _standing_marks(self) -> set[int]:
         return _marks_of(self.standing.wants) if self.adopted else _marks(self._observe().things)
 
-    def _retire(self, batch: Batch) -> None:
-        """Elements that left the maps, with their last counters."""
-        sums: dict[str, dict[str, Count]] = {}
+    def _names(self) -> dict[int, str]:
+        return {want.index: name for name, want in self.standing.wants.items()}
+
+    def _retire(self, batch: Batch, names: Mapping[int, str]) -> None:
+        """Elements that left the maps, with their last counters. `names`: workspaces by index."""
+        admitted: dict[str, dict[str, Count]] = {}
+        dialled: dict[str, dict[str, Count]] = {}
         for element in batch.elements:
             workspace, _, name = element.name.rpartition("_")
-            if name in _MAPS and element.count != (0, 0):
-                kept = sums.setdefault(workspace, {})
-                kept[element.comment] = _add(kept.get(element.comment, (0, 0)), element.count)
-        for workspace, elements in sums.items():
+            if name in _MAPS:
+                _sum(admitted, workspace, element)
+            elif element.name in _DIAL_MAPS and element.mark >> 14 & (WORKSPACES - 1) in names:
+                _sum(dialled, names[element.mark >> 14 & (WORKSPACES - 1)], element)
+        for workspace, elements in admitted.items():
             for part in _parts(elements):
                 self._send(messages.Retired(workspace=workspace, elements=part))
+        for workspace, elements in dialled.items():
+            for part in _parts(elements):
+                self._send(messages.Retired(workspace=workspace, elements={}, dialled=part))
+
+    # ---- one name at a time
+
+    def grant(self, received: Received[messages.Grant]) -> messages.Done:
+        message = received.message
+        change = grants.grant(self._workspace(message.workspace), message.elements)
+        entries = [self._checked(entry) for entry in message.entries]
+        owners = change.owners
+        for entry in entries:
+            if entry.mark & build.OWNER not in owners:
+                raise ProtocolError(f"{entry.synthetic} ({entry.comment}) is not of what is granted")
+        return self._exchange(message.request, change, entries)
+
+    def withdraw(self, received: Received[messages.Withdraw]) -> messages.Done:
+        message = received.message
+        want = self._workspace(message.workspace)
+        change = grants.withdraw(want, message.elements)
+        entries = {_key(entry): self._without(entry, want) for entry in message.entries}
+        for entry in self._ways(change.removed):
+            entries[_key(entry)] = entry
+        return self._exchange(message.request, change, list(entries.values()))
+
+    def _without(self, entry: NatEntry, want: WorkspaceWant) -> NatEntry:
+        if Mark.of(entry.mark).workspace != want.index:
+            raise ProtocolError(f"mark {entry.mark:#010x} is not of workspace {want.workspace}")
+        return self._checked(NatEntry(entry.mark, entry.synthetic, None, entry.comment))
+
+    def _ways(self, marks: Iterable[int]) -> Iterable[NatEntry]:
+        """What takes every translation of these marks away."""
+        for mark in marks:
+            for slot in range(SLOTS):
+                for address in self.pools.synthetic(Mark.of(mark).block, slot):
+                    if (mark, str(address)) in self.standing.nat:
+                        yield NatEntry(mark, str(address), None, "withdrawn")
+
+    def _workspace(self, name: str) -> WorkspaceWant:
+        want = self.standing.wants.get(name)
+        if want is None:
+            raise Refused(Reason.WORKSPACE, Reason.WORKSPACE.text)
+        return want
+
+    def _exchange(self, request: int, change: Change, entries: list[NatEntry]) -> messages.Done:
+        """One batch for both; what stands is changed when the kernel has."""
+        began = time.monotonic()
+        commands = build.nat(entries, self._leads(entries)) + diff.commands(change.operations(self.pools))
+        self._forget(change)
+        batch = self._ledger.run(commands) if commands else Batch()
+        self.standing.wants[change.whole.workspace] = change.whole
+        for entry in entries:
+            self._note(entry)
+        self._retire(batch, {change.whole.index: change.whole.workspace})
+        return messages.Done(request=request, changes=len(commands), microseconds=_since(began))
+
+    def _forget(self, change: Change) -> None:
+        """Connections of marks that come into use, see `_fresh_marks`. Each walk through the table costs, so
+        a name that is new altogether takes one for all its kinds of marks."""
+        fresh = change.fresh
+        if not self.adopted:
+            fresh -= _marks(self._observe().things)
+        elif len(change.owners) == 1 and not change.before.elements:
+            self._conntrack.forget_mark(change.owners.pop(), build.OWNER)
+            return
+        self._conntrack.forget_marks(fresh)
 
     # ---- where names lead
 
     def set_nat(self, received: Received[messages.SetNat]) -> messages.Done:
         began = time.monotonic()
         entries = [self._checked(entry) for entry in received.message.entries]
-        commands = build.nat(entries, self._translations())
+        commands = build.nat(entries, self._leads(entries))
         if commands:
             self._ledger.run(commands)
         for entry in entries:
@@ -294,13 +367,15 @@ class Warden:
         networks = four if address.version == 4 else six
         return any(address in network for network in networks)
 
-    def _translations(self) -> dict[NatKey, str]:
-        """(mark, synthetic) -> real as it stands; asked of the kernel once after a start."""
+    def _leads(self, entries: Iterable[NatEntry]) -> dict[NatKey, str]:
+        """Where these lead at present, (mark, synthetic) -> real; asked of the kernel once after a start."""
         if not self.adopted and not self._translations_found:
             for entry in _translations(self._observe().things):
                 self.standing.nat.setdefault(_key(entry), entry)
             self._translations_found = True
-        return {key: entry.real for key, entry in self.standing.nat.items() if entry.real is not None}
+        standing = self.standing.nat
+        found = {key: standing[key].real for key in map(_key, entries) if key in standing}
+        return {key: real for key, real in found.items() if real is not None}
 
     # ---- links
 
@@ -322,9 +397,7 @@ class Warden:
         return messages.Done(request=message.request, changes=1, microseconds=_since(began))
 
     def _check_link(self, link: Link, workspace: str) -> WorkspaceWant:
-        want = self.standing.wants.get(workspace)
-        if want is None:
-            raise Refused(Reason.WORKSPACE, Reason.WORKSPACE.text)
+        want = self._workspace(workspace)
         addresses = self.pools.sandbox(link)
         taken = any(self.pools.sandbox(other) == addresses for other in self.standing.leases)
         if taken or self._eraser.busy(link):
@@ -475,6 +548,8 @@ class Warden:
 HANDLERS: dict[type, Callable[[Warden, Received[Any]], Reply]] = {
     messages.SetWorkspaces: Warden.set_workspaces,
     messages.SetNat: Warden.set_nat,
+    messages.Grant: Warden.grant,
+    messages.Withdraw: Warden.withdraw,
     messages.OpenLink: Warden.open_link,
     messages.KeepLink: Warden.keep_link,
     messages.CloseLink: Warden.close_link,
@@ -485,6 +560,7 @@ HANDLERS: dict[type, Callable[[Warden, Received[Any]], Reply]] = {
 }
 
 _MAPS = ("out4", "out6", "cidr4", "cidr6")
+_DIAL_MAPS = ("dial4", "dial6")
 _ELEMENTS_PER_MESSAGE = 300  # MAX_MESSAGE holds that many comments of the largest size
 
 
@@ -518,6 +594,12 @@ def _payload(request: int, data: bytes) -> tuple[messages.Payload, bytes]:
 
 def _add(one: Count, other: Count) -> Count:
     return one[0] + other[0], one[1] + other[1]
+
+
+def _sum(sums: dict[str, dict[str, Count]], workspace: str, element: GoneElement) -> None:
+    if element.count != (0, 0):
+        kept = sums.setdefault(workspace, {})
+        kept[element.comment] = _add(kept.get(element.comment, (0, 0)), element.count)
 
 
 def _parts(counts: dict[str, Count]) -> Iterable[dict[str, Count]]:
@@ -558,7 +640,7 @@ def _translations(things: Objects) -> Iterable[NatEntry]:
 
 
 def _marks_of(wants: Mapping[str, WorkspaceWant]) -> set[int]:
-    return {element.mark for want in wants.values() for element in want.elements}
+    return {mark for want in wants.values() for element in want.elements for mark in build.marks(element)}
 
 
 def _marks(things: Objects) -> set[int]:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from egressd.model.errors import PolicyError, Problem
 from egressd.policy.compiled import Policy
 from egressd.ruleset.layout import BLOCKS, WORKSPACES
 
-__all__ = ["Allocation", "allocate"]
+__all__ = ["Allocation", "allocate", "give_back", "take"]
 
 # index 0 and the resolver's block 0, and the last block (unlisted), are not handed out
 _INDEXES = range(1, WORKSPACES)
@@ -38,14 +38,24 @@ class Allocation:
     retired_blocks: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
-def allocate(policies: Iterable[Policy], previous: Allocation | None = None) -> Allocation:
+def allocate(
+    policies: Iterable[Policy],
+    previous: Allocation | None = None,
+    *,
+    granted: Mapping[str, Iterable[str]] | None = None,
+) -> Allocation:
     """Number every workspace and every rule key; what `previous` numbered, or remembers, keeps its number.
 
+    `granted`: workspace -> names of its wildcards that are held now; they are numbered like rules.
     Deterministic: the order of `policies` does not matter. PolicyError when there are more workspaces, or
     more rules in one, than numbers.
     """
     known = previous or Allocation(workspaces={}, blocks={})
-    keys = {policy.workspace: {rule.key for rule in policy.rules} for policy in policies}
+    held = granted or {}
+    keys = {
+        policy.workspace: {*(rule.key for rule in policy.rules), *held.get(policy.workspace, ())}
+        for policy in policies
+    }
     workspaces, retired_workspaces = _number(
         keys, given=known.workspaces, retired=known.retired_workspaces, numbers=_INDEXES, what="workspaces"
     )
@@ -69,6 +79,47 @@ def allocate(policies: Iterable[Policy], previous: Allocation | None = None) -> 
         retired_workspaces=retired_workspaces,
         retired_blocks=retired_blocks,
     )
+
+
+def take(allocation: Allocation, workspace: str, key: str) -> tuple[Allocation, int]:
+    """A block for one more key: the one it had, else one that is nobody's and was nobody's, else that of the
+    key that gave its own back first. PolicyError when every block is in use."""
+    given = allocation.blocks.get(workspace, {})
+    graves = allocation.retired_blocks.get(workspace, {})
+    if key in given:
+        return allocation, given[key]
+    block = graves.get(key) or _virgin_or_oldest(key, set(given.values()), graves)
+    if block is None:
+        raise PolicyError([Problem(source="(policies)", line=0, where="",
+                                   text=f"every block of workspace {workspace} is in use",
+                                   remedy="fewer rules, or a smaller budget of names")])  # fmt: skip
+    left = {other: number for other, number in graves.items() if number != block}
+    return _with_blocks(allocation, workspace, {**given, key: block}, left), block
+
+
+def give_back(allocation: Allocation, workspace: str, keys: Iterable[str]) -> Allocation:
+    """These keys are in use no more. Their blocks are the last to be taken by others."""
+    given = dict(allocation.blocks.get(workspace, {}))
+    graves = dict(allocation.retired_blocks.get(workspace, {}))
+    graves.update({key: given.pop(key) for key in keys if key in given})
+    return _with_blocks(allocation, workspace, given, graves)
+
+
+def _with_blocks(
+    allocation: Allocation, workspace: str, given: Mapping[str, int], graves: Mapping[str, int]
+) -> Allocation:
+    return replace(
+        allocation,
+        blocks={**allocation.blocks, workspace: given},
+        retired_blocks={**allocation.retired_blocks, workspace: graves},
+    )
+
+
+def _virgin_or_oldest(key: str, given: set[int], graves: Mapping[str, int]) -> int | None:
+    avoided = given.union(graves.values())
+    if len(avoided) < len(_BLOCKS):
+        return _free(key, _BLOCKS, avoided)
+    return next(iter(graves.values()), None)
 
 
 def _number(
@@ -96,7 +147,7 @@ def _number(
             result[key] = number
             taken.add(number)
             avoided.add(number)
-    return dict(sorted(result.items())), {k: n for k, n in sorted(graves.items()) if n not in taken}
+    return dict(sorted(result.items())), {k: n for k, n in graves.items() if n not in taken}
 
 
 def _free(key: str, numbers: range, taken: set[int]) -> int:

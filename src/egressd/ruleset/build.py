@@ -10,6 +10,13 @@ A frame that leaves a sandbox takes this way; each `late` counter is for what wa
     inet forward / local_in          only what was marked, and translated if it had to be
     inet local_out / forward         back: only replies, only of marks in @in
 
+What the inspector sends on begins in the gateway, from its workspace's own source address:
+
+    inet output, chain dial          destination, source, port -> mark of what is forwarded; else refused
+    inet output, chain translate_out the same translation, after which routing is asked again
+    inet local_out                   only what was translated
+    inet local_in, chain dialled     back: the same rule as above
+
 Until the lookup gives it a mark of a kind, a packet carries a number below 16 that says how far it got:
 what remains is the reason for its denial.
 """
@@ -24,11 +31,14 @@ from egressd.model.identities import Link, check_workspace
 from egressd.ruleset import objects
 from egressd.ruleset.layout import (
     ADMITTED,
+    DIAL4,
+    DIAL6,
     HOST_LINK,
     HOST_TABLE,
     INSPECTOR_PORT,
     LINK_GROUP,
     NFLOG_GROUP,
+    RELAY_PORT,
     RESOLVER4,
     RESOLVER6,
     RESOLVER_BLOCK,
@@ -40,6 +50,7 @@ from egressd.ruleset.layout import (
     Kind,
     Mark,
     Pools,
+    dial_source,
 )
 from egressd.ruleset.objects import (
     Address,
@@ -62,8 +73,8 @@ from egressd.ruleset.plan import comment
 from egressd.ruleset.wants import Element, NatEntry, WorkspaceWant
 
 __all__ = [
-    "DENIALS", "LATE", "Desired", "LinkWant", "base", "desired", "drop_workspace", "host", "link", "nat",
-    "unlink", "unreachable", "workspace",
+    "DENIALS", "LATE", "OWNER", "Desired", "LinkWant", "base", "desired", "drop_workspace", "host", "link",
+    "marks", "nat", "owner", "unlink", "unreachable", "workspace",
 ]  # fmt: skip
 
 # Reasons the guard itself denies for. Each has a counter `W_REASON_denied` and a chain `W_REASON`.
@@ -75,16 +86,20 @@ LATE = {
     "reply": "a sandbox answering: nobody may connect to one",
     "connections": "above the limit of open connections",
     "inspector": "to be inspected, and no inspector listens",
+    "dial": "dialled by the inspector, and no rule of that workspace allows it",
     "unresolved": "the name has no address in this slot",
     "misrouted": "its way does not lead to where its mark permits",
 }
 _LOG_LIMIT = "limit rate 200/second burst 50 packets"  # per reason and workspace; counters see the rest
 _MARK_SHAPE, _MARK_UNLISTED = 1, 2  # a packet on its way through the guard; 0 is "source"
-_FORWARD, _INSPECT = mark_text(Kind.FORWARD), mark_text(Kind.INSPECT)
-_DIRECT = mark_text(Kind.DIRECT)
+_FORWARD, _RELAY, _INSPECT = map(mark_text, (Kind.FORWARD, Kind.RELAY, Kind.INSPECT))
+_DIRECT, _KINDS = mark_text(Kind.DIRECT), 0xF000_0000
+OWNER = 0x0FFF_FFFF  # the part of a mark that says whose it is: workspace and block
 _ZERO, _LEAST_ADMITTED = mark_text(0), mark_text(ADMITTED & -ADMITTED)
 _BLOCK4, _BLOCK6 = "255.255.255.252", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:fffc"
 _MAP4, _MAP6 = "ipv4_addr . inet_proto . inet_service", "ipv6_addr . inet_proto . inet_service"
+_DIAL_MAP4, _DIAL_MAP6 = "ipv4_addr . ipv4_addr . inet_service", "ipv6_addr . ipv6_addr . inet_service"
+_MAY_DIAL = "what the inspector may dial, by workspace"
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,12 +172,12 @@ def unlink(link: Link) -> list[str]:
 def drop_workspace(want: WorkspaceWant) -> list[str]:
     """Commands that remove a workspace. The kernel refuses (EBUSY) while a link still jumps there."""
     things = fragment(want, Pools(), checked=False)
-    gone = [key for key, thing in things.items() if key.name not in ("in", "opened")]
+    gone = [key for key, thing in things.items() if not (isinstance(thing, Set) and thing.partial)]
     chains = [key for key in gone if key.sort == "chain"]
     lines = [f"flush chain {key.path(TABLE)}" for key in chains]
     lines += [f"delete chain {key.path(TABLE)}" for key in chains]
     for key, thing in things.items():
-        if isinstance(thing, Set) and key.name in ("in", "opened"):
+        if isinstance(thing, Set) and thing.partial:
             lines += objects.delete_elements(key, thing.elements, TABLE)
         elif isinstance(thing, Set):
             lines.append(f"delete {thing.word} {key.path(TABLE)}")
@@ -267,7 +282,7 @@ def unreachable(pools: Pools) -> tuple[tuple[IPv4Network, ...], tuple[IPv6Networ
     four = [pools.synthetic4, pools.sandbox4]
     four += map(IPv4Network, ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3"))
     six = [pools.synthetic6, pools.sandbox6, IPv6Network((int(RESOLVER6) >> 64 << 64, 64))]
-    six.append(IPv6Network((int(UPLINK_GATEWAY6) >> 64 << 64, 64)))
+    six += (IPv6Network((int(of) >> 64 << 64, 64)) for of in (UPLINK_GATEWAY6, DIAL6.network_address))
     six += map(IPv6Network, ("::/127", "::ffff:0.0.0.0/96", "fe80::/10", "ff00::/8"))
     return tuple(sorted(four)), tuple(sorted(six))
 
@@ -311,7 +326,12 @@ def _static_inet() -> Objects:
         ),
         _inet("set", "real4"): Set(type="mark . ipv4_addr", data="ipv4_addr", comment="names lead here"),
         _inet("set", "real6"): Set(type="mark . ipv6_addr", data="ipv6_addr", comment="names lead here"),
+        _inet("set", "dial4"): Set(type=_DIAL_MAP4, data="mark", counter=True, comment=_MAY_DIAL),
+        _inet("set", "dial6"): Set(type=_DIAL_MAP6, data="mark", counter=True, comment=_MAY_DIAL),
         _inet("chain", "refuse"): Chain(rules=_REFUSE, comment="says no at once"),
+        _inet("chain", "dial_4"): Chain(rules=_dialling("ip", "4", _BLOCK4), comment="the lookup (IPv4)"),
+        _inet("chain", "dial_6"): Chain(rules=_dialling("ip6", "6", _BLOCK6), comment="the lookup (IPv6)"),
+        _inet("chain", "dialled"): Chain(rules=_DIALLED, comment="answers to the inspector"),
         _inet("chain", "revoked"): Chain(
             rules=_REVOKED, comment="answers of revoked hosts, turned into resets"
         ),
@@ -325,11 +345,13 @@ def _late(reason: str) -> Chain:
     """Counted, logged with "-" for the workspace (the link tells it), and refused where that is safe:
     a reset for a packet that conntrack finds out of window would cut a live connection."""
     silent = reason in ("unmarked", "invalid", "reply")
-    end = "drop" if silent else "goto refuse"
+    end = ["drop"] if silent else ["goto refuse"]
+    if reason == "dial":
+        end = [_REFUSE[0], "drop"]  # the sender is in the gateway: a drop is an error to it, at once
     rules = (
         f'counter name "late_{reason}"',
         f"{_LOG_LIMIT} log prefix {string(f'- {reason}')} group {NFLOG_GROUP} snaplen 128",
-        end,
+        *end,
     )
     return Chain(rules=rules, comment=LATE[reason])
 
@@ -353,7 +375,9 @@ def _static_chains() -> Objects:
                 "out: marked, translated; back: replies",
                 _PASS,
             ),
-            ("local_in", "filter", "input", 0, "drop", "resolver and inspector", _LOCAL_IN),
+            ("dial", "filter", "output", -150, "accept", "what the inspector may dial", _DIAL),
+            ("translate_out", "nat", "output", -100, "accept", "the same for the inspector", _TRANSLATE_OUT),
+            ("local_in", "filter", "input", 0, "drop", "resolver, relay and inspector", _LOCAL_IN),
             ("local_out", "filter", "output", 0, "drop", "answers, refusals, nothing else", _LOCAL_OUT),
             ("disguise", "nat", "postrouting", 100, "accept", "behind the address of the gateway", _DISGUISE),
         )
@@ -362,7 +386,9 @@ def _static_chains() -> Objects:
 
 _LINKS_IN, _LINKS_OUT = f"iifgroup {LINK_GROUP}", f"oifgroup {LINK_GROUP}"
 _UP_IN, _UP_OUT = f'iifname "{UPLINK}"', f'oifname "{UPLINK}"'
-_TO_INSPECT = f"meta mark & {_INSPECT} != {_ZERO}"
+_LO_IN, _LO_OUT = 'iifname "lo"', 'oifname "lo"'
+_STEERED = f"meta mark & {_RELAY} != {_ZERO}"
+_TO_INSPECT, _TO_RELAY = f"meta mark & {_INSPECT} == {_INSPECT}", f"meta mark & {_INSPECT} == {_RELAY}"
 _NOT_A_QUESTION = f"meta mark & {mark_text(Kind.RESOLVE)} == {_ZERO}"
 _TO_TRANSLATE = f"meta mark & {_DIRECT} == {_FORWARD}"  # bit 31 without bit 28
 
@@ -379,13 +405,38 @@ _STEER = (
     f"ct state new {_NOT_A_QUESTION} iifname @connections goto late_connections",
     f"{_TO_INSPECT} meta nfproto ipv4 meta l4proto tcp tproxy ip to 127.0.0.1:{INSPECTOR_PORT} accept",
     f"{_TO_INSPECT} meta nfproto ipv6 meta l4proto tcp tproxy ip6 to [::1]:{INSPECTOR_PORT} accept",
+    f"{_TO_RELAY} meta nfproto ipv4 meta l4proto tcp tproxy ip to 127.0.0.1:{RELAY_PORT} accept",
+    f"{_TO_RELAY} meta nfproto ipv6 meta l4proto tcp tproxy ip6 to [::1]:{RELAY_PORT} accept",
     # tproxy ends the rule when no socket listens
-    f"{_TO_INSPECT} goto late_inspector",
+    f"{_STEERED} goto late_inspector",
 )
 _TRANSLATE = (
     f"{_LINKS_IN} meta mark @opened",
     f"{_LINKS_IN} {_TO_TRANSLATE} dnat ip to meta mark . ip daddr map @real4",
     f"{_LINKS_IN} {_TO_TRANSLATE} dnat ip6 to meta mark . ip6 daddr map @real6",
+)
+# Not of type `route`: that would ask routing before the translation, for a synthetic address. The translation
+# asks by itself, for every packet (nf_nat_ipv4_local_fn), and by then the mark is there.
+_DIAL = (f"ip saddr {DIAL4} goto dial_4", f"ip6 saddr {DIAL6} goto dial_6")
+
+
+def _dialling(ip: str, digit: str, mask: str) -> tuple[str, ...]:
+    """The one lookup of what the inspector sends, packet by packet."""
+    # the mask comes first: nft 1.0.6 reads one only there
+    lookup = f"{ip} daddr & {mask} . {ip} saddr . tcp dport map @dial{digit}"
+    return (
+        "ct state invalid,untracked goto late_invalid",
+        f"meta mark set {_ZERO}",
+        f"ct direction original meta mark set {lookup}",
+        f"meta mark {_ZERO} goto late_dial",
+        "ct mark set meta mark",
+    )
+
+
+_TRANSLATE_OUT = (
+    f"{_TO_TRANSLATE} meta mark @opened",
+    f"{_TO_TRANSLATE} dnat ip to meta mark . ip daddr map @real4",
+    f"{_TO_TRANSLATE} dnat ip6 to meta mark . ip6 daddr map @real6",
 )
 _PASS = (
     f"{_LINKS_IN} {_UP_OUT} meta mark & {_DIRECT} == {_DIRECT} accept",
@@ -400,10 +451,20 @@ _PASS = (
 # until its next word. As a reset in sequence (RFC 5961 3.2) it ends at once, and its data is never delivered.
 _REVOKED = ('counter name "revoked"', "tcp flags set rst accept", "drop")
 _NEIGHBOURS = "icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept"
+_DIALLED = (
+    "ct direction reply ct mark @in accept",
+    "ct direction reply goto revoked",
+    'counter name "stray"',
+)
+# To and from itself, the gateway says only no: to what the inspector dialled.
+_WITHIN = "ct state related tcp flags & rst == rst accept"
 _LOCAL_IN = (
-    f"{_LINKS_IN} meta mark & {mark_text(Kind.INSPECT | Kind.RESOLVE)} != {_ZERO} accept",
+    f"{_LINKS_IN} meta mark & {mark_text(Kind.RELAY | Kind.RESOLVE)} != {_ZERO} accept",
     f"{_LINKS_IN} goto late_misrouted",
     f"{_UP_IN} {_NEIGHBOURS}",
+    f"{_UP_IN} ip daddr {DIAL4} goto dialled",
+    f"{_UP_IN} ip6 daddr {DIAL6} goto dialled",
+    f"{_LO_IN} {_WITHIN}",
     'counter name "stray"',
 )
 _LOCAL_OUT = (
@@ -413,6 +474,12 @@ _LOCAL_OUT = (
     f"{_LINKS_OUT} icmp type destination-unreachable accept",
     f"{_LINKS_OUT} icmpv6 type {{ destination-unreachable, packet-too-big }} accept",
     f"{_LINKS_OUT} ct direction reply ct mark @in accept",
+    # the end of a connection whose host was revoked
+    f"{_LINKS_OUT} ct direction reply tcp flags & rst == rst accept",
+    # the device is the one that was meant before the translation, for the whole of this hook
+    f"{_LO_OUT} {_TO_TRANSLATE} ct status dnat accept",
+    f"{_LO_OUT} {_TO_TRANSLATE} goto late_unresolved",
+    f"{_LO_OUT} {_WITHIN}",
     f"{_UP_OUT} {_NEIGHBOURS}",
     'counter name "stray"',
 )
@@ -441,10 +508,10 @@ def fragment(want: WorkspaceWant, pools: Pools, *, checked: bool = True) -> Obje
         things[_netdev("chain", f"{name}_{reason}")] = _denial(name, reason)
     things[_netdev("chain", f"{name}_4")] = _lookup(want, "ip")
     things[_netdev("chain", f"{name}_6")] = _lookup(want, "ip6")
-    marks = _marks(want)
-    things[_inet("set", "in")] = _elements("mark", marks)
-    things[_inet("set", "opened")] = _elements("mark", marks)
-    return things
+    named = _marks(want)
+    things[_inet("set", "in")] = _elements("mark", named)
+    things[_inet("set", "opened")] = _elements("mark", named)
+    return things | _dials(want)
 
 
 def _netdev(sort: str, name: str) -> Key:
@@ -507,14 +574,43 @@ def _unlisted(want: WorkspaceWant) -> str:
 
 def _marks(want: WorkspaceWant) -> dict[str, Entry]:
     """The workspace's elements of @in and @opened: one per mark, with its name."""
-    names = {element.mark: element.comment for element in want.elements}
-    marks = {
+    names = {mark: element.comment for element in want.elements for mark in marks(element)}
+    named = {
         mark_text(mark): Entry(comment=comment(f"{want.workspace} {name}"))
         for mark, name in sorted(names.items())
     }
     if want.guard != "enforce":
-        marks[_unlisted(want)] = Entry(comment=f"{want.workspace} (unlisted)")
-    return marks
+        named[_unlisted(want)] = Entry(comment=f"{want.workspace} (unlisted)")
+    return named
+
+
+def marks(element: Element) -> tuple[int, ...]:
+    """The marks that mean something because of an element. Where it leads to the inspector there are two
+    connections, and the second one, on to the host, is forwarded."""
+    inspected = element.mark & _KINDS == Kind.INSPECT
+    return (element.mark, _forwarded(element.mark)) if inspected else (element.mark,)
+
+
+def owner(element: Element) -> int:
+    """Whose an element is, whatever is done with its packets: what is inspected has marks of two kinds."""
+    return element.mark & OWNER
+
+
+def _forwarded(mark: int) -> int:
+    return mark & ~_KINDS | Kind.FORWARD
+
+
+def _dials(want: WorkspaceWant) -> Objects:
+    """The workspace's elements of @dial4 and @dial6: what is inspected, and nothing else."""
+    found: dict[Key, dict[str, Entry]] = {}
+    for element in want.elements:
+        if element.mark & _KINDS == Kind.INSPECT:
+            six = ":" in element.address
+            name = f"{address_text(element.address)} . {dial_source(want.index)[six]} . {element.port}"
+            entry = Entry(data=mark_text(_forwarded(element.mark)), comment=element.comment)
+            found.setdefault(_inet("set", "dial6" if six else "dial4"), {})[name] = entry
+    kinds = {"dial4": _DIAL_MAP4, "dial6": _DIAL_MAP6}
+    return {key: _elements(kinds[key.name], elements) for key, elements in found.items()}
 
 
 def _maps(want: WorkspaceWant, pools: Pools, *, checked: bool) -> Objects:
@@ -552,7 +648,7 @@ def _place_unchecked(element: Element) -> tuple[str, str]:
 
 
 def _map_of(element: Element, place: Address | Network) -> str:
-    exact = element.mark & 0xF000_0000 in (Kind.DIRECT, Kind.RESOLVE)
+    exact = element.mark & _KINDS in (Kind.DIRECT, Kind.RESOLVE)
     return f"{'cidr' if exact else 'out'}{place.version}"
 
 
@@ -580,8 +676,9 @@ def _belongs(mark: Mark, place: Address | Network, element: Element, pools: Pool
         case Kind.RESOLVE:
             resolver = place in (RESOLVER4, RESOLVER6) and element.port == 53
             return resolver and mark.block == RESOLVER_BLOCK
-        case Kind.FORWARD | Kind.INSPECT:
+        case Kind.FORWARD | Kind.RELAY | Kind.INSPECT:
             own = mark.block not in (RESOLVER_BLOCK, UNLISTED_BLOCK)
+            own &= mark.kind is not Kind.INSPECT or element.protocol == "tcp"
             return own and pools.block_of(place) == (mark.block, 0)
     return False
 

@@ -76,15 +76,15 @@ def changes(
 def _apart(before: WorkspaceWant, after: WorkspaceWant) -> tuple[WorkspaceWant, WorkspaceWant]:
     """Both without what they share, so that revoking one of ten thousand hosts takes as long as it should.
 
-    Elements whose mark another, changed element has stay: the mark is in @in as long as one of them is.
+    Elements of a block of which another element changed stay: its mark is in @in as long as one of them is.
     """
     one, two = before.elements, after.elements
     ahead = _alike(one, two)  # both are sorted: most of what they share is at their two ends
     one, two = one[ahead:], two[ahead:]
     behind = _alike(one[::-1], two[::-1])
     differing = set(one[: len(one) - behind]) ^ set(two[: len(two) - behind])
-    marks = {element.mark for element in differing}
-    return _only(before, marks), _only(after, marks)
+    owners = {build.owner(element) for element in differing}
+    return _only(before, owners), _only(after, owners)
 
 
 def _alike(one: tuple[Element, ...], two: tuple[Element, ...]) -> int:
@@ -93,8 +93,9 @@ def _alike(one: tuple[Element, ...], two: tuple[Element, ...]) -> int:
     return next(differ, min(len(one), len(two)))
 
 
-def _only(want: WorkspaceWant, marks: set[int]) -> WorkspaceWant:
-    return msgspec.structs.replace(want, elements=tuple(e for e in want.elements if e.mark in marks))
+def _only(want: WorkspaceWant, owners: set[int]) -> WorkspaceWant:
+    kept = tuple(element for element in want.elements if element.mark & build.OWNER in owners)
+    return msgspec.structs.replace(want, elements=kept)
 
 
 def _one(want: WorkspaceWant | None, pools: Pools, links: tuple[LinkWant, ...]) -> Objects:

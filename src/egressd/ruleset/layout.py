@@ -4,9 +4,10 @@ A *mark* (32 bits, skb->mark) says two things about an admitted packet: what the
 (bits 28 to 31, what routing and NAT look at) and whose it is (bits 0 to 26: workspace and block).
 
     31        forward through the uplink
-    30        steer to the inspector (TPROXY)
+    30        steer to the relay of local services (TPROXY)
     29        deliver to the resolver
-    28        with 31: forward as addressed, no synthetic address to translate
+    28        with 31: forward as addressed, no synthetic address to translate;
+              with 30: steer to the inspector instead
     14..26    workspace index, 1 to 8191
     0..13     block, 0 to 16383: which rule of the workspace
 
@@ -23,7 +24,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 from egressd.model.identities import Link
 
-__all__ = ["Kind", "Mark", "Pools"]
+__all__ = ["Kind", "Mark", "Pools", "dial_source"]
 
 TABLE = "egressd"  # both `table netdev egressd` and `table inet egressd`, in the gateway
 HOST_TABLE = "egressd_host"  # `table inet egressd_host`, in the host
@@ -37,16 +38,23 @@ RESOLVER4, RESOLVER6 = IPv4Address("169.254.53.53"), IPv6Address("fd53:53::53")
 NEXT_HOP4, NEXT_HOP6 = RESOLVER4, IPv6Address("fe80::53")  # never answered for: neighbours are static
 UPLINK_GATEWAY4, UPLINK_HOST4, UPLINK_PREFIX4 = IPv4Address("169.254.54.2"), IPv4Address("169.254.54.1"), 30
 UPLINK_GATEWAY6, UPLINK_HOST6, UPLINK_PREFIX6 = IPv6Address("fd53:2::2"), IPv6Address("fd53:2::1"), 64
+# Where the inspector's connections come from: a workspace's index is added. Local to the gateway as a whole
+# (a `local` route on lo), so that an unprivileged socket may bind there.
+DIAL4, DIAL6 = IPv4Network("169.254.64.0/19"), IPv6Network("fd53:3::/112")
 INFRASTRUCTURE: tuple[IPv4Network | IPv6Network, ...] = (
     IPv4Network(RESOLVER4),
     IPv6Network(RESOLVER6),
     IPv4Network((UPLINK_HOST4, UPLINK_PREFIX4), strict=False),
     IPv6Network((UPLINK_HOST6, UPLINK_PREFIX6), strict=False),
+    DIAL4,
+    DIAL6,
 )
 # One pair of MAC addresses serves every link: each is a segment of two ends with static neighbours.
 SANDBOX_MAC, GATEWAY_MAC = "02:53:00:00:00:01", "02:53:00:00:00:02"
-INSPECTOR_PORT = 8443  # TPROXY target on 127.0.0.1 and ::1 of the gateway
-ROUTES_INSPECT, ROUTES_FORWARD = 100, 200  # routing tables
+# TPROXY targets on 127.0.0.1 and ::1 of the gateway: for hosts whose connections are read, for local services
+INSPECTOR_PORT, RELAY_PORT = 8443, 8444
+ROUTES_STEERED, ROUTES_DIALLED, ROUTES_FORWARD = 100, 101, 200  # routing tables
+UPLINK_MTU = 1500  # what a veth pair has; what the inspector dials is routed to lo first, which has more
 
 SLOTS = 4
 BLOCKS = 1 << 14
@@ -58,7 +66,8 @@ class Kind(enum.IntFlag):
     """The part of a mark that routing looks at."""
 
     FORWARD = 1 << 31
-    INSPECT = 1 << 30
+    RELAY = 1 << 30
+    INSPECT = (1 << 30) | (1 << 28)
     RESOLVE = 1 << 29
     DIRECT = (1 << 31) | (1 << 28)
 
@@ -83,9 +92,16 @@ class Mark:
     def of(cls, value: int) -> Mark:
         """The inverse of int(); ValueError for a number that is not a mark."""
         kind, rest = Kind(value & 0xF000_0000), value & 0x0FFF_FFFF
-        if kind not in (Kind.FORWARD, Kind.INSPECT, Kind.RESOLVE, Kind.DIRECT):
+        if kind not in (Kind.FORWARD, Kind.RELAY, Kind.INSPECT, Kind.RESOLVE, Kind.DIRECT):
             raise ValueError(f"{value:#010x} is not a mark")
         return cls(kind=kind, workspace=rest >> 14, block=rest & (BLOCKS - 1))
+
+
+def dial_source(workspace: int) -> tuple[IPv4Address, IPv6Address]:
+    """The addresses from which the inspector dials for the workspace of this index."""
+    if not 0 < workspace < WORKSPACES:
+        raise ValueError(f"no such workspace: {workspace}")
+    return DIAL4[workspace], DIAL6[workspace]
 
 
 @dataclass(frozen=True, slots=True)

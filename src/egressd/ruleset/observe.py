@@ -33,7 +33,9 @@ from egressd.ruleset.objects import (
     string,
 )
 
-__all__ = ["Counters", "ElementCount", "LinkCounts", "Observed", "Tally", "counters", "parse", "render"]
+__all__ = [
+    "Counters", "DialCount", "ElementCount", "LinkCounts", "Observed", "Tally", "counters", "parse", "render",
+]  # fmt: skip
 
 Json: TypeAlias = dict[str, Any]
 
@@ -73,6 +75,19 @@ class ElementCount(Struct, frozen=True):
     bytes: int
 
 
+class DialCount(Struct, frozen=True):
+    """What the inspector has sent on to one host and port, in one family. `workspace` is empty where no
+    workspace of that number is there; `mark` is that of what is forwarded."""
+
+    workspace: str
+    address: str
+    port: int
+    mark: int
+    comment: str
+    packets: int
+    bytes: int
+
+
 class Counters(Struct, frozen=True):
     """Every number in the two tables."""
 
@@ -84,6 +99,7 @@ class Counters(Struct, frozen=True):
     opened: dict[int, Tally]  # by mark: packets is the number of connections
     late: dict[str, Tally]  # admitted, then lost: by reason
     stray: Tally = Tally()  # neither from a sandbox nor an answer to one
+    dialled: tuple[DialCount, ...] = ()  # came over no link, so in no book of one
 
 
 class Observed(Struct, frozen=True):
@@ -363,6 +379,8 @@ def _operand(operand: Any, *, mark: bool = False, quoted: bool = False) -> str:
             return ",".join(_operand(flag) for flag in flags)
         case {"set": list(members), **rest} if not rest:
             return f"{{ {', '.join(_member(member) for member in members)} }}"
+        case {"prefix": _}:
+            return _member(operand)
     raise _ForeignError("operand")
 
 
@@ -409,15 +427,17 @@ def counters(listing: Json, *, table: str = TABLE) -> Counters:
                 sets[body["family"], body["name"]] = body
     guard = {name: tally for (family, name), tally in named.items() if family == "netdev"}
     after = {name: tally for (family, name), tally in named.items() if family == "inet"}
+    elements = tuple(_element_counts(sets))
     return Counters(
         links=_links(guard, quotas),
         denied=_denied(guard),
         unlisted={match["workspace"]: tally for match, tally in _matching(_UNLISTED, guard)},
-        elements=tuple(_element_counts(sets)),
+        elements=elements,
         replies=_by_mark(sets.get(("inet", "in"), {})),
         opened=_by_mark(sets.get(("inet", "opened"), {})),
         late={name.removeprefix("late_"): tally for name, tally in after.items() if name.startswith("late_")},
         stray=after.get("stray", Tally()),
+        dialled=tuple(_dial_counts(sets, {_index(e.mark): e.workspace for e in elements})),
     )
 
 
@@ -470,6 +490,29 @@ def _element_counts(sets: Mapping[tuple[str, str], Json]) -> Iterator[ElementCou
                 packets=count.get("packets", 0),
                 bytes=count.get("bytes", 0),
             )
+
+
+def _dial_counts(sets: Mapping[tuple[str, str], Json], names: Mapping[int, str]) -> Iterator[DialCount]:
+    """`names`: workspaces by their index; each has elements, if only those of the resolver."""
+    for name in ("dial4", "dial6"):
+        for value, mark in sets.get(("inet", name), {}).get("elem", ()):
+            inner = value["elem"]
+            address, _, port = inner["val"]["concat"]
+            count = inner.get("counter", {})
+            yield DialCount(
+                workspace=names.get(_index(mark), ""),
+                address=_address(address),
+                port=port,
+                mark=mark,
+                comment=inner.get("comment", ""),
+                packets=count.get("packets", 0),
+                bytes=count.get("bytes", 0),
+            )
+
+
+def _index(mark: int) -> int:
+    """The workspace's, of anything that stands where a mark should (bits 14 to 26)."""
+    return mark >> 14 & 0x1FFF
 
 
 def _network(address: str, mark: int) -> str:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from ipaddress import ip_network
+
+import msgspec
 
 from egressd.policy.compiled import CidrRule, HostRule, LocalRule, Policy, Port, Protocol, Rule, Verify
 from egressd.ruleset.allocate import Allocation
 from egressd.ruleset.layout import RESOLVER4, RESOLVER6, RESOLVER_BLOCK, Kind, Mark, Pools
 from egressd.ruleset.wants import Element, WorkspaceWant
 
-__all__ = ["comment", "want"]
+__all__ = ["comment", "host_elements", "order", "want", "with_elements"]
 
 _COMMENT = re.compile(r"[A-Za-z0-9.*:/()_ -]{1,120}")
 _LONGEST = 120  # the kernel's bound is 128 with the terminating zero (NFTNL_UDATA_COMMENT_MAXLEN)
@@ -48,12 +50,24 @@ def want(policy: Policy, allocation: Allocation, pools: Pools) -> WorkspaceWant:
         workspace=policy.workspace,
         index=index,
         guard=policy.guard.value,
-        elements=tuple(sorted(set(elements), key=_order)),
+        elements=tuple(sorted(set(elements), key=order)),
         connections=policy.limits.connections,
     )
 
 
-def _order(element: Element) -> tuple[str, int, str, str]:
+def host_elements(rule: HostRule, *, index: int, block: int, pools: Pools) -> tuple[Element, ...]:
+    """The elements of one name, for all its ports and both families, sorted as in a want."""
+    return tuple(sorted(_elements(rule, index=index, block=block, pools=pools), key=order))
+
+
+def with_elements(want: WorkspaceWant, more: Iterable[Element]) -> WorkspaceWant:
+    """The want with elements of names that wildcards cover."""
+    elements = tuple(sorted({*want.elements, *more}, key=order))
+    return msgspec.structs.replace(want, elements=elements)
+
+
+def order(element: Element) -> tuple[str, int, str, str]:
+    """By which a want's elements are sorted."""
     return element.comment, element.port, element.protocol, element.address
 
 
@@ -79,15 +93,14 @@ def _elements(rule: Rule, *, index: int, block: int, pools: Pools) -> Iterator[E
 
 
 def _kind(rule: Rule, port: Port) -> Kind:
-    """Where a rule's packets go. Only TCP can be read for its SNI; a UDP port of such a rule is not
-    forwarded unread: it is steered to the inspector as well, which has no UDP listener, and refused."""
+    """Where a rule's packets go."""
     match rule:
         case CidrRule():
             return Kind.DIRECT
-        case LocalRule() | HostRule(verify=Verify.SNI):
-            return Kind.INSPECT
+        case LocalRule():
+            return Kind.RELAY
         case HostRule():
-            return Kind.FORWARD
+            return Kind.FORWARD if rule.verify_on(port) is Verify.ADDRESS else Kind.INSPECT
 
 
 def _refuse_overlaps(policy: Policy) -> None:
