@@ -16,7 +16,7 @@ PACKAGES := iproute2 nftables python3-nftables bubblewrap libseccomp2 python3-ve
             curl bind9-dnsutils tcpdump mandoc codespell
 # The peers that benchmarks compare with, beside bubblewrap. Traffic they make themselves. (nginx with
 # libnginx-mod-stream is measured, too, where it is there; its package would open port 80 of this machine.)
-BENCH_PACKAGES := firejail haproxy
+BENCH_PACKAGES := firejail haproxy dnsperf unbound dnsmasq-base
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -64,13 +64,15 @@ lint: setup ## Style, types, import contracts, completions, spelling, man pages
 	codespell --ignore-words-list $(WORDS) $(CODE) docs systemd README.md Makefile
 	mandoc -T lint -W warning docs/man/*.[1-9]
 
-.PHONY: bench bench-spawn bench-datapath bench-inspector
+.PHONY: bench bench-spawn bench-datapath bench-dns bench-inspector
 bench: setup $(STAMPS)/bench-packages ## Every benchmark: ratios against peers, measured in the same run
 	$(BIN)/python -m bench
 bench-spawn: setup $(STAMPS)/bench-packages ## How long a sandbox takes to start
 	$(BIN)/python -m bench spawn
 bench-datapath: setup $(STAMPS)/bench-packages ## What the guard costs a stream and a connection
 	$(BIN)/python -m bench datapath
+bench-dns: setup $(STAMPS)/bench-packages ## Answers per second, against unbound and dnsmasq
+	$(BIN)/python -m bench dns
 bench-inspector: setup $(STAMPS)/bench-packages ## What it costs that names are read before a byte goes out
 	$(BIN)/python -m bench inspector
 

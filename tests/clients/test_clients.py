@@ -35,10 +35,9 @@ def daemon(start_module_daemon: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def programs(lab: Any) -> dict[str, list[str]]:
+def programs(lab: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """Each client's words but for the name; what has to be built is built."""
-    place = lab.path("clients")
-    place.mkdir(mode=0o755)
+    place = tmp_path_factory.mktemp("clients")
     for source in ("lookup.js", "Lookup.java"):
         shutil.copy(HERE / source, place)
     build("musl-gcc", "-static", "-O1", "-o", str(place / "musl"), str(HERE / "lookup.c"))
@@ -51,6 +50,8 @@ def programs(lab: Any) -> dict[str, list[str]]:
     }
     build("go", "build", "-o", str(place / "go"), str(HERE / "lookup.go"), env=go)
     shutil.rmtree(place / "cache")
+    shutil.copytree(place, lab.path("clients"))
+    lab.path("clients").chmod(0o755)
     inside = lab.inside("clients")
     return {
         "glibc": ["/usr/bin/getent", "ahosts"],
@@ -104,7 +105,7 @@ def test_what_is_not_is_refused_at_once(
     daemon: Any, programs: Any, internet: Any, client: str, name: str
 ) -> None:
     result = ask(daemon, programs, client, name)
-    assert result.status != 0, result.out
+    assert result.status in (1, 2), result.out + result.err  # its own word, not that it did not start
     assert result.seconds < AT_ONCE * (2 if client == "java" else 1), f"{client} took {result.seconds:.1f} s"
     assert name not in {asked for asked, _ in internet.queries()}
 
@@ -112,7 +113,7 @@ def test_what_is_not_is_refused_at_once(
 @pytest.mark.parametrize("client", CLIENTS)
 def test_a_name_that_cannot_be_resolved_is_an_error(daemon: Any, programs: Any, client: str) -> None:
     result = ask(daemon, programs, client, "broken.test")
-    assert result.status != 0, result.out
+    assert result.status in (1, 2), result.out + result.err
 
 
 # ---- dig and kdig: what the wire says
@@ -142,10 +143,10 @@ DIALOGUES = {
 @pytest.mark.parametrize("what", DIALOGUES)
 def test_what_the_wire_says(daemon: Any, internet: Any, program: str, server: str, what: str) -> None:
     words, expected = DIALOGUES[what]
-    result = daemon.sandbox("acme", [f"/usr/bin/{program}", f"@{server}", "+timeout=3", "+tries=1", *words])
-    # kdig writes "ANSWER: 0" as dig does, but the status and counts with other punctuation
-    text = result.out.replace("ANSWER: 0;", "ANSWER: 0,")
-    assert [word for word in expected if word.lower() not in text.lower()] == [], result.out + result.err
+    usual = {"dig": ["+tries=1"], "kdig": ["+retry=0", "+edns"]}[program]
+    result = daemon.sandbox("acme", [f"/usr/bin/{program}", f"@{server}", "+timeout=3", *usual, *words])
+    text = result.out.lower()
+    assert [word for word in expected if word.lower() not in text] == [], result.out + result.err
 
 
 def test_a_synthetic_address_tells_its_name(daemon: Any) -> None:

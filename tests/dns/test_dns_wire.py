@@ -9,6 +9,7 @@ import itertools
 import random
 import struct
 from ipaddress import ip_address
+from pathlib import Path
 
 import dnslib
 import pytest
@@ -274,6 +275,118 @@ def test_text_goes_before_the_answer_does() -> None:
 )
 def test_reverse_names(name: str, address: str | None) -> None:
     assert wire.reverse_address(name) == (ip_address(address) if address else None)
+
+
+# ---- by hand and by dnslib
+
+LABELS = st.lists(st.binary(min_size=1, max_size=20), max_size=6)
+REPLIES = st.builds(
+    Reply,
+    rcode=st.sampled_from(Rcode),
+    addresses=st.lists(st.ip_addresses(), max_size=5).map(tuple),
+    ttl=st.integers(0, 2**31 - 1),
+    negative=st.booleans(),
+    extended=st.none() | st.integers(0, 49151),
+    text=st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=60),
+)
+
+
+def by_dnslib(query: wire.Query, reply: Reply) -> bytes:
+    return wire._pack_any(query, reply, text=reply.text, truncated=False)
+
+
+@given(
+    labels=LABELS,
+    reply=REPLIES,
+    edns=st.none() | st.builds(wire.Edns, size=st.just(4096), version=st.just(0), dnssec_ok=st.booleans()),
+    numbers=st.tuples(*[st.integers(0, 0xFFFF)] * 3),
+    flags=st.tuples(st.booleans(), st.booleans()),
+)
+@settings(max_examples=200)
+def test_what_is_written_by_hand_is_what_dnslib_writes(
+    labels: list[bytes],
+    reply: Reply,
+    edns: wire.Edns | None,
+    numbers: tuple[int, int, int],
+    flags: tuple[bool, bool],
+) -> None:
+    """Record by record; byte by byte but for the compressed names of the SOA."""
+    query = wire.Query(numbers[0], tuple(labels), "", numbers[1], numbers[2], *flags, edns)
+    ours = wire._pack_plain(query, reply, reply.text, truncated=False)
+    theirs = by_dnslib(query, reply)
+    if not reply.negative:
+        assert ours == theirs
+    elif b"".join(labels).isascii():  # dnslib does not read others, but the message above is written alike
+        assert read(ours) == read(theirs)
+        assert (ours[:4], ours[6:12]) == (theirs[:4], theirs[6:12])
+
+
+@pytest.mark.parametrize("edns", [None, 1232])
+def test_the_question_is_echoed_byte_for_byte(edns: int | None) -> None:
+    data = question("aPi.eXample.COM", edns=edns)
+    section = data[12 : 12 + len("aPi.eXample.COM") + 2 + 4]
+    for reply in (replies.blocked("no"), replies.pointer("db.example"), replies.addresses(())):
+        answer = wire.encode(wire.read_query(data), reply, udp=True)  # type: ignore[arg-type]
+        assert answer[12 : 12 + len(section)] == section
+
+
+def by_cursor(data: bytes) -> wire.Query | wire.Malformed | None:
+    """The same without the way for the common form."""
+    plain = wire._read_plain
+    wire._read_plain = lambda *_: None
+    try:
+        return wire.read_query(data)
+    finally:
+        wire._read_plain = plain
+
+
+@given(
+    labels=st.lists(st.binary(min_size=1, max_size=63), max_size=6),
+    flags=st.integers(0, 0x7FFF),
+    edns=st.none() | st.tuples(st.integers(0, 0xFFFF), st.integers(0, 0xFFFF_FFFF)),
+    damage=st.none() | st.tuples(st.integers(0, 400), st.integers(0, 255)),
+    cut=st.integers(0, 12),
+)
+@settings(max_examples=200)
+def test_the_fast_way_of_reading_finds_what_the_cursor_finds(
+    labels: list[bytes],
+    flags: int,
+    edns: tuple[int, int] | None,
+    damage: tuple[int, int] | None,
+    cut: int,
+) -> None:
+    name = b"".join(bytes((len(label),)) + label for label in labels) + b"\x00"
+    data = bytearray(header(flags=flags & 0x87FF, counts=(1, 0, 0, int(edns is not None))) + name + ASK[3:])
+    if edns is not None:
+        data += b"\x00" + struct.pack("!HHIH", 41, *edns, 0)
+    if damage is not None:
+        data[damage[0] % len(data)] = damage[1]
+    for message in (bytes(data), bytes(data[: len(data) - cut])):
+        assert wire.read_query(message) == by_cursor(message)
+
+
+def corpus() -> list[tuple[str, bytes, str]]:
+    """(what becomes of it, the message, what it is)."""
+    lines = (Path(__file__).parent / "corpus" / "queries.txt").read_text().splitlines()
+    found = (line.split(maxsplit=2) for line in lines if not line.startswith("#"))
+    return [(verdict, bytes.fromhex(digits.strip("-")), what) for verdict, digits, what in found]
+
+
+@pytest.mark.parametrize(("verdict", "data"), [pytest.param(v, d, id=what) for v, d, what in corpus()])
+def test_the_corpus(verdict: str, data: bytes) -> None:
+    found = wire.read_query(data)
+    assert found == by_cursor(data)
+    match found:
+        case None:
+            assert verdict == "silence"
+        case wire.Malformed():
+            assert verdict == found.rcode.name
+            assert wire.malformed(found)[:2] == data[:2]
+        case _:
+            assert verdict == "answer"
+            answer = wire.encode(found, replies.blocked("no"), udp=True)
+            assert (answer[:2], answer[12 : 12 + len(found.echo)]) == (data[:2], found.echo)
+            assert data[12:].startswith(found.echo)
 
 
 # ---- upstream

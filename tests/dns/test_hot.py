@@ -146,7 +146,11 @@ def test_what_nobody_looked_at_is_counted_as_that() -> None:
     assert counted(cache) == {(1, "acme", "(dropped)"): 7, (1, "acme", "evil.example"): 1}
 
 
-@given(st.lists(st.tuples(st.sampled_from([b"a", b"bc", b"d", b"x"]), st.sampled_from([ONE, TWO, SIX])), max_size=64))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([b"a", b"bc", b"d", b"x"]), st.sampled_from([ONE, TWO, SIX])), max_size=64
+    )
+)
 @settings(max_examples=100)
 def test_a_batch_is_answered_like_one_after_the_other(asked: list[tuple[bytes, bytes]]) -> None:
     def made() -> Cache:

@@ -52,6 +52,15 @@ class Chatter:
         found: dict[str, int] = json.loads(line)["beats"]
         return found
 
+    def go_on(self, *, timeout: float = 5.0) -> None:
+        """Wait until every flow has had another echo."""
+        before = self.beats()
+        self._poll(
+            lambda: all(now > then for now, then in zip(self.beats().values(), before.values(), strict=True)),
+            timeout=timeout,
+            what="every flow goes on",
+        )
+
     def stop(self) -> None:
         self.process.stdin.close()
         self.process.wait(10)

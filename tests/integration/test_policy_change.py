@@ -195,5 +195,6 @@ def test_the_diff_reads_the_kernel_back(daemon: Any) -> None:
 
 def test_names_that_are_refused_are_counted(daemon: Any) -> None:
     probe(daemon, [("resolve", "evil.test", "4"), ("resolve", "evil.test", "6")])
-    assert daemon.counters("acme")["names_refused"] == 2
-    assert "2 questions for names off the list" in daemon.ctl("counters").out
+    account = daemon.counters("acme")
+    assert (account["names_refused"], account["names_refused_by"]) == (2, {"name": 2})
+    assert re.search(r"questions refused by the resolver +count\n +name +2\n", daemon.ctl("counters").out)

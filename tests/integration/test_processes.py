@@ -24,7 +24,7 @@ allow:
   - {host: plain.test, ports: [7/tcp], verify: address}
   - local: ollama
 """
-CHILDREN = ["warden", "controller", "resolver", "relay", "auditor"]
+CHILDREN = ["warden", "controller", "resolver", "relay", "inspector", "auditor"]
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +68,14 @@ def test_a_process_holds_what_its_card_says_and_no_more(daemon: Any, name: str) 
     assert (status["Uid"].split()[0] == "0") == (card.user == "root")
 
 
-def test_only_the_warden_lives_in_the_gateway(daemon: Any) -> None:
+def test_warden_and_inspector_live_in_the_gateway_and_nobody_else(daemon: Any) -> None:
     def namespace(name: str) -> str:
         pid = daemon.pids()[name]
         return str(daemon.lab.run(["readlink", f"/proc/{pid}/ns/net"]).check().out)
 
     homes = {name: namespace(name) for name in CARDS}
-    assert homes["warden"] not in {home for name, home in homes.items() if name != "warden"}
+    inside = {name for name, home in homes.items() if home == homes["warden"]}
+    assert inside == {"warden", "inspector"}
     assert len(set(homes.values())) == 2
 
 
@@ -91,7 +92,7 @@ def test_a_process_that_dies_comes_back_and_sandboxes_work_again(daemon: Any, na
     assert [o.result for o in outcomes] == ["ok", "ok"], outcomes
 
 
-@pytest.mark.parametrize("name", ["warden", "resolver", "auditor"])
+@pytest.mark.parametrize("name", ["warden", "resolver", "relay", "inspector", "auditor"])
 def test_open_streams_go_on_while_a_process_is_replaced(daemon: Any, name: str) -> None:
     poll(lambda: running(daemon), timeout=10)
     with Chatter(daemon, ["tcp4 plain.test 7", "tcp6 plain.test 7"]) as chatter:
@@ -107,6 +108,17 @@ def test_open_streams_go_on_while_a_process_is_replaced(daemon: Any, name: str) 
         assert chatter.events() == []
     account = daemon.counters("acme")
     assert account["balance"]["balanced"], account["balance"]
+
+
+def test_the_end_of_one_sandbox_is_no_other_s_loss(daemon: Any) -> None:
+    poll(lambda: running(daemon), timeout=10)
+    before = daemon.json("counters")["late"]["invalid"]
+    with Chatter(daemon, ["tcp4 plain.test 7", "tcp6 plain.test 7"]) as chatter:
+        for _ in range(3):
+            assert [o.result for o in probe(daemon, [("tcp", "plain.test", 7, "x")])] == ["ok"]
+            chatter.go_on()
+        assert chatter.events() == []
+    assert daemon.json("counters")["late"]["invalid"] == before
 
 
 def test_a_sandbox_ends_with_the_controller_that_held_its_lease(daemon: Any) -> None:

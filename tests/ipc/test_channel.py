@@ -12,6 +12,7 @@ from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from egressd.ipc import messages
 from egressd.ipc.channel import MAX_MESSAGE, Channel, pair, payload
 from egressd.ipc.peer import Peer, PeerGone
 from egressd.model.errors import ProtocolError, Refused
+from egressd.ruleset.wants import Element, NatEntry
 
 Ends = tuple[Channel[Any], Channel[Any]]
 
@@ -241,3 +243,18 @@ def test_a_peer_that_reads_nothing_is_treated_as_gone() -> None:
         assert gone == ["it stopped reading"]
 
     dialogue(steps)
+
+
+def test_the_largest_messages_about_single_names_can_be_sent() -> None:
+    """Their bounds, with the longest names there can be."""
+    element = Element("fd53:e9:ffff:ffff:ffff:ffff:ffff:ffff", "tcp", 65535, 0xFFFF_FFFF, "x" * 120)
+    entry = NatEntry(0xFFFF_FFFF, element.address, None, "x" * 120)
+    site = messages.Site(workspace="w" * 32, index=8191, host="x" * 253, block=16383, port=65535, idle=1e6)
+    for message in (
+        messages.Withdraw(
+            request=1 << 40, workspace="w" * 32, elements=(element,) * 256, entries=(entry,) * 256
+        ),
+        messages.RemoveSites(request=1 << 40, sites=(site,) * 256),
+        messages.ReleaseNames(request=1 << 40, workspace="w" * 32, hosts=("x" * 253,) * 256),
+    ):
+        assert len(msgspec.json.encode(message)) < MAX_MESSAGE

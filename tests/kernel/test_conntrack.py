@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 from collections.abc import Iterator
 from ipaddress import ip_address
@@ -12,6 +13,7 @@ from warden_world import sh
 
 from egressd.kernel import namespaces
 from egressd.kernel.conntrack import Conntrack
+from lab.machine import poll
 
 pytestmark = pytest.mark.kernel
 
@@ -44,7 +46,18 @@ def connect(stack: contextlib.ExitStack, address: str) -> None:
     listener.listen()
     client = stack.enter_context(socket.socket(family))
     client.bind((address, 0))
-    client.connect(listener.getsockname())
+    poll(lambda: reached(client, listener), what="the address has its route")
+
+
+def reached(client: socket.socket, listener: socket.socket) -> bool:
+    """The kernel lays the route of a fresh IPv6 address in its own time."""
+    try:
+        client.connect(listener.getsockname())
+    except OSError as error:
+        if error.errno == errno.ENETUNREACH:
+            return False
+        raise
+    return True
 
 
 @pytest.mark.parametrize("family", BOTH)

@@ -35,6 +35,7 @@ from relay_lab import OTHER4, OTHER6, SOURCE4, SOURCE6, UID
 from test_relay import assert_reset, fill, free_descriptors, limit_descriptors, read_all, reset
 
 from egressd.ipc import messages
+from egressd.processes import flows
 from egressd.ruleset.layout import dial_source
 
 pytestmark = [
@@ -449,6 +450,27 @@ def test_the_end_of_either_side_is_passed_on_and_the_other_may_go_on(
     ]
 
 
+@pytest.mark.parametrize("turns", range(1, 5))
+@pytest.mark.parametrize("length", [0, 1, 16_384, 65_536, 65_537, 150_000])
+def test_the_end_is_told_in_the_turn_that_sees_it(
+    monkeypatch: pytest.MonkeyPatch, turns: int, length: int
+) -> None:
+    """A half that has read the end of its source, and not told, would wait for an event that never comes."""
+    monkeypatch.setattr(flows, "_TURNS", turns)
+    (near, source), (sink, far) = socket.socketpair(), socket.socketpair()
+    with near, source, sink, far:
+        near.sendall(bytes(length))
+        near.shutdown(socket.SHUT_WR)
+        for sock in (source, sink):
+            sock.setblocking(False)
+        half = flows.Half(source, sink)
+        while half.reading or half.held:
+            half.pump()
+        half.close()
+        assert (half.done, half.moved) == (True, length)
+        assert len(read_all(far)) == length
+
+
 @BOTH
 @pytest.mark.parametrize("unread", [False, True])
 def test_a_reset_is_passed_on_in_both_directions(
@@ -564,6 +586,7 @@ def test_an_address_that_does_not_answer_costs_a_quarter_of_a_second(
             assert server.getsockname()[0] == slot_address(0, v6=not v6)
 
 
+@pytest.mark.slow
 def test_a_host_that_does_not_answer_at_all_is_given_up(inspector: Inspector, world: World) -> None:
     with world.silence(*(slot_address(slot, v6=v6) for v6 in (False, True) for slot in range(4))):
         before = inspector.descriptors()

@@ -319,7 +319,8 @@ def test_under_an_open_guard_covered_names_are_synthetic_and_a_spent_budget_rest
         assert scene.dig(OTHER).data == ["93.184.215.16"]
         assert scene.named("dns-denied") == []
         if guard == "observe":
-            assert eventually(lambda: scene.named("dns-would-deny"))[0]["name"] == OTHER
+            (event,) = eventually(lambda: scene.named("dns-would-deny"))
+            assert (event["name"], event["reason"]) == (OTHER, "budget-names")
     finally:
         scene.close()
 

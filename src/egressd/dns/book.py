@@ -26,6 +26,7 @@ from egressd.dns.table import (
     Covered,
     Decision,
     Denied,
+    Forward,
     Pools,
     Table,
     Wait,
@@ -233,7 +234,8 @@ class Book:
 def _refused(table: Table, query: Query, spent: Spent) -> Decision:
     """An open guard restricts nothing: there the name is one like those that no rule has."""
     if Guard(table.names.guard) is not Guard.ENFORCE:
-        return unlisted(table, query)
+        decision = unlisted(table, query)
+        return replace(decision, reason=spent.reason) if isinstance(decision, Forward) else decision
     return Denied(replace(replies.blocked(f"{query.name}: {spent.text}"), shared=False), spent.reason)
 
 

@@ -118,7 +118,7 @@ class Cache:
         self.lanes.clear()
 
     def lane(self, source: bytes, *, link: int, workspace: str) -> Lane:
-        """For `source` (4 or 16 bytes), which is that link's, as the caller has found; of a known workspace."""
+        """For `source` (4 or 16 bytes), which is the link's as the caller has found, of a known workspace."""
         lane = self.lanes.get(source)
         if lane is None or lane.link != link or lane.workspace != workspace:
             known = self._workspaces.setdefault(workspace, _Workspace())

@@ -85,9 +85,10 @@ class Covered:
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """The guard does not restrict: ask upstream. `unlisted` is whether to record it (observe)."""
+    """The guard does not restrict: ask upstream. `record` is whether to record it (observe), and as what."""
 
     record: bool
+    reason: Reason = Reason.NAME
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,8 +75,8 @@ class Withdraw(_Request, frozen=True, tag=True):
     """Take elements of a workspace away again, and the ways of their slots. One batch."""
 
     workspace: WorkspaceName
-    elements: Annotated[tuple[Element, ...], Meta(min_length=1, max_length=4096)]
-    entries: Annotated[tuple[NatEntry, ...], Meta(max_length=512)]
+    elements: Annotated[tuple[Element, ...], Meta(min_length=1, max_length=256)]
+    entries: Annotated[tuple[NatEntry, ...], Meta(max_length=256)]
 
 
 class OpenLink(_Request, frozen=True, tag=True):
@@ -320,7 +320,7 @@ class AddSites(_Request, frozen=True, tag=True):
 class RemoveSites(_Request, frozen=True, tag=True):
     """Some of them go, with their flows."""
 
-    sites: Annotated[tuple[Site, ...], Meta(min_length=1, max_length=4096)]
+    sites: Annotated[tuple[Site, ...], Meta(min_length=1, max_length=256)]
 
 
 class RefusedFlows(_Request, frozen=True, tag=True):

@@ -29,6 +29,7 @@ _IP_BIND_ADDRESS_NO_PORT = 24
 # linux/in6.h. A `local` route makes its addresses our own for IPv4, but bind(2) of IPv6 asks for an address
 # on a device, or for this, which needs no right (inet6_bind in net/ipv6/af_inet6.c).
 _IPV6_FREEBIND = 78
+_TROUBLE = select.EPOLLERR | select.EPOLLHUP
 _KIND = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 
 
@@ -45,7 +46,7 @@ class Race:
     """`done(sock)` is called once, with the connected socket or None; then `error` is the errno of the first
     attempt, which was to the address that was meant."""
 
-    __slots__ = ("_attempts", "_done", "_next", "_poller", "_targets", "error", "step_at")
+    __slots__ = ("_anywhere", "_attempts", "_done", "_next", "_poller", "_targets", "error", "step_at")
 
     def __init__(
         self,
@@ -57,6 +58,7 @@ class Race:
         self._poller, self._targets, self._done = poller, targets, done
         self._attempts: list[socket.socket] = []
         self._next = 0
+        self._anywhere = any(target.source is None for target in targets)
         self.error: int | None = None
         self.step_at = 0.0  # monotonic seconds: when to call `step`
 
@@ -78,8 +80,9 @@ class Race:
             self._finish(None)
 
     def _answered(self, sock: socket.socket, events: int) -> None:
-        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code == 0 and _with_itself(sock):
+        # A connect that failed is an error for epoll, too (tcp_poll in net/ipv4/tcp.c): no need to ask.
+        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if events & _TROUBLE else 0
+        if code == 0 and self._anywhere and _with_itself(sock):
             code = errno.ECONNREFUSED
         self._attempts.remove(sock)
         if code == 0:

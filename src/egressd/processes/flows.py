@@ -159,14 +159,12 @@ class Half:
     def pump(self) -> None:
         """Move what can be moved. OSError: one of the two sockets has failed."""
         for _ in range(_TURNS):
-            if self.held:
-                if not self._drain():
-                    return
-            elif self.ended:
-                if not self.keeps_end:
-                    self._pass_end_on()
+            if self.reading and not self._fill():
                 return
-            elif not self._fill():
+            if self.held and not self._drain():
+                return
+            if self.ended and not self.held:  # in the turn that saw the end: no event would bring us back
+                self._pass_end_on()
                 return
 
     def _fill(self) -> bool:
@@ -240,7 +238,7 @@ class Half:
         return not self.held
 
     def _pass_end_on(self) -> None:
-        if not self.done:
+        if not self.done and not self.keeps_end:
             self.done = True
             self.sink.shutdown(socket.SHUT_WR)
 

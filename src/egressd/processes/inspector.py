@@ -16,6 +16,7 @@ sandbox than the limits say.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import select
@@ -40,7 +41,7 @@ from egressd.processes.dialing import Target
 from egressd.processes.flows import Poller, Stop, keep_alive
 from egressd.processes.steered import Denied, House, Limits, Program, Visit, spelled
 from egressd.ruleset.layout import SLOTS, Pools, dial_source
-from egressd.tls.hello import HelloReader, More, Named, Objection, read
+from egressd.tls.hello import HelloReader, Named, Objection, read
 from egressd.tls.retry import Ruling, Watch
 
 __all__ = ["IDLE", "Inspector", "Sites", "main"]
@@ -94,7 +95,7 @@ class _Visit(Visit):
         self.site, self.block = site, block
         self.named: Named | None = None
         self.objection: Objection | None = None
-        self._said = b""  # the hello so far
+        self._said = bytearray()  # the hello so far, if it does not come in one piece
         self._reader: HelloReader | None = None  # if it does not come in one piece
         self.quiet_since, self.counted, self.grown_up = self.started, 0, False
 
@@ -117,17 +118,13 @@ class _Visit(Visit):
         if not data:
             self._hung_up()
             return
-        verdict = read(data) if not self._said else self._more(data)
-        self._said += data
+        verdict = read(data) if self._reader is None else self._reader.feed(data)
         if isinstance(verdict, Objection):
             self.refuse(verdict)
         elif isinstance(verdict, Named):
-            self._judge(verdict)
+            self._judge(verdict, bytes(self._said + data) if self._said else data)
         else:
-            if self._reader is None:
-                self._reader = HelloReader()
-                self._reader.feed(data)
-            self.house.poller.watch(self.client.fileno(), select.EPOLLIN, self._client_hello)
+            self._await_more(data)
 
     def _client_hello(self, events: int) -> None:
         if self.named is None:
@@ -135,9 +132,12 @@ class _Visit(Visit):
         else:
             self.client_event(events)
 
-    def _more(self, data: bytes) -> More | Named | Objection:
-        assert self._reader is not None
-        return self._reader.feed(data)
+    def _await_more(self, data: bytes) -> None:
+        if self._reader is None:
+            self._reader = HelloReader()
+            self._reader.feed(data)
+        self._said += data
+        self.house.poller.watch(self.client.fileno(), select.EPOLLIN, self._client_hello)
 
     def _hung_up(self) -> None:
         """A client that leaves before it has said anything wants nothing: not refused, and no error."""
@@ -146,18 +146,18 @@ class _Visit(Visit):
         else:
             self.end("unused")
 
-    def _judge(self, named: Named) -> None:
+    def _judge(self, named: Named, said: bytes) -> None:
         if named.name != self.site.host:
             self.refuse(Objection(Reason.SNI_OTHER, "it names another server", quoted(named.name)))
         elif named.ech and not self.site.ech:
             self.refuse(Objection(Reason.ECH, "it may hide another name", quoted(named.name)))
         else:
-            self._let_through(named)
+            self._let_through(named, said)
 
-    def _let_through(self, named: Named) -> None:
+    def _let_through(self, named: Named, said: bytes) -> None:
         self.named, self._reader = named, None
+        self._said.clear()
         self.house.hello_over(self)
-        said, self._said = self._said, b""
         self.gate = gate = _Gate(self, named)
         rest = said[named.length :]
         try:
@@ -187,8 +187,9 @@ class _Visit(Visit):
             return
         if not self.grown_up and now - self.started > _GROWN_UP:
             self.grown_up = True
-            keep_alive(flow.client)
-            keep_alive(flow.upstream)
+            with contextlib.suppress(OSError):  # whatever is wrong with it, epoll will say
+                keep_alive(flow.client)
+                keep_alive(flow.upstream)
 
 
 class _Gate:
@@ -351,7 +352,10 @@ class Sites(House):
         )
 
     def tell_totals(self) -> None:
-        for (workspace, host), total in self.totals.items():
+        """Hosts that are no site any more are told once more, then forgotten: names that wildcards cover come
+        and go, and nobody may fill the memory with them."""
+        current = {(site.workspace, site.host) for site in self._sites.values()}
+        for (workspace, host), total in list(self.totals.items()):
             if not total.told:
                 total.told = True
                 self.auditing.record(
@@ -364,6 +368,8 @@ class Sites(House):
                         "bytes_in": total.bytes_in,
                     },
                 )
+            if (workspace, host) not in current:
+                del self.totals[workspace, host]
 
     # ---- what time brings
 

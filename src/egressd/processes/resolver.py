@@ -377,7 +377,7 @@ class Resolver:
         if commands:
             self._perform(commands)
         if isinstance(decision, table.Forward) and decision.record:
-            self._count("dns-would-deny", sandbox, asked.name, asked, Reason.NAME)
+            self._count("dns-would-deny", sandbox, asked.name, asked, decision.reason)
         assert not isinstance(decision, table.Covered)  # the book has seen to it
         return decision
 
