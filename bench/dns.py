@@ -114,22 +114,24 @@ class _Bench:
     def neighbour(self, report: Report, name: str) -> None:
         """What one sandbox feels of another's flood of denied questions, sent without waiting for answers.
 
-        It asks twenty questions at a time, by itself and then beside the flood; a lost one counts as a second.
+        It asks at a moderate rate, by itself and then beside the flood; a lost question counts as a second.
         """
         place = self._places[0]
         path = self._files / "one"
         path.write_text(f"{name} A\n")
 
-        def p99() -> float:
-            found = _asked_from(place, path, self._cores, self._seconds)
+        def p99(found: Run) -> float:
             return percentile([*found.latencies, *[1e6] * found.lost], 99)
 
-        alone, beside = [], []
+        alone, beside, lost = list[float](), list[float](), 0
         for _ in range(self._rounds):
-            alone.append(p99())
+            alone.append(p99(quiet := _asked_from(place, path, self._cores, self._seconds)))
             with _flood(place, self._cores):
-                beside.append(p99())
-        report.add(Figure.paired("dns_neighbour_p99_vs_quiet", beside, alone, "us"))
+                found = _asked_from(place, path, self._cores, self._seconds)
+            beside.append(p99(found))
+            lost += found.lost - quiet.lost
+        details = {"lost": lost}
+        report.add(Figure.paired("dns_neighbour_p99_vs_quiet", beside, alone, "us", details=details))
 
     def memory(self, report: Report, many: int) -> None:
         """After ever new names of every spelling, all denied, against after the first thousand of them."""
@@ -203,7 +205,7 @@ wildcards:
 
 
 def _wildcards(report: Report, given: tuple[Lab, Internet] | None, *, rounds: int) -> None:
-    """The first answer about a name that a wildcard covers: asked upstream, admitted by the kernel, answered."""
+    """The first answer about a name of a wildcard: asked upstream, admitted by the kernel, answered."""
     text = (scene.PROJECT / "bench" / "inside" / "asker.py").read_text()
     with scene.stage(given) as (made, internet):
         internet.set("*.bench.test", topology.Records({"A": [_ADDRESS]}, ttl=3600))
@@ -255,7 +257,7 @@ def run(
     patience: float = 5,
     once: bool = False,
 ) -> Run:
-    """dnsperf, over the names in the file again and again (or `once`); with `rate`, verbosely at that rate."""
+    """dnsperf, over the names in the file again and again or `once`; with `rate`, verbosely at that rate."""
     words = ["dnsperf", "-s", str(RESOLVER4), "-a", source, "-d", str(path), "-e"]
     words += ["-q", str(limit), "-l", f"{seconds:g}", *(["-v", "-Q", str(rate)] if rate else [])]
     words += ["-t", f"{patience:g}", *(["-n", "1"] if once else [])]

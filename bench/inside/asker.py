@@ -2,8 +2,8 @@
 
     python3 -I -c TEXT DOMAIN COUNT
 
-Prints {"first": [...], "again": [...]}: the milliseconds until the answer about each fresh name below the domain, and
-until the answer to the same question again. Nothing else of getaddrinfo() is in it: one question, one datagram.
+Prints {"first": [...], "again": [...]}: the milliseconds until the answer about each fresh name below the
+domain, and until the answer to the same question again. One question is one datagram, without getaddrinfo().
 """
 
 import json

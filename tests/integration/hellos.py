@@ -86,6 +86,7 @@ def BENT(allowed: str, other: str) -> dict[str, tuple[bytes, str]]:  # noqa: N80
     """What is tried -> (bytes, the reason for which it must be refused)."""
     mine, theirs = allowed.encode(), other.encode()
     four, six = (str(ip_address(a)).encode() for a in ("11.22.33.20", "2a10:5353::20"))
+    padded = bent(other, [("drop", PADDING, b""), ("first", PADDING, bytes(3000))])
     return {
         "the other name": (hello(other), "sni-other"),
         "the other name, TLS 1.2": (hello(other, version=ssl.TLSVersion.TLSv1_2), "sni-other"),
@@ -98,7 +99,7 @@ def BENT(allowed: str, other: str) -> dict[str, tuple[bytes, str]]:  # noqa: N80
         "the same twice": (bent(allowed, [("replace", SNI, server_name(mine, mine))]), "sni-repeated"),
         "two extensions": (bent(allowed, [("last", SNI, server_name(theirs))]), "sni-repeated"),
         "two, the other first": (bent(allowed, [("first", SNI, server_name(theirs))]), "sni-repeated"),
-        "behind padding": (bent(other, [("drop", PADDING, b""), ("first", PADDING, bytes(3000))]), "sni-other"),
+        "behind padding": (padded, "sni-other"),
         "encrypted": (bent(allowed, [("last", ECH, b"\0" * 64)]), "ech"),
         "encrypted, the draft before": (bent(allowed, [("last", ESNI, b"\0" * 64)]), "ech"),
         "one byte a record": (records(hello(other)[5:], *[1] * 200), "sni-other"),

@@ -223,3 +223,18 @@ def test_counters_and_records_tell_what_was_asked(daemon: Any, sender: Sender, i
         return any("sni-other" in line and OTHER in line for line in lines)
 
     poll(told, what="the record of what was asked")
+
+
+@pytest.mark.parametrize("guard", ["observe", "off"])
+def test_a_guard_that_restricts_nothing_reads_nothing(
+    daemon: Any, sender: Sender, internet: Any, guard: str
+) -> None:
+    daemon.policy("acme", POLICY.replace("guard: enforce", f"guard: {guard}"))
+    try:
+        assert sender.send(hello(OTHER)) in SERVER_SPOKE
+        assert [entry.name for entry in internet.seen(port=443)] == [OTHER]
+    finally:
+        daemon.policy("acme", POLICY)
+    internet.forget()
+    assert sender.send(hello(OTHER)) == "reset"
+    assert internet.seen(port=443) == []

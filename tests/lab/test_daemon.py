@@ -8,7 +8,7 @@ from lab import topology
 from lab.capture import Capture
 from lab.daemon import Daemon
 from lab.internet import Internet
-from lab.machine import Lab, LabError
+from lab.machine import Lab, LabError, poll
 
 pytestmark = pytest.mark.kernel
 
@@ -71,8 +71,7 @@ def test_who_is_no_member_gets_no_sandbox(daemon: Daemon) -> None:
 
 def test_a_sandbox_can_be_looked_into(daemon: Daemon) -> None:
     sandbox = daemon.start_sandbox("acme", ["sleep", "60"])
-    links = daemon.lab.links(daemon.namespace_of(sandbox))
-    assert links.keys() == {"lo", "eth0"}
+    poll(lambda: daemon.lab.links(daemon.namespace_of(sandbox)).keys() == {"lo", "eth0"}, what="its link")
     sandbox.kill()
 
 

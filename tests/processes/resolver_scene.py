@@ -116,6 +116,8 @@ def bound(kind: int, address: str, port: int) -> socket.socket:
     sock = socket.socket(family, kind)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.bind((address, port))
+    if kind == socket.SOCK_DGRAM:
+        sock.setsockopt(socket.SOL_SOCKET, 33, 4 << 20)  # SO_RCVBUFFORCE, as kernel/sockets.py does
     if kind == socket.SOCK_STREAM:
         sock.listen(128)
     return sock

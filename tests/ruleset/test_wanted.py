@@ -65,6 +65,8 @@ def test_guard_and_limit_come_along() -> None:
 def test_a_rule_to_be_verified_by_sni_is_not_forwarded_unread() -> None:
     rule = dataclasses.replace(host("a.test", tcp(443)), inspected=((tcp(443)[0], Verify.SNI),))
     assert ("a.test", "INSPECT", "tcp", 443) in keys(wanted(rule))
+    for guard in (Guard.OBSERVE, Guard.OFF):  # which restrict nothing, and so read nothing
+        assert ("a.test", "FORWARD", "tcp", 443) in keys(wanted(rule, guard=guard))
 
 
 def test_overlapping_networks_on_one_port_are_refused_by_name() -> None:

@@ -24,7 +24,7 @@ _BIND, _COPY_PACKET = 1, 2  # NFULNL_CFG_CMD_BIND, NFULNL_COPY_PACKET (linux/net
 _CFG_CMD, _CFG_MODE, _CFG_TIMEOUT, _CFG_THRESHOLD, _CFG_FLAGS = 1, 2, 4, 5, 6
 _NUMBERED = 1  # NFULNL_CFG_F_SEQ: a gap in the numbers is exactly what was lost
 _COPY_BYTES = 256  # headers and the beginning of the payload
-_LOG_BUFFER = 8 << 20
+_LOG_BUFFER, _QUESTIONS_BUFFER = 8 << 20, 4 << 20
 
 
 def open_all() -> dict[str, socket.socket]:
@@ -61,6 +61,10 @@ def _bound(version: int, kind: int, place: tuple[str, int], *, transparent: bool
             sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_TRANSPARENT, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(place)
+        if kind == socket.SOCK_DGRAM:
+            enlarge(
+                sock, _QUESTIONS_BUFFER
+            )  # all sandboxes' questions wait in it: one's burst is not to fill it
         if kind == socket.SOCK_STREAM:
             sock.listen(_BACKLOG)
     except OSError as error:

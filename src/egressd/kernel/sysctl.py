@@ -31,9 +31,9 @@ class Setting:
 
 
 def read(key: str) -> str | None:
-    """The value in force; None where the kernel has no such setting."""
+    """The value in force, several numbers parted by a space; None where the kernel has no such setting."""
     try:
-        return (_ROOT / key).read_text().strip()
+        return " ".join((_ROOT / key).read_text().split())
     except FileNotFoundError:
         return None
 

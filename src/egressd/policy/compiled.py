@@ -6,7 +6,7 @@ A `Policy` is plain frozen data. The same document always gives the same policy 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Network, IPv6Network
 from typing import TypeAlias
 
@@ -165,6 +165,10 @@ class Policy:
     limits: Limits
     wildcards: Budgets
     digest: str  # "sha256:" + hex of the canonical form
+
+    def applied(self, rule: HostRule) -> HostRule:
+        """The rule as the kernel and the inspector get it: unless the guard enforces, nothing is read."""
+        return rule if self.guard is Guard.ENFORCE else replace(rule, inspected=())
 
     @property
     def hosts(self) -> tuple[HostRule, ...]:

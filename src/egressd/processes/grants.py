@@ -102,7 +102,7 @@ class Grants:
         goes: list[tuple[Grant, str]] = []
         for workspace, held in self.held.items():
             policy = policies.get(workspace)
-            rules = {rule.host: rule for rule in policy.hosts} if policy is not None else None
+            rules = {rule.host: policy.applied(rule) for rule in policy.hosts} if policy is not None else None
             crowded = policy is not None and len(policy.rules) + len(held) > BLOCKS - 2
             for grant in held.values():
                 found = _governed(grant, rules)
@@ -185,7 +185,7 @@ class Granting:
         rule = rule_for(policy, message.host) if _is_canonical(message.host) else None
         if rule is None or rule.host != message.wildcard or not rule.wildcard:
             raise Refused(Reason.NAME, f"{message.wildcard} of {message.workspace} does not cover this name")
-        return rule
+        return policy.applied(rule)
 
     def _check_budget(self, message: messages.GrantName) -> None:
         """The resolver keeps the budget; this is what it cannot exceed should it be mistaken."""

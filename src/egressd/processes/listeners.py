@@ -24,9 +24,10 @@ __all__ = ["Datagrams", "Serve", "Streams"]
 # (message, source, whether it came over UDP) -> the answer now, later, or never
 Serve: TypeAlias = Callable[[bytes, Address, bool], bytes | Awaitable[bytes | None] | None]
 
-_QUEUE = 1 << 20  # bytes of the kernel's queue; a short question takes 1280 of them
+# Bytes of the kernel's queue, where a short question takes 1280: what is wanted, and what is too much.
+_QUEUE, _CROWDED = 1 << 20, 256 << 10
 _AT_ONCE = 2 * COUNT  # datagrams answered per wake-up, so that connections and the controller get their turn
-_ROUNDS, _SHARE = 16, 32  # batches while the queue is about to overflow, and answers of them to each source
+_ROUNDS, _SHARE = 64, 32  # batches while it is too much, and answers of them to each source
 _SO_MEMINFO = 55  # asm-generic/socket.h; SK_MEMINFO_RMEM_ALLOC and _RCVBUF come first (linux/sock_diag.h)
 _MEMORY = struct.Struct("=II")
 _PER_SOURCE, _TOTAL = 16, 1024  # connections
@@ -83,20 +84,21 @@ class Datagrams:
         return False
 
     def _pressed(self) -> bool:
-        """Whether the queue is so long that the kernel will soon drop whatever comes, from whomever."""
-        used, size = _MEMORY.unpack(self._sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMORY.size))
-        return bool(used > size * 3 // 4)
+        """Whether so much waits that others wait for it, too, or will soon find no room."""
+        used, _ = _MEMORY.unpack(self._sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMORY.size))
+        return bool(used > _CROWDED)
 
     def _relieve(self, count: int) -> None:
         """Take out what waits, much of it unanswered: who sent more than a share loses the rest, and others
-        find room in the queue. Looking at a datagram costs a fifth of answering it."""
+        find room in the queue. Looking at a datagram costs a tenth of answering it."""
         shares: dict[bytes, int] = {}
         for _ in range(_ROUNDS):
             senders, over = shed(self._batch.senders(count), shares, _SHARE)
             for source, dropped in over.items():
                 if source in self._cache.lanes:
                     self._cache.lanes[source].drop(dropped)
-            self._answer(senders)
+            if sum(over.values()) < count:
+                self._answer(senders)
             if count < COUNT or not (count := self._batch.receive()):
                 return
         self._answer(self._batch.senders(count))

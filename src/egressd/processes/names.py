@@ -212,7 +212,7 @@ def names_of(
 def sites_of(policy: Policy, index: int, rules: Iterable[tuple[HostRule, int]]) -> Iterator[messages.Site]:
     """What the inspector has to know of these (rule, block) of a workspace: each port that it reads."""
     for rule, block in rules:
-        for port, verify in rule.inspected:
+        for port, verify in policy.applied(rule).inspected:
             if verify is Verify.SNI:
                 yield messages.Site(
                     workspace=policy.workspace,

@@ -56,7 +56,7 @@ log = logging.getLogger("egressd")
 PATIENCE = 4.0  # seconds a query waits for its name to be resolved; glibc and musl give up after five
 _WAITING = 128  # queries of one sandbox that wait for something
 _ADMITTING = 256  # requests to the controller at a time; ipc.peer ends a connection that queues 4096
-_PENDING = 1024  # different denials of one source that are counted before they are recorded
+_PENDING = 256  # different denials of one source that are counted before they are recorded
 _FLUSH, _FOLD = 0.25, 4  # seconds between looks at the tally, and such looks between folds
 
 

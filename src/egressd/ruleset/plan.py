@@ -44,7 +44,8 @@ def want(policy: Policy, allocation: Allocation, pools: Pools) -> WorkspaceWant:
     blocks = allocation.blocks[policy.workspace]
     elements = list(_resolver(index))
     for rule in policy.rules:
-        elements += _elements(rule, index=index, block=blocks[rule.key], pools=pools)
+        applied = policy.applied(rule) if isinstance(rule, HostRule) else rule
+        elements += _elements(applied, index=index, block=blocks[rule.key], pools=pools)
     _refuse_overlaps(policy)
     return WorkspaceWant(
         workspace=policy.workspace,
