@@ -14,9 +14,12 @@ SHELL := /bin/bash
 #   mandoc codespell                                            check the man pages, and everybody's spelling
 PACKAGES := iproute2 nftables python3-nftables bubblewrap libseccomp2 python3-venv python3-systemd \
             curl bind9-dnsutils tcpdump mandoc codespell
-# The peers that benchmarks compare with, beside bubblewrap. Traffic they make themselves. (nginx with
+# The peers that benchmarks compare with, beside bubblewrap. Traffic they make themselves. Where systemd runs, the
+# packages of unbound and haproxy start their services: mask them, or leave `make bench` alone. (nginx with
 # libnginx-mod-stream is measured, too, where it is there; its package would open port 80 of this machine.)
 BENCH_PACKAGES := firejail haproxy dnsperf unbound dnsmasq-base
+# Programs whose resolvers are asked in sandboxes: kdig, musl, Go, Node, Java. They take 600 MB.
+CLIENT_PACKAGES := knot-dnsutils musl-tools gcc golang-go nodejs default-jdk-headless
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -48,11 +51,18 @@ lab: setup ## A shell in a machine of its own, with egressd running and a little
 
 .PHONY: test
 test: setup lint ## Lint and every test but the slow ones: minutes
-	$(BIN)/pytest -m 'not slow' --durations 10
+	$(BIN)/pytest -m 'not slow and not clients' --durations 10
 
-.PHONY: test-slow
+# EGRESSD_SCALE: how much of their counts the long forms run, see tests/lab/scale.py.
+.PHONY: test-slow test-slow-short
 test-slow: setup ## The long forms: more kills, more packets, more examples
-	$(BIN)/pytest -m slow --durations 10
+	$(BIN)/pytest -m 'slow and not clients' --durations 10
+test-slow-short: setup ## A tenth of them, for every push
+	EGRESSD_SCALE=$${EGRESSD_SCALE:-0.1} $(BIN)/pytest -m 'slow and not clients' --durations 10
+
+.PHONY: test-clients
+test-clients: setup $(STAMPS)/client-packages ## Programs with resolvers of their own: musl, Go, Node, Java (big packages)
+	$(BIN)/pytest -m clients
 
 .PHONY: lint
 lint: setup ## Style, types, import contracts, completions, spelling, man pages
@@ -64,9 +74,11 @@ lint: setup ## Style, types, import contracts, completions, spelling, man pages
 	codespell --ignore-words-list $(WORDS) $(CODE) docs systemd README.md Makefile
 	mandoc -T lint -W warning docs/man/*.[1-9]
 
-.PHONY: bench bench-spawn bench-datapath bench-dns bench-inspector
+.PHONY: bench bench-short bench-spawn bench-datapath bench-dns bench-inspector
 bench: setup $(STAMPS)/bench-packages ## Every benchmark: ratios against peers, measured in the same run
 	$(BIN)/python -m bench
+bench-short: setup $(STAMPS)/bench-packages ## Whether they still measure; a minute, and figures of no worth
+	$(BIN)/python -m bench --short
 bench-spawn: setup $(STAMPS)/bench-packages ## How long a sandbox takes to start
 	$(BIN)/python -m bench spawn
 bench-datapath: setup $(STAMPS)/bench-packages ## What the guard costs a stream and a connection
@@ -88,6 +100,8 @@ $(STAMPS)/packages: Makefile
 	@$(call need,$(PACKAGES))
 $(STAMPS)/bench-packages: Makefile
 	@$(call need,$(BENCH_PACKAGES))
+$(STAMPS)/client-packages: Makefile
+	@$(call need,$(CLIENT_PACKAGES))
 
 # Install what is missing; without root say what to type and stop. The stamp makes the second time free.
 define need

@@ -13,6 +13,7 @@ import shlex
 import sys
 import time
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -28,29 +29,41 @@ CLIENTS = PROJECT / "demo" / "clients"
 MARKER = "sk-secret-4711"  # what the captured program tries to get out; see clients/get_out.py
 PROBE = 9  # the discard port, to which the capture sends what it waits for
 AT_ONCE = 50.0  # milliseconds within which a denial must be told
+SHORT = 60  # letters of a command line that are shown
+QUIET = 0.3  # seconds without a frame after which the uplink is taken to be still
+
+LISTED, SEARCHED = "eu.api.openai.test", "*.search.test"  # hosts of the policy, see tests/lab/daemon.py
+NEIGHBOUR = "api.openai.test"  # the same server, and not on the list
+GRANTED = ("oslo.search.test", "rome.search.test", "lima.search.test")  # as many as the policy's budget
+ONE_TOO_MANY = "cairo.search.test"
 
 # What the captured program tries: (kind, target, port, what that is)
 ROADS = (
-    ("name", f"{MARKER}.evil.test", 443, "a question that carries the secret"),
+    ("name", f"{MARKER}.evil.test", 443, "a name that holds the secret"),
     ("tcp", "evil.test", 443, "a host that is not listed"),
     ("tcp", topology.EVIL4, 443, "its raw address"),
     ("tcp", topology.EVIL6, 443, "the same over IPv6"),
-    ("tcp", topology.OPENAI4, 443, "the raw address of an allowed host"),
-    ("tcp", "eu.api.openai.test", 22, "an allowed host, another port"),
+    ("tcp", topology.OPENAI4, 443, "an allowed host's raw address"),
+    ("tcp", LISTED, 22, "an allowed host, another port"),
+    ("tls", LISTED, 443, "TLS there, for evil.test"),
+    ("anon", LISTED, 443, "the same, for no name at all"),
+    ("ech", LISTED, 443, "the same, with a hidden name"),
+    ("tcp", LISTED, 443, "plain HTTP on the TLS port"),
     ("dns", topology.OTHER_DNS4, 53, "another resolver"),
     ("tcp", topology.OTHER_DNS4, 53, "the same over TCP"),
     ("dns", topology.OTHER_DNS6, 53, "the same over IPv6"),
-    ("udp", topology.EVIL4, 443, "QUIC, or anything else over UDP"),
+    ("udp", topology.EVIL4, 443, "UDP, as QUIC would"),
     ("tcp", topology.METADATA4, 80, "cloud metadata"),
     ("tcp", topology.METADATA6, 80, "the same over IPv6"),
-    ("tcp", "127.0.0.1", 9999, "a service on the host's loopback"),
-    ("tcp", topology.HOST4, 9998, "a service on the host's uplink"),
+    ("tcp", "127.0.0.1", 9999, "the host's loopback"),
+    ("tcp", topology.HOST4, 9998, "the host's own address"),
     ("tcp", topology.HOST6, 9997, "the same over IPv6"),
 )
 AT_THE_RESOLVER = 2  # of these roads: the names end there
+AT_THE_INSPECTOR = {"sni-other": 1, "sni-missing": 1, "ech": 1, "not-tls": 1}
 INSIDE = 1  # of these roads: 127.0.0.1 is the sandbox's own, and nobody listens there
 # The rest is refused by the kernel, one packet each; "another port" is tried in both families.
-REFUSED_PACKETS = len(ROADS) - AT_THE_RESOLVER - INSIDE + 1
+REFUSED_PACKETS = len(ROADS) - AT_THE_RESOLVER - sum(AT_THE_INSPECTOR.values()) - INSIDE + 1
 
 
 @dataclass
@@ -75,7 +88,7 @@ class Story:
     def show(self, text: str) -> None:
         """Something real: a file or a command's output."""
         print(
-            "\n".join(f"   {self._paint('36', '|')} {line}" for line in text.rstrip().splitlines()),
+            "\n".join(f"   {self._paint('36', '|')} {line}".rstrip() for line in text.rstrip().splitlines()),
             flush=True,
         )
 
@@ -102,27 +115,57 @@ class Stage:
     uplink: Capture
     daemon: Daemon
 
-    def box(self, program: str, *words: str, workspace: str = "acme") -> Result:
+    def box(self, program: str, *words: str) -> Result:
         """Run one of the clients in a sandbox, showing the command and what it said."""
+        argv = [str(VENV / "bin" / "python"), "-B", str(CLIENTS / program), *words]
+        shown = shlex.join(words)
+        return self.run(argv, shown=f"python {program} {shown if len(shown) < SHORT else '…'}")
+
+    def run(self, argv: list[str], *, shown: str) -> Result:
         options = [
             "--bind-ro", str(VENV), "--bind-ro", str(CLIENTS), "--bind-ro", self.lab.inside("trust"),
             "--env", f"SSL_CERT_FILE={self.lab.inside('trust/ca.pem')}",
         ]  # fmt: skip
-        argv = [str(VENV / "bin" / "python"), "-B", str(CLIENTS / program), *words]
-        shown = " ".join(shlex.quote(word) for word in words) if len(words) < 5 else "…"
-        self.story.command(f"egressctl run -w {workspace} -- python {program} {shown}")
-        result = self.daemon.sandbox(workspace, argv, *options, timeout=60)
+        self.story.command(f"egressctl run -w acme -- {shown}")
+        result = self.daemon.sandbox("acme", argv, *options, timeout=60)
         self.story.show(result.out + result.err)
         return result
+
+    def quiet(self) -> int:
+        """Wait until what ended before has sent its last; the number of frames so far."""
+        while True:
+            before = self.uplink.settle()
+            time.sleep(QUIET)
+            if not self.uplink.frames(since=before):
+                return self.uplink.settle()
+
+    def heard(self, port: int) -> set[str]:
+        """The names that servers of the internet were asked for on that port."""
+        return {entry.name for entry in self.internet.seen(port=port)}
+
+
+def two_names(story: Story, lab: Lab, internet: Internet) -> None:
+    """Before anything is guarded: the address of the listed host is a stranger's as well."""
+    story.say("Two names live at one address there, as behind any CDN. From that machine, not yet guarded:")
+    pages = []
+    for name in (LISTED, NEIGHBOUR):
+        story.command(f"curl https://{name}/")
+        result = lab.run(["curl", "-sS", "--cacert", lab.inside("trust/ca.pem"), f"https://{name}/"])
+        story.show(result.out + result.err)
+        pages.append(result.out.split(" at "))
+    held = [page[0] for page in pages] == [LISTED, NEIGHBOUR] and pages[0][1:] == pages[1][1:] != []
+    story.expect(held=held, text="one server at one address, and it serves whichever name is asked for")
+    internet.forget()
 
 
 def allowed(stage: Stage) -> None:
     story = stage.story
     story.step("What the policy lists works, with unmodified programs")
     story.say("The openai SDK, against an HTTPS endpoint on the list:")
-    result = stage.box("ask_openai.py", "https://eu.api.openai.test/v1", "hello from the sandbox")
+    result = stage.box("ask_openai.py", "https://eu.api.openai.test/v1", "hello, far model")
     story.expect(
-        held=_said(result, "hello from the sandbox"), text="the model answered, TLS verified end to end"
+        held=_said(result, "hello, far model"),
+        text="the model answered; TLS is end to end, egressd has read the name",
     )
     story.say("\nThe ollama SDK, against 127.0.0.1:11434, which is the host's own Ollama (`local: ollama`):")
     result = stage.box("ask_ollama.py", "hello, local model")
@@ -143,10 +186,38 @@ def denied(stage: Stage) -> None:
     story.expect(held=result.status != 0 and spent < 10 * AT_ONCE, text=text)
 
 
+def neighbour(stage: Stage) -> None:
+    story = stage.story
+    story.step(f"The allowed address, asked for another name: {NEIGHBOUR}")
+    story.say("curl connects to the listed host, and asks it in TLS for the name that is not listed:")
+    began = stage.quiet()
+    words = ["--connect-to", f"::{LISTED}:", f"https://{NEIGHBOUR}/"]
+    result = stage.run(["curl", "-sS", *words], shown=shlex.join(["curl", *words]))
+    story.expect(held=result.status == 35, text="reset: egressd reads the name before it sends anything on")
+    frames = len(stage.uplink.frames(since=began))
+    story.expect(held=frames == 0, text=f"frames on the uplink meanwhile: {frames}")
+
+
+def wildcard(stage: Stage) -> None:
+    story = stage.story
+    story.step(f"Names that nobody wrote down: {SEARCHED}, and a budget for them")
+    result = stage.box("look_around.py", *GRANTED, ONE_TOO_MANY)
+    *reached, last = result.out.splitlines() or [""]
+    served = [line.split()[0] for line in reached if re.search(r" ms  (\S+) at ", line)]
+    story.expect(
+        held=served == list(GRANTED), text="three names looked up, admitted and reached at first sight"
+    )
+    asked = {name for name in stage.heard(53) if name.endswith(SEARCHED[1:])}
+    story.expect(
+        held=ONE_TOO_MANY in last and "not known" in last and asked == set(GRANTED),
+        text="the fourth is one more than `names: 3`: refused, and never asked upstream",
+    )
+
+
 def captured(stage: Stage) -> None:
     story = stage.story
     story.step("A captured program tries every other road, with a secret in its hands")
-    began = len(stage.uplink.frames())
+    began = stage.quiet()
     result = stage.box(
         "get_out.py", *(f"{kind},{target},{port},{what}" for kind, target, port, what in ROADS)
     )
@@ -166,18 +237,31 @@ def captured(stage: Stage) -> None:
 
 def proof(stage: Stage) -> None:
     story, daemon = stage.story, stage.daemon
-    story.step("The kernel's counters say the same")
-    story.command("egressctl counters acme")
+    story.step("The counters say the same")
     result = daemon.ctl("counters", "acme", uid=None)
-    story.show(result.out + result.err)
+    width = result.out.partition("  connections")[0].rpartition("\n")[2]  # the columns that fit a page
+    story.command(f"egressctl counters acme | cut -c -{len(width)}")
+    story.show("\n".join(line[: len(width)] for line in result.out.splitlines()) + result.err)
     story.expect(
         held=result.status == 0, text="the books balance: in = admitted + denied + other, to the byte"
     )
-    refused = daemon.counters("acme")["denied"]["unlisted"][0]
+    account = daemon.counters("acme")
+    hosts = {row["host"]: row["connections"] for row in account["hosts"]}
+    story.expect(
+        held=[hosts.get(name) for name in GRANTED] == [1, 1, 1] and ONE_TOO_MANY not in hosts,
+        text="each name of the wildcard has a row of its own, with one connection",
+    )
+    wanted = AT_THE_INSPECTOR | {"sni-other": AT_THE_INSPECTOR["sni-other"] + 1}
+    counted = {reason: count for reason, count in account["flows_refused"].items() if count}
+    story.expect(
+        held=counted == wanted,
+        text=f"{sum(counted.values())} connections refused by the inspector: curl's, and {len(wanted)} roads",
+    )
+    refused = account["denied"]["unlisted"][0]
     story.say(
         f"Of the {len(ROADS)} roads {AT_THE_RESOLVER} ended at egressd's resolver, which knows no unlisted"
-        f" name,\nand {INSIDE} at the sandbox's own loopback. Each of the others is a packet that the\n"
-        "kernel refused; one of them tried both IPv4 and IPv6:"
+        f" name,\n{len(wanted)} at its inspector, and {INSIDE} at the sandbox's own loopback. Each of the"
+        " others is a packet\nthat the kernel refused; one of them tried both IPv4 and IPv6:"
     )
     story.expect(held=refused == REFUSED_PACKETS, text=f"{refused} packets refused, none uncounted")
     story.command("egressctl why -w acme evil.test")
@@ -189,21 +273,31 @@ def proof(stage: Stage) -> None:
 def verdict(stage: Stage) -> None:
     story, uplink = stage.story, stage.uplink
     story.step("The judge: every frame that crossed the uplink, captured")
-    listed = {topology.OPENAI4, topology.OPENAI6, topology.DNS4, topology.DNS6}
+    zone = topology.zone()
+    hosts = {text for name in (LISTED, SEARCHED) for texts in zone[name].types.values() for text in texts}
+    permitted = {ip_address(text) for text in hosts} | {topology.DNS4, topology.DNS6}
     sent = uplink.frames(outgoing=True)
-    strays = [frame for frame in sent if frame.destination not in listed]
+    strays = [frame for frame in sent if frame.destination not in permitted]
     foreign = [frame for frame in sent if frame.source not in (topology.HOST4, topology.HOST6)]
     for frame in (strays + foreign)[:5]:
         story.show(str(frame))
     story.expect(
         held=bool(sent) and not strays,
-        text=f"{len(sent)} frames left, all to the allowed host and egressd's resolver",
+        text=f"{len(sent)} frames left, all to the allowed hosts and egressd's resolver",
     )
     story.expect(held=not foreign, text="none under a sandbox's or a synthetic address")
     story.expect(held=not uplink.holding(MARKER.encode()), text="the secret is in none of them")
-    heard = {(entry.address, entry.name) for entry in stage.internet.seen() if entry.port != PROBE}
-    evil = {(address, name) for address, name in heard if address not in map(str, listed) or "evil" in name}
-    story.expect(held=not evil, text="no other server of the internet heard anything")
+    names = {LISTED, *GRANTED}
+    story.expect(
+        held=stage.heard(443) == stage.heard(53) == names,
+        text=f"all servers together were asked for {LISTED}, the three names, and no other",
+    )
+    elsewhere = [
+        entry
+        for entry in stage.internet.seen()
+        if entry.port != PROBE and ip_address(entry.address) not in permitted
+    ]
+    story.expect(held=not elsewhere, text="no other server of the internet heard anything")
     secrets = [entry for entry in stage.host.seen() if entry.port in topology.SECRET_PORTS]
     story.expect(held=not secrets, text="no other service of the host heard anything")
 
@@ -223,13 +317,14 @@ def main() -> int:
         story.say(
             f"Up in {time.monotonic() - began:.1f} s. The real network is not touched; root is not needed."
         )
+        two_names(story, lab, internet)
         story.step("egressd starts, with one workspace")
         with Capture(lab) as uplink, Daemon(lab) as daemon:
             story.command("egressd --config egressd.yaml &")
             story.command("cat workspaces/acme.yaml")
             story.show(lab.path(f"{daemon.directory}/workspaces/acme.yaml").read_text())
             stage = Stage(story, lab, internet, host, uplink, daemon)
-            for part in (allowed, denied, captured, proof, verdict):
+            for part in (allowed, denied, neighbour, wildcard, captured, proof, verdict):
                 part(stage)
     story.step("Everything is gone again")
     story.say(

@@ -95,13 +95,15 @@ ACME = (
 
 
 def poll(condition: Callable[[], bool], *, seconds: float = 3.0) -> bool:
-    """Wait for it, without sleeping longer than it takes."""
+    """Wait for it, without sleeping longer than it takes. The last look begins after `seconds`."""
     end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
+    while True:
+        began = time.monotonic()
+        if condition():
+            return True
+        if began > end:
             return False
         time.sleep(0.002)
-    return True
 
 
 @contextlib.contextmanager

@@ -40,12 +40,14 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def poll(condition: Callable[[], Any], *, timeout: float = 3.0, what: str = "") -> Any:
-    """The first true value; AssertionError after `timeout` seconds."""
+    """The first true value; AssertionError when a look begun after `timeout` seconds finds none."""
     deadline = time.monotonic() + timeout
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"not within {timeout:g} s: {what}"
+    while True:
+        began = time.monotonic()
+        if value := condition():
+            return value
+        assert began < deadline, f"not within {timeout:g} s: {what}"
         time.sleep(0.005)
-    return value
 
 
 def sh(

@@ -45,12 +45,16 @@ class LabError(Exception):
 
 
 def poll(condition: Callable[[], Any], *, timeout: float = 5.0, what: str = "") -> Any:
-    """The first true value of `condition()`; LabError after `timeout` seconds."""
+    """The first true value of `condition()`; LabError when a look begun `timeout` seconds later finds none.
+
+    One that begins in time and ends late, on a busy machine, says nothing about the time after it.
+    """
     deadline = time.monotonic() + timeout
     while True:
+        began = time.monotonic()
         if value := condition():
             return value
-        if time.monotonic() > deadline:
+        if began > deadline:
             raise LabError(f"not within {timeout:g} s: {what or condition}")
         time.sleep(0.002)
 

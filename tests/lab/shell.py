@@ -24,7 +24,9 @@ uplink `up0`. Nothing here touches the real network; all of it is gone when you 
   box CMD…                      run CMD in a sandbox of `acme`, as an unprivileged user
   box curl https://eu.api.openai.test/           allowed
   box curl http://localhost:11434/               allowed: the host's Ollama, as `local: ollama`
+  box curl https://anything.search.test/         allowed by a wildcard; three such names per sandbox
   box curl https://evil.test/                    not on the list
+  box curl --connect-to ::eu.api.openai.test: https://api.openai.test/     the same server, another name
   box curl http://11.22.33.66/                   a raw address
   box dig @10.9.9.9 evil.test                    another resolver
   box curl http://169.254.169.254/               cloud metadata

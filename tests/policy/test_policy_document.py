@@ -732,9 +732,9 @@ def hosts(count: int) -> bytes:
 
 def test_ten_thousand_hosts_load_quickly() -> None:
     data = hosts(10_000)
-    began = time.perf_counter()
+    began = time.process_time()
     made = policy(data)
-    took = time.perf_counter() - began
+    took = time.process_time() - began
     assert len(made.hosts) == 10_000
     assert took < 3.0, f"{took:.2f} s"
 
@@ -748,9 +748,9 @@ def test_as_many_rules_as_there_are_blocks() -> None:
 def test_many_networks_are_compared_quickly() -> None:
     rules = (f"- {{cidr: 10.{n >> 8}.{n & 255}.0/24, ports: [1]}}\n" for n in range(16_000))
     data = "workspace: acme\nallow:\n" + "".join(rules)
-    began = time.perf_counter()
+    began = time.process_time()
     assert len(policy(data).cidrs) == 16_000
-    assert time.perf_counter() - began < 5.0
+    assert time.process_time() - began < 5.0
 
 
 HOSTILE = [
@@ -771,9 +771,9 @@ HOSTILE = [
 
 @pytest.mark.parametrize("data", HOSTILE, ids=range(len(HOSTILE)))
 def test_a_hostile_file_costs_little_and_says_little(data: bytes) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     found = problems(data)
-    assert time.perf_counter() - began < 10.0
+    assert time.process_time() - began < 10.0
     assert 1 <= len(found) <= MAX_PROBLEMS + 1
 
 

@@ -206,9 +206,9 @@ def test_any_subject_is_explained_or_unfit(text: str) -> None:
 
 def test_a_near_miss_among_many_is_found_quickly() -> None:
     many = policy(allowing(*(f"host: h{n}.example.com" for n in range(16_000))))
-    began = time.perf_counter()
+    began = time.process_time()
     assert "did you mean" in str(why(many, "h1234.exmaple.com"))
-    assert time.perf_counter() - began < 1.0
+    assert time.process_time() - began < 1.0
 
 
 # ---- remarks
@@ -281,7 +281,7 @@ SHARED = [
 ]  # fmt: skip
 OWN = [
     "*.example.com", "**.example.co.uk", "*.bucket.s3.eu-south-9.amazonaws.com", "*.openai.azure.com",
-    "*.account.r2.cloudflarestorage.com", "*.anthropic.com", "*.xwindows.net", "*.project.github.io",
+    "*.account.r2.cloudflarestorage.com", "*.anthropic.com", "*.nwindows.net", "*.project.github.io",
 ]  # fmt: skip
 
 

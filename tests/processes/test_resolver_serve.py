@@ -118,14 +118,18 @@ def test_memory_ends_with_the_binding_and_with_the_list() -> None:
             return answer[3] & 0xF
 
         assert [code(), code()] == [3, 3]
+        assert ONE.packed in resolver._cache.lanes  # where datagrams are answered without asking `serve`
         resolver._unbind(1)
+        assert resolver._cache.lanes == {}
         assert code() == 5
         bind(resolver, workspace="gone")
         assert code() == 2
         bind(resolver)
+        assert resolver._cache.lanes == {}
         assert code() == 3
         listed = WorkspaceNames(workspace="acme", guard="enforce", services={"evil.example": 3})
         resolver.set_names(msgspec.json.encode([listed]))
+        assert resolver._cache.lanes == {}
         assert code() == 0
         assert len(resolver._cache.lanes) == 1
 

@@ -26,13 +26,15 @@ def as_caller(*argv: str | Path, uid: int = CALLER) -> list[str]:
 
 
 def eventually(holds: Callable[[], bool], *, within: float = 3.0) -> bool:
-    """Poll until it holds; False when it does not in time."""
+    """Poll until it holds; False when it does not hold in a look that begins after that time."""
     end = time.monotonic() + within
-    while not holds():
-        if time.monotonic() > end:
+    while True:
+        began = time.monotonic()
+        if holds():
+            return True
+        if began > end:
             return False
         time.sleep(0.005)
-    return True
 
 
 def processes_with(token: str) -> list[int]:

@@ -45,6 +45,8 @@ TERMS: dict[str, dict[str, Any]] = {
     "wordless": {},  # closes the connection half a second after the lease
     "revokes": {},  # the same, saying why
     "empty": {},  # a lease, but no link
+    "dark": {},  # a link whose end in the gateway stays down, so that it never comes to life
+    "withdrawn": {},  # the same, and half a second after the lease the link is taken away
 }
 
 
@@ -118,7 +120,7 @@ class FakeDaemon:
         with self.lock:
             link = Link(next(self.numbers))
             if workspace != "empty":
-                self._make(link, namespace)
+                self._make(link, namespace, up=workspace not in ("dark", "withdrawn"))
         os.close(namespace)
         address4, address6 = layout.Pools().sandbox(link)
         channel.send(messages.Lease(link=link.number, address4=address4, address6=address6))
@@ -127,9 +129,12 @@ class FakeDaemon:
             if workspace == "revokes":
                 channel.send(messages.Revoked(text="the workspace was removed"))
             raise EOFError
+        if workspace == "withdrawn":
+            time.sleep(0.5)
+            self._remove(link)
         return link
 
-    def _make(self, link: Link, namespace: int) -> None:
+    def _make(self, link: Link, namespace: int, *, up: bool = True) -> None:
         route, own = self.route, layout.Pools().sandbox(link)
         peer = {"ifname": "eth0", "net_ns_fd": namespace, "address": layout.SANDBOX_MAC}
         index = 1000 + link.number
@@ -139,6 +144,8 @@ class FakeDaemon:
         )  # fmt: skip
         with open(f"/proc/sys/net/ipv6/conf/{link.device}/addr_gen_mode", "w") as stream:
             stream.write("1")
+        if not up:
+            return
         route.link("set", index=index, state="up")
         for address in own:
             route.neigh("add", dst=str(address), lladdr=layout.SANDBOX_MAC, ifindex=index, state=0x80)

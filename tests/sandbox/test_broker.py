@@ -344,16 +344,19 @@ def test_the_control_directory_is_refused(gateway: Gateway) -> None:
         ("full", "as many sandboxes as may be are running (limit)"),
         ("dies", "egressd closed the connection without an answer (unavailable)"),
         ("empty", "the sandbox's network could not be laid: eth0: "),
+        ("withdrawn", "the sandbox's network could not be laid: eth0: No such device"),
         ("a\nb\x1b[0m", "you are not a member of"),
     ],
 )
 def test_no_lease_no_command(gateway: Gateway, workspace: str, said: str) -> None:
     token = uuid.uuid4().hex
+    began = time.monotonic()
     done = gateway.run("sh", "-c", f"echo ran {token}", workspace=workspace)
     assert (done.returncode, done.stdout) == (125, "")
     assert done.stderr.startswith(f"egressctl: {said}")
     assert done.stderr.count("\n") == 1
     assert "\x1b" not in done.stderr
+    assert time.monotonic() - began < 3  # not after the patience with which a link is waited for
     assert eventually(lambda: processes_with(token) == [])
 
 

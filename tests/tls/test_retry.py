@@ -51,7 +51,8 @@ def test_a_server_that_accepts_ends_the_watch() -> None:
 def test_early_data_passes_at_once_and_the_watch_goes_on() -> None:
     watch = Watch(FIRST)
     assert watch.client(CHANGE + EARLY) == Ruling(CHANGE + EARLY, over=False)
-    assert watch.client(EARLY[:7]) == Ruling(EARLY[:7], over=False)
+    assert watch.client(EARLY[:3]) == HELD
+    assert watch.client(EARLY[3:7]) == Ruling(EARLY[:7], over=False)
     assert watch.client(EARLY[7:]) == Ruling(EARLY[7:], over=False)
     assert watch.server(RETRY) == HELD
     assert watch.client(EARLY + hello()) == Ruling(EARLY + hello(), over=True)
@@ -152,9 +153,29 @@ def test_what_is_held_is_bounded() -> None:
     assert rulings[-1].reason is Reason.HELLO_TOO_LONG
 
 
-chunks = st.lists(
-    st.sampled_from([CHANGE, EARLY, EARLY_22, ALERT, b"\x18\x03\x03\x00\x00", b"\x00" * 5]), max_size=6
-)
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    "odd",
+    [b"\x18\x03\x03\x00\x03\x01\x00\x00", bytes(5), b"\x63" + hello("evil.test")[1:],
+     b"\x14\x03\x03\x00\x02\x01\x01", b"\x14" + hello("evil.test")[1:], b"\x15" + hello("evil.test")[1:],
+     b"\x80\x40\x01\x03\x03" + bytes(60), b"\x17\x03\x03\x41\x01" + bytes(300)],
+    ids=["heartbeat", "nothing", "no type", "long change", "hello as change", "hello as alert", "SSL 2.0",
+         "longer than a record"],
+)  # fmt: skip
+def test_what_no_client_sends_unasked_is_held_and_is_no_second_hello(odd: bytes, late: bool) -> None:
+    """Servers differ in what they make of it."""
+    watch = Watch(FIRST)
+    rulings = [] if late else [watch.server(RETRY)]
+    rulings += [watch.client((CHANGE + odd + hello())[at : at + 4]) for at in range(0, len(CHANGE + odd), 4)]
+    rulings += [watch.server(RETRY)] if late else []
+    assert b"".join(r.forward for r in rulings if isinstance(r, Ruling)) == CHANGE
+    assert isinstance(rulings[-1], Objection)
+    watch = Watch(FIRST)
+    watch.client(CHANGE + odd)
+    assert watch.server(ACCEPT) == Ruling(odd, over=True), "where it cannot count it is the server's business"
+
+
+chunks = st.lists(st.sampled_from([CHANGE, EARLY, EARLY_22, ALERT]), max_size=6)
 
 
 @settings(max_examples=150, deadline=None)

@@ -68,7 +68,7 @@ def with_elements(want: WorkspaceWant, more: Iterable[Element]) -> WorkspaceWant
 
 
 def order(element: Element) -> tuple[str, int, str, str]:
-    """By which a want's elements are sorted."""
+    """By which the elements of a want are sorted."""
     return element.comment, element.port, element.protocol, element.address
 
 

@@ -52,7 +52,6 @@ __all__ = ["Interrupted", "Outcome", "Running", "Sandbox", "Wish", "start"]
 
 TIMED_OUT = 124  # as timeout(1)
 _BWRAP = ("/usr/bin/bwrap", "/usr/local/bin/bwrap", "/bin/bwrap")
-_LIFTED = 64  # descriptors are duplicated above this before they are put in their places
 _PATIENCE = 30.0  # seconds for each thing that is waited for while starting
 _GONE = 10.0  # seconds after which processes that survive SIGKILL are reported
 
@@ -320,10 +319,10 @@ def _inheritable() -> Iterator[int]:
 def _lift(number: int, temporary: contextlib.ExitStack) -> int:
     """A duplicate out of the way of the places; /dev/null for a standard descriptor that is closed."""
     try:
-        lifted = fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, _LIFTED)
+        lifted = fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, plan.ABOVE)
     except OSError:
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        lifted = fcntl.fcntl(null, fcntl.F_DUPFD_CLOEXEC, _LIFTED)
+        lifted = fcntl.fcntl(null, fcntl.F_DUPFD_CLOEXEC, plan.ABOVE)
         os.close(null)
     return _temporary(temporary, lifted)
 

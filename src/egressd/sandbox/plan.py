@@ -20,12 +20,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 __all__ = [
-    "DATA_FILES", "GATE", "Bind", "Limits", "Machine", "Overlay", "Plan", "SandboxSpec", "describe", "plan",
+    "ABOVE", "DATA_FILES", "GATE", "Bind", "Limits", "Machine", "Overlay", "Plan", "SandboxSpec", "describe",
+    "plan",
 ]  # fmt: skip
 
 READY, GATE = 7, 8  # the gate's descriptors: sh of dash has single digits only
 SECCOMP, STATUS = 9, 10
 _FIRST_DATA = 11
+ABOVE = 64  # no descriptor has its place from here on
 WORK = "/work"
 PATH = "/usr/local/bin:/usr/bin:/bin"
 FAILED = 125  # as env(1), timeout(1) and chroot(1): the launcher itself failed

@@ -39,6 +39,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import select
 import signal
 import socket
 import struct
@@ -50,7 +51,7 @@ from typing import Any
 
 from egressd.model.errors import KernelError
 from egressd.ruleset import layout
-from egressd.sandbox.plan import GATE
+from egressd.sandbox.plan import ABOVE, GATE
 
 __all__ = ["Address", "Plumber", "Service", "batch", "translation"]
 
@@ -212,25 +213,37 @@ def _send(data: bytes, names: tuple[str, ...]) -> None:
                 answer = answer[(length + 3) & ~3 :]
 
 
-def _await_carrier() -> None:
+def _await_carrier(index: int, channel: socket.socket) -> bool:
     """Until both ends of the pair really pass packets. The kernel brings a veth's queues to life from a
     worker (linkwatch) after the "up" was acknowledged; what the gateway answers before that is lost, and a
-    refused connect would be felt only when TCP tries again, a second later. Mostly 0.1 ms, at most 12."""
+    refused connect would be felt only when TCP tries again, a second later. Mostly 0.1 ms, at most 12.
+
+    False as soon as the channel has something to say. The broker is silent until it hears "done", so that is
+    its end; the daemon then takes the link away, which will never come to life. OSError when that happens
+    while the broker lives, or nothing at all happens.
+    """
     deadline = time.monotonic() + _PATIENCE / 2
-    question = struct.pack("=IHHII", 32, _RTM_GETLINK, _NLM_F_REQUEST, 0, 0) + _link(_index(), 0)
+    question = struct.pack("=IHHII", 32, _RTM_GETLINK, _NLM_F_REQUEST, 0, 0) + _link(index, 0)
+    broker = select.poll()
+    broker.register(channel, select.POLLIN)
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0) as netlink:
         netlink.settimeout(5)
-        while True:
+        while not broker.poll(0):
             netlink.send(question)
             if _operational(netlink.recv(1 << 16)):
-                return
+                return True
             if time.monotonic() > deadline:
                 raise OSError(errno.ENETDOWN, os.strerror(errno.ENETDOWN), DEVICE)
             time.sleep(0.0001)
+    return False
 
 
 def _operational(answer: bytes) -> bool:
-    """IFLA_OPERSTATE of an RTM_NEWLINK: after struct nlmsghdr and struct ifinfomsg."""
+    """IFLA_OPERSTATE of an RTM_NEWLINK: after struct nlmsghdr and struct ifinfomsg. OSError for a refusal:
+    the link is gone (ENODEV)."""
+    if struct.unpack_from("=H", answer, 4)[0] == _NLMSG_ERROR:
+        code = -struct.unpack_from("=i", answer, 16)[0]
+        raise OSError(code, os.strerror(code), DEVICE)
     at = 16 + 16
     while at + 4 <= len(answer):
         length, kind = struct.unpack_from("=HH", answer, at)
@@ -302,7 +315,12 @@ class Plumber:
     def __init__(self, *, gate: int, close: Iterable[int]) -> None:
         """`gate` is the reading end of the gate's pipe, by which its holders are known; `close` are
         descriptors the child must not keep: the gate's writing end, above all."""
-        self._socket, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # Out of the way of the places that a sandbox's descriptors are given (plan.py). The broker may be
+        # killed while posix_spawn's child is on its way to exec. That child holds our end too: were it
+        # overwritten there, the plumber would look for a bubblewrap that does not exist yet, and go home.
+        with ours:
+            self._socket = socket.socket(fileno=fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, ABOVE))
         self._socket.settimeout(_PATIENCE)
         self._pid = os.fork()
         if self._pid == 0:
@@ -386,12 +404,13 @@ def _work(channel: socket.socket, sandbox: list[int]) -> None:
         return  # there will be no lease
     v4, v6 = request.decode().split()
     address = Address(IPv4Address(v4), IPv6Address(v6))
-    data, names = batch(_index(), address, localnet=bool(rules))
+    index = _index()
+    data, names = batch(index, address, localnet=bool(rules))
     for name, value in _SYSCTLS:
         _write_sysctl(name, value)
     _send(data, names)
-    _await_carrier()
-    channel.send(_DONE)
+    if _await_carrier(index, channel):
+        channel.send(_DONE)
 
 
 def _bury(gate: str, sandbox: Sequence[int]) -> None:

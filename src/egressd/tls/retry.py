@@ -8,8 +8,9 @@ name. So whoever lets everything pass after the first ClientHello lets every co-
 be reached: first an allowed name without a key share, then any other.
 
 What is done. The client's records are followed by their headers, and the server's answer is read far enough
-to tell what it is. A record of type handshake is held until then: no client sends one before it was
-answered. If the answer is a HelloRetryRequest, the next handshake message must be a ClientHello that names
+to tell what it is. Only early data, a change_cipher_spec and an alert pass until then; from any other record
+on everything is held: no client sends one before it was answered, and what a server makes of a hello in a
+record of no known type, or behind the one byte of a change_cipher_spec, is not for us to guess. If the answer is a HelloRetryRequest, the next handshake message must be a ClientHello that names
 the same server (and hides nothing if the first did not). If it is anything else, no second ClientHello can
 count in the clear, and the watch is over; nearly every connection comes to that with the server's first
 bytes, and no client byte was held. A server may retry only once (section 4.1.4), so the watch is over with
@@ -30,10 +31,15 @@ from egressd.tls.hello import MAX_STREAM, HelloReader, More, Named, Objection
 __all__ = ["RETRY_RANDOM", "Ruling", "Watch"]
 
 _ALERT, _HANDSHAKE = 21, 22  # RFC 8446 appendix B.1
+# What a client may send before it was answered, and how long a record of it may be (RFC 8446 sections 5, 5.2
+# and 6): change_cipher_spec, an alert, early data.
+_HARMLESS = {20: range(1, 2), _ALERT: range(2, 3), 23: range((1 << 14) + 257)}
 _SERVER_HELLO = 2  # RFC 8446 appendix B.3; a HelloRetryRequest is one, with this random (section 4.1.3)
 RETRY_RANDOM = bytes.fromhex("cf21ad74e59a6111be1d8c021e65b891c2a211167abb8c5e079e09e2c8a8339c")
 _RANDOM_END = 4 + 2 + len(RETRY_RANDOM)  # of the message: type and length, version, random
-_MAX_ANSWER = 1 << 14  # bytes of the server's that are looked at; alerts may come before its hello
+# Bytes of the server's that are looked at, again with each that comes: even in records of one byte its hello
+# has told by the 228th, and alerts may come before it.
+_MAX_ANSWER = 1 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +57,15 @@ class Watch:
     bytes may arrive first. Once over (or once it objected), feed nothing more.
     """
 
-    __slots__ = ("_answer", "_first", "_header", "_held", "_left", "_retried", "_second")
+    __slots__ = ("_answer", "_first", "_held", "_left", "_retried", "_second", "_stopped")
 
     def __init__(self, first: Named) -> None:
         self._first = first
         self._answer = _Answer()
         self._retried = False
-        self._header = bytearray()  # of a client's record, while incomplete; it was passed on already
         self._left = 0  # bytes of the client's record that have not come yet
-        self._held = bytearray()  # from the first handshake record on
+        self._stopped = False  # there is a record that may not pass: nothing does from there on
+        self._held = bytearray()  # from there on; before, a header while it is incomplete
         self._second = HelloReader()  # reads what is held, once the server has retried
 
     def server(self, data: bytes) -> Ruling | Objection:
@@ -70,37 +76,41 @@ class Watch:
                 return self._over()
             if retried:
                 self._retried = True
-                return self._judge(bytes(self._held))
+                return self._judge(bytes(self._held)) if self._stopped else Ruling(b"", over=False)
         return Ruling(b"", over=False)
 
     def client(self, data: bytes) -> Ruling | Objection:
         """The client's next bytes; the first call gets what came with the first ClientHello."""
-        passed = 0 if self._held else self._follow(data)
-        kept = data[passed:]
-        self._held += kept
+        passed = b""
+        if not self._stopped:
+            data = bytes(self._held) + data
+            self._held.clear()
+            at = self._follow(data)
+            passed, data = data[:at], data[at:]
+        self._held += data
         if len(self._held) > MAX_STREAM:
             return Objection(Reason.HELLO_TOO_LONG, "too much follows it that the server has not asked for")
-        if not (self._retried and kept):
-            return Ruling(data[:passed], over=False)
-        ruling = self._judge(kept)
-        return Ruling(data[:passed] + ruling.forward, ruling.over) if isinstance(ruling, Ruling) else ruling
+        if not (self._retried and self._stopped):
+            return Ruling(passed, over=False)
+        ruling = self._judge(data)
+        return Ruling(passed + ruling.forward, ruling.over) if isinstance(ruling, Ruling) else ruling
 
     def _follow(self, data: bytes) -> int:
-        """How many of these bytes come before any record of type handshake."""
+        """How many of these bytes, which begin with a header unless `_left`, may pass."""
         at = 0
         while at < len(data):
             if self._left:
                 taken = min(self._left, len(data) - at)
                 self._left -= taken
-            elif not self._header and data[at] == _HANDSHAKE:
-                return at
+                at += taken
+            elif len(data) - at < 5:
+                break
             else:
-                taken = min(5 - len(self._header), len(data) - at)
-                self._header += data[at : at + taken]
-                if len(self._header) == 5:
-                    self._left = self._header[3] << 8 | self._header[4]
-                    self._header.clear()
-            at += taken
+                self._left = data[at + 3] << 8 | data[at + 4]
+                if self._left not in _HARMLESS.get(data[at], ()):
+                    self._left, self._stopped = 0, True
+                    break
+                at += 5
         return at
 
     def _judge(self, data: bytes) -> Ruling | Objection:
