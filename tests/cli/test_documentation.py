@@ -117,7 +117,9 @@ def test_the_table_of_journal_events_is_what_the_processes_record() -> None:
     said = set(re.findall(r'"([a-z]+(?:-[a-z]+)*)"', source))
     assert documented <= said
     recorded = re.findall(r'(?:\brecord|\b_count|\b_Denied|\balarm)\(\s*"([a-z-]+)"', source)
-    prefixes = ("dns-", "relay-", "sandbox-", "policy-", "process-", "journal-", "books-")
+    prefixes = (
+        "dns-", "flow-", "name-", "relay-", "sandbox-", "policy-", "process-", "journal-", "books-",
+    )  # fmt: skip
     started = {word for word in said if word.startswith(prefixes)} - {"dns-port"}
     assert set(recorded) | started <= documented | NOT_EVENTS
 

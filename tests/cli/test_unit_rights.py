@@ -24,7 +24,7 @@ workspaces_dir: {0}/workspaces
 run_dir: {0}/run
 state_dir: {0}/state
 gateway: egressd-unit
-user: {{daemon: "4101", warden: "4102", audit: "4103", inspect: "4104"}}
+user: {{daemon: "4101", warden: "4102", audit: "4103", inspect: "4104", resolve: "4105", relay: "4106"}}
 """
 POLICY = """\
 workspace: acme

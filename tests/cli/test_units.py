@@ -79,7 +79,10 @@ def test_accounts_and_directories_are_those_of_the_default_configuration(tmp_pat
     subprocess.run(sysusers, check=True, capture_output=True)
     accounts = {line.split(":")[0] for line in (tmp_path / "etc" / "passwd").read_text().splitlines()}
     user = Config().user
-    assert accounts == {user, f"{user}-warden", f"{user}-inspect", f"{user}-audit"}
+    assert accounts == {
+        user,
+        *(f"{user}-{role}" for role in ("warden", "resolve", "relay", "inspect", "audit")),
+    }
     tmpfiles = [tool("systemd-tmpfiles"), root, "--create", ROOT / "systemd" / "egressd.tmpfiles"]
     done = subprocess.run(tmpfiles, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

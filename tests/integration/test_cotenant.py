@@ -238,3 +238,42 @@ def test_a_guard_that_restricts_nothing_reads_nothing(
     internet.forget()
     assert sender.send(hello(OTHER)) == "reset"
     assert internet.seen(port=443) == []
+
+
+# Runs inside: opens a connection, and after a line from outside sends on it; prints how that ended.
+STAY = r"""
+import socket, sys
+family, port = {"4": 2, "6": 10}[sys.argv[1]], int(sys.argv[2])
+address = socket.getaddrinfo(sys.argv[3], port, family, socket.SOCK_STREAM)[0][4]
+with socket.socket(family, socket.SOCK_STREAM) as sock:
+    sock.settimeout(10)
+    sock.connect(address)
+    sock.sendall(b"before")
+    print(sock.recv(100), flush=True)
+    sys.stdin.readline()
+    try:
+        sock.sendall(b"after")
+        print(sock.recv(100) or "closed", flush=True)
+    except ConnectionResetError:
+        print("reset", flush=True)
+    except OSError as error:
+        print(error, flush=True)
+"""
+
+
+@FAMILIES
+def test_a_connection_opened_unread_ends_when_its_port_is_to_be_read(
+    daemon: Any, internet: Any, family: int
+) -> None:
+    """And at once: nobody knows what was said on it."""
+    words = ["/usr/bin/python3", "-I", "-c", STAY, str(family), "7", "plain.test"]
+    process = daemon.start_sandbox("acme", words)
+    poll(lambda: "before" in process.out, timeout=10, what="the connection")
+    daemon.policy("acme", POLICY.replace("7/tcp]", "7/tls]"))
+    try:
+        process.stdin.write(b"on\n")
+        process.wait(5)
+    finally:
+        daemon.policy("acme", POLICY)
+    assert process.out.splitlines()[-1] == "reset", process.out
+    assert [entry.data for entry in internet.seen(port=7)] == ["before"]

@@ -25,7 +25,14 @@ from lab.machine import VENV, Lab, LabError, Process, Result, poll
 __all__ = ["EXAMPLE", "Daemon"]
 
 # Accounts of the daemon in the lab: plain numbers; sandboxes run as machine.USER.
-ACCOUNTS = {"daemon": "4101", "warden": "4102", "audit": "4103", "inspect": "4104"}
+ACCOUNTS = {
+    "daemon": "4101",
+    "warden": "4102",
+    "audit": "4103",
+    "inspect": "4104",
+    "resolve": "4105",
+    "relay": "4106",
+}
 UPSTREAM = (f"udp://{topology.DNS4}", f"udp://[{topology.DNS6}]")
 START_WITHIN, STOP_WITHIN = 30.0, 20.0  # seconds
 

@@ -14,7 +14,7 @@ workspaces_dir: /etc/egressd/workspaces
 run_dir: /run/egressd
 upstream: [udp://192.0.2.53]
 hosts: {db.internal.example: [10.20.0.5]}
-user: {daemon: '900', warden: '901', audit: '902', inspect: '903'}
+user: {daemon: '900', warden: '901', audit: '902', inspect: '903', resolve: '904', relay: '905'}
 """
 
 
@@ -32,6 +32,8 @@ def test_a_good_file(tmp_path: Path) -> None:
         "warden": Account(901, 901),
         "audit": Account(902, 902),
         "inspect": Account(903, 903),
+        "resolve": Account(904, 904),
+        "relay": Account(905, 905),
     }
     assert Config.decode(config.encode()) == config
 

@@ -23,7 +23,8 @@ __all__ = ["Conntrack"]
 
 _GET, _DELETE = 0x101, 0x102  # NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_*
 _TUPLE_ORIG, _MARK, _ZONE, _ID, _MARK_MASK, _FILTER = 1, 8, 18, 12, 21, 25
-_TUPLE_IP = 1
+_TUPLE_IP, _TUPLE_PROTO = 1, 2
+_PROTO_NUM, _DST_PORT = 1, 3
 _IP4_SRC, _IP6_SRC = 1, 3  # CTA_IP_V4_SRC, CTA_IP_V6_SRC
 _FILTER_ORIG_FLAGS = 1
 _FILTER_IP_SRC = 1 << 0  # CTA_FILTER_FLAG(CTA_IP_SRC), net/netfilter/nf_conntrack_netlink.c
@@ -58,6 +59,13 @@ class Conntrack:
         for address in addresses:
             self._delete([entry for entry in self._entries(_from(address)) if entry.source == address.packed])
 
+    def forget_ports(self, places: Collection[tuple[int, int, int]]) -> None:
+        """Delete every entry of one of these (mark, IP protocol, port that it began towards)."""
+        wanted = set(places)
+        if wanted:
+            found = self._entries(_EVERY)
+            self._delete([entry for entry in found if (entry.mark, entry.protocol, entry.port) in wanted])
+
     def forget_all(self) -> None:
         """Empty the table."""
         self._socket.run([Request(_DELETE, _header(socket.AF_UNSPEC), "forget all connections")])
@@ -80,6 +88,8 @@ class Conntrack:
 class _Entry(NamedTuple):
     mark: int
     source: bytes  # who began it
+    protocol: int
+    port: int  # towards which; 0 where there are none
     identity: bytes  # the body of a request that names this entry and no later one of the same tuple
 
 
@@ -89,9 +99,13 @@ def _entry(body: bytes) -> _Entry:
     identity += attribute(_TUPLE_ORIG, said[_TUPLE_ORIG], nested=True) + attribute(_ID, said[_ID])
     if _ZONE in said:
         identity += attribute(_ZONE, said[_ZONE])
-    ends = dict(attributes(dict(attributes(said[_TUPLE_ORIG]))[_TUPLE_IP]))
+    whence = dict(attributes(said[_TUPLE_ORIG]))
+    ends, ports = dict(attributes(whence[_TUPLE_IP])), dict(attributes(whence[_TUPLE_PROTO]))
     source = ends.get(_IP4_SRC) or ends[_IP6_SRC]
-    return _Entry(struct.unpack(">I", said.get(_MARK, bytes(4)))[0], source, identity)
+    (mark,) = struct.unpack(">I", said.get(_MARK, bytes(4)))
+    return _Entry(
+        mark, source, ports[_PROTO_NUM][0], int.from_bytes(ports.get(_DST_PORT, b""), "big"), identity
+    )
 
 
 def _header(family: int) -> bytes:

@@ -30,7 +30,7 @@ class Namespace(enum.StrEnum):
 @dataclass(frozen=True, slots=True)
 class Card:
     name: str
-    user: str  # "root", "warden", "daemon", "inspect" or "audit"
+    user: str  # "root" or a key of `Config.user`
     namespace: Namespace
     capabilities: frozenset[Capability]
     reads: str  # what it reads from strangers
@@ -77,7 +77,7 @@ CARDS: dict[str, Card] = {
         ),
         Card(
             name="resolver",
-            user="daemon",
+            user="resolve",
             namespace=Namespace.HOST,
             capabilities=frozenset(),
             reads="DNS from sandboxes and from upstream",
@@ -85,7 +85,7 @@ CARDS: dict[str, Card] = {
         ),
         Card(
             name="relay",
-            user="daemon",
+            user="relay",
             namespace=Namespace.HOST,
             capabilities=frozenset(),
             reads="connections steered to it",

@@ -24,7 +24,7 @@ from egressd.ruleset import layout
 
 __all__ = ["Account", "Config", "PoolsConfig", "load"]
 
-_ACCOUNTS = ("daemon", "warden", "inspect", "audit")
+_ACCOUNTS = ("daemon", "warden", "resolve", "relay", "inspect", "audit")
 
 
 class Account(Struct, frozen=True, forbid_unknown_fields=True):
@@ -63,7 +63,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     upstream_0x20: bool = False
     hosts: dict[str, tuple[str, ...]] = {}
     pools: PoolsConfig = PoolsConfig()
-    user: str | dict[Literal["daemon", "warden", "inspect", "audit"], str] = "egressd"
+    user: str | dict[Literal["daemon", "warden", "resolve", "relay", "inspect", "audit"], str] = "egressd"
     metrics: str | None = None
     gateway: Annotated[str, Meta(pattern=r"^[a-z][a-z0-9-]{0,31}$")] = layout.GATEWAY
     uplinks: tuple[Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,15}$")], ...] = ()
@@ -161,7 +161,8 @@ def _check_user(config: Config) -> None:
     except KeyError as error:
         raise ValueError(
             f"there is no account {error.args[0]!r}; create it (systemd-sysusers egressd.conf),"
-            " or name numbers: user: {daemon: '900', warden: '901', audit: '902', inspect: '903'}"
+            " or name numbers: user: {daemon: '900', warden: '901', resolve: '902', relay: '903',"
+            " inspect: '904', audit: '905'}"
         ) from error
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from egressd.processes.flows import Poller
+from egressd.processes.flows import Poller, make_abrupt
 
 __all__ = ["AT_ONCE", "STEP", "Race", "Target"]
 
@@ -123,6 +123,7 @@ def _dial(target: Target) -> socket.socket:
     """A socket that is connecting. OSError, and no descriptor left, if it cannot even begin."""
     sock = socket.socket(target.family, _KIND)
     try:
+        make_abrupt(sock)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         if target.source is not None:

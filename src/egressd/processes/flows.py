@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-__all__ = ["DESCRIPTORS", "Flow", "Gate", "Half", "Poller", "Stop", "keep_alive", "reset"]
+__all__ = ["DESCRIPTORS", "Flow", "Gate", "Half", "Poller", "Stop", "keep_alive", "make_abrupt", "reset"]
 
 DESCRIPTORS = 6  # two sockets, two pipes; or one and five attempts to connect
 _COPY = 16_384  # bytes per read before there is a pipe: a TLS record (RFC 8446 5.2)
@@ -40,15 +40,22 @@ _SPLICE = os.SPLICE_F_NONBLOCK | os.SPLICE_F_MOVE
 _TROUBLE = select.EPOLLERR | select.EPOLLHUP
 _READABLE = select.EPOLLIN | _TROUBLE
 _WRITABLE = select.EPOLLOUT | _TROUBLE
-_RESET = struct.pack("ii", 1, 0)
+_RESET, _ORDERLY = struct.pack("ii", 1, 0), struct.pack("ii", 0, 0)
 # A peer that vanished without a word is found within two and a half minutes (tcp(7)).
 _KEEP_ALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 6))
 
 
+def make_abrupt(sock: socket.socket) -> None:
+    """However it is closed, the other end gets a TCP reset, and what is buffered is thrown away: also when
+    the kernel closes it because we were killed, which would look like an orderly end in the middle of
+    something. Accepted sockets inherit it. `Flow` takes it back where both sides have ended."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+
+
 def reset(sock: socket.socket) -> None:
-    """Close so that the other end gets a TCP reset, and what is buffered is thrown away."""
+    """Close it abruptly."""
     with contextlib.suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+        make_abrupt(sock)
     sock.close()
 
 
@@ -368,6 +375,7 @@ class Flow:
             if abort:
                 reset(sock)
             else:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ORDERLY)
                 sock.close()
         self.outward.close()
         self.inward.close()

@@ -39,7 +39,7 @@ from egressd.model.identities import Link
 from egressd.model.verdicts import Reason
 from egressd.processes import ritual
 from egressd.processes.dialing import Race, Target
-from egressd.processes.flows import DESCRIPTORS, Flow, Gate, Poller, reset
+from egressd.processes.flows import DESCRIPTORS, Flow, Gate, Poller, make_abrupt, reset
 from egressd.ruleset.layout import Pools
 
 __all__ = ["Address", "Denied", "House", "Limits", "Program", "Visit"]
@@ -232,7 +232,8 @@ class House(ABC):
 
     def listen(self, listener: socket.socket) -> None:
         listener.setblocking(False)
-        # Accepted sockets inherit these (tcp(7), socket(7)): two calls for all of them.
+        # Accepted sockets inherit these (tcp(7), socket(7)): three calls for all of them.
+        make_abrupt(listener)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         self._listeners.append(listener)

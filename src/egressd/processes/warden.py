@@ -190,6 +190,7 @@ class Warden:
         taken = [NatEntry(e.mark, e.synthetic, None, e.comment) for e in nat]
         commands = [*build.nat(taken, self._leads(taken)), *diff.commands(operations)]
         batch = self._ledger.run(commands) if commands else Batch()
+        self._conntrack.forget_ports(_turned(self.standing.wants, wants))
         names = self._names() | {want.index: name for name, want in wants.items()}
         self.standing.wants = wants
         for entry in nat:
@@ -561,6 +562,7 @@ HANDLERS: dict[type, Callable[[Warden, Received[Any]], Reply]] = {
 
 _MAPS = ("out4", "out6", "cidr4", "cidr6")
 _DIAL_MAPS = ("dial4", "dial6")
+_PROTOCOLS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
 _ELEMENTS_PER_MESSAGE = 300  # MAX_MESSAGE holds that many comments of the largest size
 
 
@@ -637,6 +639,23 @@ def _translations(things: Objects) -> Iterable[NatEntry]:
         for text, entry in found.elements.items() if isinstance(found, Set) else ():
             mark, _, synthetic = text.partition(" . ")
             yield NatEntry(int(mark, 16), synthetic, entry.data, entry.comment)
+
+
+def _turned(
+    before: Mapping[str, WorkspaceWant], after: Mapping[str, WorkspaceWant]
+) -> set[tuple[int, int, int]]:
+    """(mark, protocol, port) of what is still allowed and goes another way now: to the inspector instead of
+    straight on, or back. Its connections were made under other terms; conntrack would let them live on."""
+    turned: set[tuple[int, int, int]] = set()
+    for name in before.keys() & after.keys():
+        if before[name] != after[name]:
+            now = {(e.address, e.protocol, e.port): e.mark for e in after[name].elements}
+            turned |= {
+                (e.mark, _PROTOCOLS[e.protocol], e.port)
+                for e in before[name].elements
+                if now.get((e.address, e.protocol, e.port), e.mark) != e.mark
+            }
+    return turned
 
 
 def _marks_of(wants: Mapping[str, WorkspaceWant]) -> set[int]:

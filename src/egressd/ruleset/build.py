@@ -343,9 +343,12 @@ def _static_inet() -> Objects:
 
 def _late(reason: str) -> Chain:
     """Counted, logged with "-" for the workspace (the link tells it), and refused where that is safe:
-    a reset for a packet that conntrack finds out of window would cut a live connection."""
+    a reset for a packet that conntrack finds out of window would cut a live connection. Not one that is
+    read: what conntrack does not know of those was open before its port was read, and must end now."""
     silent = reason in ("unmarked", "invalid", "reply")
     end = ["drop"] if silent else ["goto refuse"]
+    if reason == "invalid":
+        end = [f"{_TO_INSPECT} tcp flags & rst != rst reject with tcp reset", *end]
     if reason == "dial":
         end = [_REFUSE[0], "drop"]  # the sender is in the gateway: a drop is an error to it, at once
     rules = (
@@ -468,14 +471,12 @@ _LOCAL_IN = (
     'counter name "stray"',
 )
 _LOCAL_OUT = (
-    # our own refusals: conntrack attaches the refused packet's entry to the reset (RELATED_REPLY). An
-    # ICMP error to a connection that was never confirmed has no entry to be related to.
-    f"{_LINKS_OUT} ct state related tcp flags & rst == rst accept",
+    # our own refusals, and the ends of connections whose host was revoked. Not by what conntrack says of them:
+    # there may be no entry they belong to. Nobody here but the kernel makes a reset, and it carries nothing.
+    f"{_LINKS_OUT} tcp flags & rst == rst accept",
     f"{_LINKS_OUT} icmp type destination-unreachable accept",
     f"{_LINKS_OUT} icmpv6 type {{ destination-unreachable, packet-too-big }} accept",
     f"{_LINKS_OUT} ct direction reply ct mark @in accept",
-    # the end of a connection whose host was revoked
-    f"{_LINKS_OUT} ct direction reply tcp flags & rst == rst accept",
     # the device is the one that was meant before the translation, for the whole of this hook
     f"{_LO_OUT} {_TO_TRANSLATE} ct status dnat accept",
     f"{_LO_OUT} {_TO_TRANSLATE} goto late_unresolved",

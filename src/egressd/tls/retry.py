@@ -10,11 +10,11 @@ be reached: first an allowed name without a key share, then any other.
 What is done. The client's records are followed by their headers, and the server's answer is read far enough
 to tell what it is. Only early data, a change_cipher_spec and an alert pass until then; from any other record
 on everything is held: no client sends one before it was answered, and what a server makes of a hello in a
-record of no known type, or behind the one byte of a change_cipher_spec, is not for us to guess. If the answer is a HelloRetryRequest, the next handshake message must be a ClientHello that names
-the same server (and hides nothing if the first did not). If it is anything else, no second ClientHello can
-count in the clear, and the watch is over; nearly every connection comes to that with the server's first
-bytes, and no client byte was held. A server may retry only once (section 4.1.4), so the watch is over with
-a good second hello, too.
+record of no known type, or behind the one byte of a change_cipher_spec, is not for us to guess. If the answer
+is a HelloRetryRequest, the next handshake message must be a ClientHello that names the same server (and hides
+nothing if the first did not). If it is anything else, no second ClientHello can count in the clear, and the
+watch is over; nearly every connection comes to that with the server's first bytes, and no client byte was
+held. A server may retry only once (section 4.1.4), so the watch is over with a good second hello, too.
 
 The server is believed: it is the one that policy permits. What it does encrypted, a renegotiation of TLS
 1.2 to another name among that, is out of sight.
