@@ -44,19 +44,17 @@ def daemon(start_module_daemon: Any, _servers: Any) -> Any:
 
 @pytest.fixture(autouse=True)
 def _answering(daemon: Any, internet: Any, host_services: Any) -> None:
-    good(internet)
+    """Names as in `good` again."""
 
 
 def good(internet: Any) -> None:
     for name in FICKLE:
-        learnt(internet, name, [str(t.PLAIN4)], [str(t.PLAIN6)])
+        learnt(internet, name, [str(t.PLAIN4)], [str(t.PLAIN6)], standing=True)
 
 
-def learnt(internet: Any, name: str, four: list[str], six: list[str]) -> None:
-    from lab.topology import Records
-
+def learnt(internet: Any, name: str, four: list[str], six: list[str], *, standing: bool = False) -> None:
     types = {kind: found for kind, found in (("A", four), ("AAAA", six)) if found}
-    internet.set(name, Records(types, ttl=1))
+    internet.set(name, t.Records(types, ttl=1), standing=standing)
 
 
 # ---- names

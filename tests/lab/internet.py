@@ -79,11 +79,22 @@ class Internet:
         self._control.send(json.dumps({"op": op, **fields}).encode())
         return json.loads(self._control.recv(1 << 20))
 
-    def set(self, name: str, records: topology.Records | None = None, **types: list[str]) -> None:
-        """`set("x.test", A=["11.22.33.99"])`, or whole `Records`. Without either the name is gone."""
+    def set(
+        self,
+        name: str,
+        records: topology.Records | None = None,
+        *,
+        standing: bool = False,
+        **types: list[str],
+    ) -> None:
+        """`set("x.test", A=["11.22.33.99"])`, or whole `Records`. Without either the name is gone.
+
+        `standing`: it is so from the start on, and again after each `reset`. A name that is not there for
+        a moment is asked for in just that moment, and remembered as absent for a minute."""
         if records is None and types:
             records = topology.Records(types)
-        self._ask("set", name=name, records=None if records is None else dataclasses.asdict(records))
+        fields = None if records is None else dataclasses.asdict(records)
+        self._ask("set", name=name, records=fields, standing=standing)
 
     def reset(self) -> None:
         """Names as they were at the start, and nothing seen."""
@@ -133,6 +144,7 @@ class Servers:
 
     def __init__(self) -> None:
         self.zone = topology.zone()
+        self.standing: dict[str, topology.Records] = {}
         self.seen: list[Seen] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._servers: list[asyncio.Server] = []
@@ -224,12 +236,14 @@ class Servers:
                 self.zone.pop(name, None)
             case {"op": "set", "name": name, "records": records}:
                 self.zone[name] = topology.Records(**records)
+                if request["standing"]:
+                    self.standing[name] = self.zone[name]
             case {"op": "seen", "skip": skip}:
                 return [dataclasses.asdict(entry) for entry in self.seen[skip : skip + 64]]
             case {"op": "forget"}:
                 self.seen.clear()
             case {"op": "reset"}:
-                self.zone = topology.zone()
+                self.zone = topology.zone() | self.standing
                 self.seen.clear()
         return True
 
