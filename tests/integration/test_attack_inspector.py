@@ -7,6 +7,7 @@ import json
 import re
 import signal
 import struct
+import time
 from typing import Any
 
 import pytest
@@ -553,3 +554,45 @@ def test_sandbox_after_sandbox_spends_the_budget_of_the_workspace(
     counted = grown(before, wild.counters("wild")["names_refused_by"])
     assert counted.keys() == {"budget-names", "budget-bytes"}, counted
     assert sum(counted.values()) == 8 * 5 * 2 - 2 * len(asked)
+
+
+# ---- at the neighbours' expense
+
+# Runs inside: [address, port, count] connections begun and dropped; prints how many were refused.
+RUSH = r"""
+import json, socket, struct, sys
+address, port, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+refused = 0
+for _ in range(count):
+    sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+    try:
+        sock.connect((address, port))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    except ConnectionRefusedError:
+        refused += 1
+    sock.close()
+print(refused)
+"""
+
+
+@FAMILIES
+def test_who_begins_connections_without_end_is_slowed_alone(daemon: Any, internet: Any, family: int) -> None:
+    """The inspector serves everybody. Beyond 1000 at once, and 500 a second, the kernel refuses."""
+    count = 6000
+    before = daemon.json("counters")["late"]["pace"][0]
+    kind = {4: "ahostsv4", 6: "ahostsv6"}[family]
+    address = daemon.sandbox("acme", ["/usr/bin/getent", kind, MINE]).out.split()[0]
+    began = time.monotonic()
+    rush = daemon.start_sandbox("acme", ["/usr/bin/python3", "-I", "-c", RUSH, address, "443", str(count)])
+    with Resident(daemon, workspace="beta") as neighbour:
+        seen = []
+        while rush.status() is None:
+            seen += neighbour.tries(("tcp", "eu.api.openai.test", 443))
+        assert {outcome.result for outcome in seen} == {"ok"}, seen
+        assert max(outcome.milliseconds for outcome in seen) < 2000
+    allowed = 1000 + 500 * (time.monotonic() - began)
+    assert rush.wait(5) == 0, rush.err
+    refused = int(rush.out)
+    assert count - refused <= allowed, "no more than the pace was let through"
+    assert daemon.json("counters")["late"]["pace"][0] == before + refused > before
+    assert daemon.counters("acme")["balance"]["balanced"]

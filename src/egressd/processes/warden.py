@@ -678,7 +678,7 @@ def _without_links(observed: Observed, wants: Mapping[str, WorkspaceWant]) -> Ob
         used = any(guard.mentions(f"{workspace}_{digit}") for guard in guards for digit in "46")
         if _of_link(key) or (key.family == "netdev" and used and workspace not in wants):
             continue
-        if isinstance(thing, Set) and key.name in ("real4", "real6", "connections"):
+        if isinstance(thing, Set) and key.name in ("real4", "real6", "connections", "pace"):
             things[key] = dataclasses.replace(thing, elements={})
         else:
             things[key] = thing

@@ -85,12 +85,15 @@ LATE = {
     "invalid": "conntrack knows no connection it belongs to; NAT would not translate it",
     "reply": "a sandbox answering: nobody may connect to one",
     "connections": "above the limit of open connections",
+    "pace": "begun faster than egressd carries connections for one sandbox",
     "inspector": "to be inspected, and no inspector listens",
     "dial": "dialled by the inspector, and no rule of that workspace allows it",
     "unresolved": "the name has no address in this slot",
     "misrouted": "its way does not lead to where its mark permits",
 }
 _LOG_LIMIT = "limit rate 200/second burst 50 packets"  # per reason and workspace; counters see the rest
+# Of connections that the inspector and the relay carry, by sandbox; both together manage some 8,000 a second.
+_PACE = "limit rate over 500/second burst 1000 packets"
 _MARK_SHAPE, _MARK_UNLISTED = 1, 2  # a packet on its way through the guard; 0 is "source"
 _FORWARD, _RELAY, _INSPECT = map(mark_text, (Kind.FORWARD, Kind.RELAY, Kind.INSPECT))
 _DIRECT, _KINDS = mark_text(Kind.DIRECT), 0xF000_0000
@@ -153,17 +156,18 @@ def unlink(link: Link) -> list[str]:
     and what is certainly there can be deleted. Read the counters before.
     """
     name = identifier(link.device)
-    chain, element = f"netdev {TABLE} {name}", f"inet {TABLE} connections {{ {string(link.device)} }}"
+    chain, device = f"netdev {TABLE} {name}", string(link.device)
     counters = [f"counter netdev {TABLE} {name}_{part}" for part in ("in", "ok", "denied", "other")]
     quota = f"quota netdev {TABLE} {name}_quota"
     return [
         *(f"add {counter}" for counter in counters),
         f"add {quota} {{ over 1 bytes; }}",
-        f"add element inet {TABLE} connections {{ {string(link.device)} ct count over 1 }}",
+        f"add element inet {TABLE} connections {{ {device} ct count over 1 }}",
+        f"add element inet {TABLE} pace {{ {device} {_PACE} }}",
         f"add chain {chain}",
         f"flush chain {chain}",
         f"delete chain {chain}",
-        f"delete element {element}",
+        *(f"delete element inet {TABLE} {name} {{ {device} }}" for name in ("connections", "pace")),
         f"delete {quota}",
         *(f"delete {counter}" for counter in counters),
     ]
@@ -324,6 +328,9 @@ def _static_inet() -> Objects:
         _inet("set", "connections"): Set(
             type="ifname", flags=("dynamic",), size=65535, comment="limits of open connections"
         ),
+        _inet("set", "pace"): Set(
+            type="ifname", flags=("dynamic",), size=65535, comment="how fast connections may begin"
+        ),
         _inet("set", "real4"): Set(type="mark . ipv4_addr", data="ipv4_addr", comment="names lead here"),
         _inet("set", "real6"): Set(type="mark . ipv6_addr", data="ipv6_addr", comment="names lead here"),
         _inet("set", "dial4"): Set(type=_DIAL_MAP4, data="mark", counter=True, comment=_MAY_DIAL),
@@ -406,6 +413,9 @@ _STEER = (
     "ct mark set meta mark",
     # questions to the resolver are not connections anybody would count, and linger for half a minute
     f"ct state new {_NOT_A_QUESTION} iifname @connections goto late_connections",
+    # the inspector and the relay serve all sandboxes: whoever begins ten thousand connections a second would
+    # keep them from everybody else
+    f"ct state new {_STEERED} iifname @pace goto late_pace",
     f"{_TO_INSPECT} meta nfproto ipv4 meta l4proto tcp tproxy ip to 127.0.0.1:{INSPECTOR_PORT} accept",
     f"{_TO_INSPECT} meta nfproto ipv6 meta l4proto tcp tproxy ip6 to [::1]:{INSPECTOR_PORT} accept",
     f"{_TO_RELAY} meta nfproto ipv4 meta l4proto tcp tproxy ip to 127.0.0.1:{RELAY_PORT} accept",
@@ -706,6 +716,8 @@ def _link(lease: LinkWant, want: WorkspaceWant, pools: Pools) -> Objects:
         comment=f"sandbox of workspace {name}",
     )
     things[_inet("set", "connections")] = _elements("ifname", connection_limit(lease, want))
+    pace = Entry(statement=_PACE, comment=want.workspace)
+    things[_inet("set", "pace")] = _elements("ifname", {string(device): pace})
     return things
 
 

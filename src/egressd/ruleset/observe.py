@@ -241,6 +241,10 @@ def _statement(inner: Json) -> str:
     match rest:
         case {"ct count": {"val": int(limit), "inv": True}} if len(rest) == 1:
             return f"ct count over {limit}"
+        case {"limit": {"rate": int(rate), "burst": int(burst), "per": str(per), "inv": True}} if (
+            len(rest) == 1
+        ):
+            return f"limit rate over {rate}/{per} burst {burst} packets"
     return json.dumps(rest) if rest else ""
 
 
