@@ -4,6 +4,7 @@ servers and the capture are the judges: for what is refused, not one packet goes
 from __future__ import annotations
 
 import json
+import signal
 import ssl
 from typing import Any
 
@@ -277,3 +278,44 @@ def test_a_connection_opened_unread_ends_when_its_port_is_to_be_read(
         daemon.policy("acme", POLICY)
     assert process.out.splitlines()[-1] == "reset", process.out
     assert [entry.data for entry in internet.seen(port=7)] == ["before"]
+
+
+# Runs inside: one TLS connection; for each line from outside a request on it, and its status printed.
+KEPT = r"""
+import http.client, ssl, sys
+context = ssl.create_default_context(cafile=sys.argv[2])
+connection = http.client.HTTPSConnection(sys.argv[1], timeout=10, context=context)
+connection.connect()
+port = connection.sock.getsockname()[1]
+for line in sys.stdin:
+    connection.request("GET", "/")
+    answer = connection.getresponse()
+    answer.read()
+    print(answer.status, connection.sock.getsockname()[1] == port, flush=True)
+"""
+
+
+@pytest.mark.parametrize("name", ["warden", "resolver", "relay", "auditor"])
+def test_a_connection_that_is_read_survives_the_other_processes(
+    daemon: Any, internet: Any, name: str
+) -> None:
+    ca = daemon.lab.inside("ca.pem")
+    words = ["/usr/bin/python3", "-I", "-c", KEPT, MINE, ca]
+    process = daemon.start_sandbox("acme", words, "--bind-ro", daemon.lab.inside(""))
+
+    def answered(count: int) -> None:
+        process.stdin.write(b"again\n")
+        poll(lambda: process.out.count("\n") >= count, timeout=10, what=f"an answer; {process.err}")
+
+    answered(1)
+    before = daemon.pids()[name]
+    daemon.lab.signal(before, signal.SIGKILL)
+    answered(2)  # while it is gone, or hardly back
+    poll(lambda: daemon.pids().get(name, before) != before, timeout=10, what=f"another {name}")
+    states = {"running"}
+    poll(lambda: {p["state"] for p in daemon.json("status")["processes"]} == states, timeout=10)
+    answered(3)
+    process.stdin.close()
+    process.wait(10)
+    assert process.out.split("\n")[:3] == ["200 True"] * 3, process.out + process.err
+    assert len(internet.seen(port=443)) == 1

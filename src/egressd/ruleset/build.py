@@ -481,8 +481,8 @@ _LOCAL_IN = (
     'counter name "stray"',
 )
 _LOCAL_OUT = (
-    # our own refusals, and the ends of connections whose host was revoked. Not by what conntrack says of them:
-    # there may be no entry they belong to. Nobody here but the kernel makes a reset, and it carries nothing.
+    # our own refusals, and the ends of connections whose host was revoked. Not by what conntrack says of
+    # them: there may be no entry. Nobody here but the kernel makes a reset, and it carries nothing.
     f"{_LINKS_OUT} tcp flags & rst == rst accept",
     f"{_LINKS_OUT} icmp type destination-unreachable accept",
     f"{_LINKS_OUT} icmpv6 type {{ destination-unreachable, packet-too-big }} accept",
