@@ -212,8 +212,8 @@ class Capture:
             self._assert_none(self.to(address, since=since), f"something left for {address}")
 
     def assert_quiet(self, *, since: int = 0) -> None:
-        """Not one frame left, our own aside. (What comes in may be a server of an earlier test that asks after
-        a connection which is gone; and a reset that answers it is the host's, and carries nothing.)"""
+        """Not one frame left, our own aside. (What comes in may be a server of an earlier test that asks
+        after a connection that is gone; and a reset that answers it is the host's, and carries nothing.)"""
         left = [frame for frame in self.frames(since=since, outgoing=True) if not frame.is_reset]
         self._assert_none(left, "the uplink was not quiet")
 
