@@ -10,10 +10,10 @@ SHELL := /bin/bash
 #   iproute2 nftables python3-nftables bubblewrap libseccomp2   egressd itself
 #   python3-venv                                                the virtual environment
 #   python3-systemd                                             notification and journal, when run as a service
-#   curl bind9-dnsutils tcpdump                                 clients in tests and in the lab's shell
+#   curl openssl bind9-dnsutils tcpdump                         clients in tests and in the lab's shell
 #   mandoc codespell                                            check the man pages, and everybody's spelling
 PACKAGES := iproute2 nftables python3-nftables bubblewrap libseccomp2 python3-venv python3-systemd \
-            curl bind9-dnsutils tcpdump mandoc codespell
+            curl openssl bind9-dnsutils tcpdump mandoc codespell
 # The peers that benchmarks compare with, beside bubblewrap. Traffic they make themselves. Where systemd runs, the
 # packages of unbound and haproxy start their services: mask them, or leave `make bench` alone. (nginx with
 # libnginx-mod-stream is measured, too, where it is there; its package would open port 80 of this machine.)
