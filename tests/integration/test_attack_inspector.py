@@ -164,7 +164,14 @@ def test_the_inspector_taken_over_reaches_what_some_workspace_may_and_nothing_el
         }
         assert stood == may, (stood - may, may - stood)
         allowed = (t.CDN4, t.CDN6, t.OPENAI4, t.OPENAI6)
-        uplink.assert_only_to(*allowed, t.SILENT4, t.SILENT6)
+        # egressd itself asks for the listed names now and then
+        uplink.assert_only_to(*allowed, t.SILENT4, t.SILENT6, t.DNS4, t.DNS6)
+        assert {name for name, _ in internet.queries()} <= {
+            MINE,
+            "eu.api.openai.test",
+            "silent.test",
+            "plain.test",
+        }
         reached = {(entry.protocol, entry.address, entry.port) for entry in internet.seen(port=443)}
         assert reached == {("tcp", str(address), 443) for address in allowed}
     assert daemon.counters("acme")["balance"]["balanced"]

@@ -206,9 +206,14 @@ def _elements_removed(have: Objects, want: Objects, leaving: set[Key]) -> Iterat
         names = [name for name, entry in _elements(thing).items() if wanted.get(name) != entry]
         if names:
             notes = [_note(name, _elements(thing)[name]) for name in names]
-            yield Operation(
-                f"remove from {key.name}: {_few(notes)}", tuple(objects.delete_elements(key, names, TABLE))
+            # One with `ct count` may be gone already: the kernel collects it while it counts nothing
+            # (nft_connlimit_gc). What is certainly there can be deleted.
+            volatile = {name: _elements(thing)[name] for name in names if _elements(thing)[name].statement}
+            commands = (
+                *objects.add_elements(key, volatile, TABLE),
+                *objects.delete_elements(key, names, TABLE),
             )
+            yield Operation(f"remove from {key.name}: {_few(notes)}", commands)
 
 
 def _elements_added(have: Objects, want: Objects, leaving: set[Key]) -> Iterator[Operation]:
