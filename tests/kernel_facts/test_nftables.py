@@ -280,6 +280,17 @@ def test_a_connection_limit_can_hang_on_an_element(nft: Nft) -> None:
     assert element["elem"]["ct count"] == {"val": 2, "inv": True}
 
 
+def test_an_element_that_counts_connections_is_collected_while_it_counts_none(nft: Nft) -> None:
+    """nft_connlimit_gc, every second: the limit is gone with it. One with a rate stays."""
+    nft.run(["add set inet t s { type ifname; size 65535; flags dynamic; }",
+             'add element inet t s { "eg7" ct count over 2, "eg8" limit rate over 5/second }'])  # fmt: skip
+    deadline = time.monotonic() + 10
+    while len(left := of(nft, "set", "s")["elem"]) > 1:  # type: ignore[arg-type]
+        assert time.monotonic() < deadline, "it stays: the note in docs/policy.md can go"
+        time.sleep(0.05)
+    assert left[0]["elem"]["val"] == "eg8"  # type: ignore[index]
+
+
 def test_a_comment_may_have_127_bytes(nft: Nft) -> None:
     """We stay at 120."""
     nft.run([f'add counter inet t a {{ comment "{"x" * 127}"; }}'])
