@@ -37,6 +37,7 @@ from test_relay import assert_reset, fill, free_descriptors, limit_descriptors, 
 from egressd.ipc import messages
 from egressd.processes import flows
 from egressd.ruleset.layout import dial_source
+from lab.scale import scaled
 
 pytestmark = [
     pytest.mark.kernel,
@@ -827,7 +828,7 @@ def test_connections_that_come_and_go_leave_nothing(
 def test_ten_thousand_connections_that_come_and_go_leave_nothing(
     inspector: Inspector, servers: dict[bool, socket.socket]
 ) -> None:
-    come_and_go(inspector, servers, 10_000, seed=2)
+    come_and_go(inspector, servers, scaled(10_000, least=500), seed=2)
 
 
 # ---- the process
