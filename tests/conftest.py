@@ -69,6 +69,7 @@ def daemon(lab: Lab, _servers: tuple[Internet, Internet]) -> Iterator[Daemon]:
     """One egressd for a module's tests, with the example policy for `acme`; leaves nothing in the lab."""
     from lab.daemon import Daemon
 
+    _servers[0].reset()
     with lab.leaving_nothing(), Daemon(lab) as made:
         yield made
 
@@ -98,6 +99,7 @@ def _daemons(lab: Lab) -> Iterator[Callable[..., Daemon]]:
 @pytest.fixture
 def start_daemon(lab: Lab, _servers: tuple[Internet, Internet]) -> Iterator[Callable[..., Daemon]]:
     """`start_daemon(policies={...})`: an egressd of the test's own."""
+    _servers[0].reset()  # names as the last test left them would be learnt, for as long as their TTL says
     with _daemons(lab) as start:
         yield start
 
@@ -105,6 +107,7 @@ def start_daemon(lab: Lab, _servers: tuple[Internet, Internet]) -> Iterator[Call
 @pytest.fixture(scope="module")
 def start_module_daemon(lab: Lab, _servers: tuple[Internet, Internet]) -> Iterator[Callable[..., Daemon]]:
     """As `start_daemon`, for all tests of a module."""
+    _servers[0].reset()
     with _daemons(lab) as start:
         yield start
 
