@@ -2,7 +2,8 @@
 
 `probe(daemon, attempts)` runs all attempts in one sandbox and returns one `Outcome` each. An attempt is a
 tuple: ("tcp", address or name, port, data), ("udp", ...), ("resolve", name, family), ("ask", server, name),
-("socket", family, kind, protocol).
+("socket", family, kind, protocol), ("hold", address or name, port): a TCP connection that stays open, of a
+Resident; ("release", how many) closes the latest of those.
 """
 
 from __future__ import annotations
@@ -106,12 +107,27 @@ def ask(server: str, name: str) -> str:
         return f"rcode {sock.recv(4096)[3] & 15}"
 
 
+HELD: list[socket.socket] = []
+
+
+def hold(host: str, port: int) -> str:
+    HELD.append(socket.create_connection((host, port), timeout=TIMEOUT))
+    return ""
+
+
+def release(count: int) -> str:
+    for _ in range(count):
+        HELD.pop().close()
+    return ""
+
+
 def make(family: int, kind: int, protocol: int = 0) -> str:
     socket.socket(family, kind, protocol).close()
     return ""
 
 
 TRIES = {"tcp": tcp, "udp": udp, "resolve": resolve, "ask": ask, "socket": make}
+TRIES |= {"hold": hold, "release": release}
 
 
 def attempt(kind: str, *arguments: Any) -> tuple[str, float, str]:

@@ -3,6 +3,7 @@ stay exact, and nobody else is held to it."""
 
 from __future__ import annotations
 
+import signal
 import time
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from integration import inside
 from integration.probe import Resident, probe
+from lab.machine import LabError, poll
 
 POLICY = """
 workspace: {name}
@@ -33,6 +35,7 @@ def daemon(start_module_daemon: Any) -> Any:
             "acme": policy("acme", "{wall: 1s, processes: 20}"),
             "bytes": policy("bytes", "{egress_bytes: 64KiB}"),
             "few": policy("few", "{connections: 5}"),
+            "read": policy("read", "{connections: 2}").replace("443/udp], verify: address", "8443/tls]"),
             "memory": policy("memory", "{memory: 96MiB}"),
             "free": policy("free", "{}"),
         }
@@ -138,8 +141,104 @@ def test_connections(daemon: Any) -> None:
 
 
 def test_udp_flows_are_connections_too(daemon: Any) -> None:
-    with Resident(daemon, workspace="few", timeout=0.5) as resident:
+    with Resident(daemon, workspace="few") as resident:
         plain4 = resident.tries(("resolve", "plain.test", "4"))[0].data
         tried = resident.tries(*(("udp", plain4, 443, "x") for _ in range(8)))
         assert [o.result for o in tried] == ["ok"] * 5 + ["ECONNREFUSED"] * 3, tried
         exact(daemon, "few")
+
+
+def running(daemon: Any) -> bool:
+    try:
+        return all(process["state"] == "running" for process in daemon.json("status")["processes"])
+    except LabError:
+        return False
+
+
+def addresses(resident: Resident) -> tuple[str, str]:
+    found = resident.tries(*(("resolve", "plain.test", family) for family in "46"))
+    return found[0].data, found[1].data
+
+
+def refusals(daemon: Any, resident: Resident, *attempts: tuple[Any, ...]) -> None:
+    """Each is refused at once, counted once, in exact books."""
+    before = exact(daemon, "few")["late"]["connections"][0]
+    tried = resident.tries(*attempts)
+    assert {o.result for o in tried} == {"ECONNREFUSED"}, tried
+    assert max(o.milliseconds for o in tried) < 50, tried
+    assert exact(daemon, "few")["late"]["connections"][0] - before == len(attempts)
+
+
+def everything(addresses: tuple[str, ...]) -> list[tuple[Any, ...]]:
+    return [(kind, where, port, "x") for where in addresses for kind, port in (("tcp", 7), ("udp", 443))]
+
+
+def test_a_limit_of_connections_holds_after_idleness(daemon: Any) -> None:
+    """Both families and both protocols together, whatever happened before."""
+    with (
+        Resident(daemon, workspace="few") as resident,
+        Resident(daemon, workspace="free") as free,
+    ):
+        four, six = where = addresses(resident)
+        for _ in range(2):
+            time.sleep(2.5)  # the kernel looks every second for limits that count nothing (nft_connlimit_gc)
+            held = resident.tries(*(("hold", at, 7) for at in (four, six, four, six, four)))
+            assert [o.result for o in held] == ["ok"] * 5, held
+            refusals(daemon, resident, *everything(where))
+            assert daemon.json("policy", "diff")["drift"] == []
+            assert daemon.ctl("policy", "diff").check().out.startswith("no changes")
+            assert free.tries(("tcp", "plain.test", 7, "x"))[0].result == "ok", "nobody else's limit"
+            resident.tries(("release", 5))
+        assert daemon.json("policy", "diff")["drift"] == []
+
+
+def test_a_connection_that_is_closed_gives_its_place_to_one_other(daemon: Any) -> None:
+    with Resident(daemon, workspace="few") as resident:
+        four, six = where = addresses(resident)
+        assert [o.result for o in resident.tries(*[("hold", four, 7)] * 5)] == ["ok"] * 5
+        for at in (six, four):
+            resident.tries(("release", 1))
+            poll(lambda at=at: resident.tries(("hold", at, 7))[0].result == "ok", what="a place")
+            refusals(daemon, resident, *everything(where))
+
+
+def test_connections_that_are_read_count(daemon: Any) -> None:
+    with Resident(daemon, workspace="read") as resident:
+        four, six = addresses(resident)
+        assert [o.result for o in resident.tries(("hold", four, 8443), ("hold", six, 8443))] == ["ok"] * 2
+        before = exact(daemon, "read")["late"]["connections"][0]
+        tried = resident.tries(("hold", four, 8443), ("hold", six, 8443), ("tcp", four, 7, "x"))
+        assert {o.result for o in tried} == {"ECONNREFUSED"} and max(o.milliseconds for o in tried) < 50
+        assert exact(daemon, "read")["late"]["connections"][0] - before == 3
+
+
+def test_a_changed_limit_of_connections(daemon: Any) -> None:
+    """What is open lives on and counts no more; from the change on there are so many others."""
+    with Resident(daemon, workspace="few") as resident:
+        four, six = where = addresses(resident)
+        assert [o.result for o in resident.tries(*[("hold", four, 7)] * 5)] == ["ok"] * 5
+        refusals(daemon, resident, *everything(where))
+        for limit in (2, 7):
+            daemon.policy("few", policy("few", f"{{connections: {limit}}}"))
+            assert {o.result for o in resident.tries(*[("hold", six, 7)] * limit)} == {"ok"}
+            refusals(daemon, resident, *everything(where))
+        daemon.policy("few", policy("few", "{}"))
+        assert {o.result for o in resident.tries(*[("hold", six, 7)] * 9)} == {"ok"}
+        daemon.policy("few", policy("few", "{connections: 5}"))
+        assert daemon.json("policy", "diff")["drift"] == []
+    with Resident(daemon, workspace="few") as resident:
+        four, six = where = addresses(resident)
+        assert [o.result for o in resident.tries(*[("hold", six, 7)] * 5)] == ["ok"] * 5
+        refusals(daemon, resident, *everything(where))
+
+
+def test_a_limit_of_connections_counts_on_while_the_warden_is_replaced(daemon: Any) -> None:
+    with Resident(daemon, workspace="few") as resident:
+        where = addresses(resident)
+        assert [o.result for o in resident.tries(*[("hold", where[0], 7)] * 5)] == ["ok"] * 5
+        before = daemon.pids()["warden"]
+        daemon.lab.signal(before, signal.SIGKILL)
+        poll(lambda: daemon.pids().get("warden", before) != before, timeout=5, what="another warden")
+        poll(lambda: running(daemon), timeout=10, what="everything works again")
+        refusals(daemon, resident, *everything(where))
+        assert daemon.json("policy", "diff")["drift"] == []

@@ -484,6 +484,44 @@ def test_a_new_controller_must_name_again_what_it_keeps(world: World, warden: Wa
     warden.close(41)
 
 
+def limits(world: World) -> list[tuple[int, str]]:
+    """(handle, chain) of the rules that count connections. A rule that is written anew has another handle."""
+    listing = msgspec.json.decode(world.nft("-j list table inet egressd"))["nftables"]
+    rules = [item["rule"] for item in listing if "ct count" in str(item.get("rule", ""))]
+    return [(rule["handle"], rule["chain"]) for rule in rules]
+
+
+def test_a_limit_of_connections_counts_on_over_restarts_and_changes_of_other_things(another: World) -> None:
+    first = another.warden()
+    first.begin(acme(connections=3))
+    kept, left = another.inhabitant(), another.inhabitant()
+    first.open(34, kept.net)
+    first.open(35, left.net)
+    assert [chain for _, chain in limits(another)] == ["eg34_connections", "eg35_connections"]
+    standing = limits(another)[:1]
+    first.stop()
+    another.children.remove(first)
+
+    second = another.warden()
+    second.workspaces(acme(connections=3))
+    second.ask(messages.KeepLink, link=34, workspace="acme", owner=USER, quota=None)
+    second.ask(messages.Settle)
+    assert limits(another) == standing, "and the limit of the other is gone with it"
+    more = element(7, 80, "more.test")
+    second.workspaces(acme(more, connections=3))
+    assert limits(another) == standing
+    second.workspaces(acme(more, connections=4))
+    [(handle, chain)] = limits(another)
+    assert handle != standing[0][0] and chain == "eg34_connections"
+    second.workspaces(acme(more))
+    assert limits(another) == []
+    second.workspaces(acme(more, connections=4))
+    assert [chain for _, chain in limits(another)] == ["eg34_connections"]
+    assert msgspec.json.decode(second.ask(messages.ReadDrift)) == []
+    second.close(34)
+    assert "eg34" not in another.nft("list ruleset")
+
+
 # ---- tampering
 
 
@@ -508,6 +546,10 @@ TAMPERING = {
     "an element more": "nft add element netdev egressd acme_out4 { 198.18.9.0 . tcp . 80 : 0x80004009 }",
     "a counter of elements": "nft flush map netdev egressd acme_out6",
     "a translation": "nft flush map inet egressd real4",
+    "a limit of connections": "nft flush chain inet egressd eg50_connections",
+    "the way to a limit of connections": "nft flush map inet egressd connections",
+    "a way around a limit": "nft 'delete element inet egressd connections { eg50 };"
+    " add element inet egressd connections { eg50 : accept }'",
     "a chain more": "nft add chain inet egressd extra '{ type filter hook forward priority -5; }'",
     "all rules for IPv4": "ip rule flush",
     "all rules for IPv6": "ip -6 rule flush",
@@ -532,7 +574,7 @@ def settled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[World, W
     with nothing_left(), World(tmp_path_factory.mktemp("settled")) as world:
         world.found()
         warden = world.warden()
-        warden.begin(acme())
+        warden.begin(acme(connections=9))
         one = world.inhabitant()
         warden.open(50, one.net)
         plumb(one, 50)

@@ -334,9 +334,9 @@ def want(name: str = "acme", *elements: tuple[Element, ...], index: int = 1, **m
     )
 
 
-def acme(*more: tuple[Element, ...]) -> WorkspaceWant:
+def acme(*more: tuple[Element, ...], connections: int | None = None) -> WorkspaceWant:
     plain, quic = element(PLAIN, 80, "plain.test"), element(QUIC, 443, "quic.test", protocol="udp")
-    return want("acme", plain, quic, *more)
+    return want("acme", plain, quic, *more, connections=connections)
 
 
 def nat(block: int, *reals: str, index: int = 1) -> tuple[NatEntry, ...]:

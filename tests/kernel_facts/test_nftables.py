@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from egressd.kernel.conntrack import Conntrack
 from egressd.kernel.nft import Nft
 from egressd.model.errors import KernelError
 
@@ -273,22 +274,89 @@ def test_the_ethernet_type_is_the_frame_s_own_when_the_kernel_has_taken_the_vlan
     assert of(nft, "counter", "plain")["packets"] == 0
 
 
-def test_a_connection_limit_can_hang_on_an_element(nft: Nft) -> None:
-    nft.run(["add set inet t s { type ifname; size 65535; flags dynamic; }",
-             'add element inet t s { "eg7" ct count over 2 }'])  # fmt: skip
-    [element] = of(nft, "set", "s")["elem"]  # type: ignore[misc]
-    assert element["elem"]["ct count"] == {"val": 2, "inv": True}
+def counting(netns: str, nft: Nft, *rules: str) -> None:
+    """A chain `c` of `table inet t` with these rules for what arrives at p0 and begins a connection."""
+    for end, device in (("a", "t0"), ("b", "p0")):  # what is sent to no one's MAC does not come so far
+        subprocess.run(["ip", "-n", netns + end, "link", "set", device, "arp", "on"], check=True)
+    nft.run(["add chain inet t c { type filter hook prerouting priority 0; policy accept; }"])
+    nft.run([f'add rule inet t c iifname "p0" ct state new {rule}' for rule in rules])
+
+
+def collected(nft: Nft) -> None:
+    """Once the kernel has collected what counts no connection (nft_connlimit_gc)."""
+    nft.run(["add set inet t clock { type ifname; size 65535; flags dynamic; }"])
+    nft.run(['add element inet t clock { "any" ct count over 2, "stays" limit rate over 5/second }'])
+    deadline = time.monotonic() + 10
+    while len(left := of(nft, "set", "clock")["elem"]) > 1:  # type: ignore[arg-type]
+        assert time.monotonic() < deadline, "it stays"
+        time.sleep(0.05)
+    assert left[0]["elem"]["val"] == "stays"  # type: ignore[index]
+    nft.run(["delete set inet t clock"])
 
 
 def test_an_element_that_counts_connections_is_collected_while_it_counts_none(nft: Nft) -> None:
-    """nft_connlimit_gc, every second: the limit is gone with it. One with a rate stays."""
-    nft.run(["add set inet t s { type ifname; size 65535; flags dynamic; }",
-             'add element inet t s { "eg7" ct count over 2, "eg8" limit rate over 5/second }'])  # fmt: skip
-    deadline = time.monotonic() + 10
-    while len(left := of(nft, "set", "s")["elem"]) > 1:  # type: ignore[arg-type]
-        assert time.monotonic() < deadline, "it stays: the note in docs/policy.md can go"
-        time.sleep(0.05)
-    assert left[0]["elem"]["val"] == "eg8"  # type: ignore[index]
+    """nft_connlimit_gc, every second: the limit is gone with it. One with a rate stays. So no limit of ours
+    hangs on an element."""
+    collected(nft)
+
+
+def test_a_rule_that_counts_connections_stays_and_goes_on_counting(netns: str, nft: Nft) -> None:
+    nft.run(["add counter inet t over"])
+    counting(netns, nft, "udp dport 7-9 ct count over 2 counter name over drop")
+    for port in (7, 8, 9):
+        send(netns, port=port)
+    assert arrives(lambda: packets(nft, "over", "inet"), 1) == 1
+    collected(nft)
+    send(netns, port=9)
+    assert arrives(lambda: packets(nft, "over", "inet"), 2) == 2
+    with namespace(f"{netns}b"):
+        table = Conntrack()
+    table.forget_all()
+    table.close()
+    collected(nft)
+    for port in (7, 8, 9):
+        send(netns, port=port)
+    assert arrives(lambda: packets(nft, "over", "inet"), 3) == 3
+
+
+def test_a_rule_written_anew_counts_from_nothing(netns: str, nft: Nft) -> None:
+    """Not even the next packet of an old connection counts."""
+    nft.run(["add counter inet t over"])
+    counting(netns, nft, "ct count over 1 counter name over drop")
+    with namespace(f"{netns}a"), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as old:
+        old.connect(("198.51.100.2", 7))
+        old.send(b"x")
+        send(netns, port=8)
+        assert arrives(lambda: packets(nft, "over", "inet"), 1) == 1
+        nft.run(["flush chain inet t c"])
+        nft.run(['add rule inet t c iifname "p0" ct state new ct count over 1 counter name over drop'])
+        with contextlib.suppress(ConnectionRefusedError):
+            old.send(b"x")
+        send(netns, port=8)
+        send(netns, port=9)
+    assert arrives(lambda: packets(nft, "over", "inet"), 2) == 2
+
+
+def test_a_full_set_of_limits_limits_nothing(netns: str, nft: Nft) -> None:
+    """`add @s` ends its rule when there is no room: who comes too late is let through. So packets make no
+    limits here."""
+    nft.run(["add counter inet t over", "add counter inet t passed"])
+    nft.run(["add set inet t s { type inet_service; size 1; flags dynamic; }"])
+    counting(netns, nft, "add @s { udp dport ct count over 0 } counter name over drop", "counter name passed")
+    send(netns, port=7)
+    assert arrives(lambda: packets(nft, "over", "inet"), 1) == 1
+    send(netns, port=8)
+    assert arrives(lambda: packets(nft, "passed", "inet"), 1) == 1
+    assert packets(nft, "over", "inet") == 1
+
+
+def test_a_chain_stays_while_an_element_leads_there(nft: Nft) -> None:
+    """Though the map goes in the same batch. So the element goes first (ruleset.diff)."""
+    nft.run(["add chain inet t other", "add map inet t m { type ifname : verdict; }"])
+    nft.run(['add element inet t m { "eg7" : jump other }'])
+    with pytest.raises(KernelError, match="busy"):
+        nft.run(["delete chain inet t other", "delete map inet t m"])
+    nft.run(['delete element inet t m { "eg7" }', "delete chain inet t other", "delete map inet t m"])
 
 
 def test_a_comment_may_have_127_bytes(nft: Nft) -> None:

@@ -21,6 +21,7 @@ from egressd.ruleset import build, diff, observe
 from egressd.ruleset.allocate import allocate
 from egressd.ruleset.build import Desired, LinkWant
 from egressd.ruleset.layout import SLOTS, Pools
+from egressd.ruleset.objects import Chain, Key
 from egressd.ruleset.plan import want
 from egressd.ruleset.wants import NatEntry, WorkspaceWant
 
@@ -211,6 +212,9 @@ FOREIGN = [
     "add rule inet egressd steer meta mark set ct original packets",
     "add rule netdev egressd eg1 meta mark vmap { 3 : accept }",
     "add rule netdev egressd eg1 reject",
+    "add rule inet egressd eg2_connections ct count over 9000 accept",
+    "insert rule inet egressd eg2_connections accept",
+    "add rule inet egressd steer iifname vmap { eg1 : accept }",
 ]  # fmt: skip
 
 
@@ -222,6 +226,60 @@ def test_a_rule_of_somebody_else_is_found_and_goes(nft: Nft, rule: str) -> None:
     operations = diff.plan(seen(nft), wanted)
     assert any("rules of" in operation.describe() for operation in operations)
     nft.run(diff.commands(operations))
+    assert diff.plan(seen(nft), wanted) == ()
+
+
+@pytest.mark.parametrize("verdict", ["accept", "return", "goto eg2_connections", "jump refuse", None])
+def test_an_element_that_leads_around_a_limit_is_found_and_goes(nft: Nft, verdict: str | None) -> None:
+    wanted = everything(FULL)
+    construct(nft, wanted)
+    gone = 'delete element inet egressd connections { "eg2" }'
+    nft.run([gone, *([f'add element inet egressd connections {{ "eg2" : {verdict} }}'] if verdict else [])])
+    operations = diff.plan(seen(nft), wanted)
+    assert any("add to connections" in operation.describe() for operation in operations)
+    nft.run(diff.commands(operations))
+    assert diff.plan(seen(nft), wanted) == ()
+
+
+def test_a_limit_that_stays_is_not_written_anew(nft: Nft) -> None:
+    """Its rule is what counts: another one would count from nothing."""
+    before, after = (wants(policy(host(name), connections=9))["acme"] for name in ("a.test", "b.test"))
+    links = [LinkWant(Link(1), "acme")]
+    text = "\n".join(diff.commands(diff.changes(before, after, links=links)))
+    assert "b.test" in text
+    assert "connections" not in text
+    other = wants(policy(host("a.test"), connections=8))["acme"]
+    assert diff.commands(diff.changes(before, other, links=links)) == [
+        "flush chain inet egressd eg1_connections",
+        "add rule inet egressd eg1_connections ct count over 8 goto late_connections",
+    ]
+
+
+def test_limits_that_hang_on_elements_become_rules(nft: Nft) -> None:
+    """As an earlier version had them: `connections` was a set."""
+    wanted = everything(FULL)
+    construct(nft, wanted)
+    steer = seen(nft).things[Key("inet", "chain", "steer")]
+    assert isinstance(steer, Chain)
+    old = [rule.replace("vmap @connections", "@connections goto late_connections") for rule in steer.rules]
+    assert old != list(steer.rules)
+    nft.run(["flush chain inet egressd steer", "delete map inet egressd connections",
+             "flush chain inet egressd eg2_connections", "delete chain inet egressd eg2_connections",
+             "add set inet egressd connections { type ifname; size 65535; flags dynamic; }",
+             'add element inet egressd connections { "eg2" ct count over 9 comment "beta" }',
+             *(f"add rule inet egressd steer {rule}" for rule in old)])  # fmt: skip
+    nft.run(diff.commands(diff.plan(seen(nft), wanted)))
+    assert diff.plan(seen(nft), wanted) == ()
+
+
+def test_a_map_that_leads_to_chains_goes_with_them(nft: Nft) -> None:
+    """The kernel keeps a chain (EBUSY) as long as an element leads there, though its map is about to go."""
+    wanted = everything(FULL)
+    construct(nft, wanted)
+    nft.run(["add chain inet egressd other",
+             "add map inet egressd extra { type ifname : verdict; }",
+             'add element inet egressd extra { "x" : jump other }'])  # fmt: skip
+    nft.run(diff.commands(diff.plan(seen(nft), wanted)))
     assert diff.plan(seen(nft), wanted) == ()
 
 

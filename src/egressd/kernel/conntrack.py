@@ -57,7 +57,10 @@ class Conntrack:
     def forget_sources(self, addresses: Collection[IPv4Address | IPv6Address]) -> None:
         """Delete every entry that one of these addresses began."""
         for address in addresses:
-            self._delete([entry for entry in self._entries(_from(address)) if entry.source == address.packed])
+            source = address.packed
+            # of IPv6 everybody's are listed: taking each apart costs more than the listing
+            bodies = (reply.body for reply in self._socket.ask(_from(address)) if source in reply.body)
+            self._delete([entry for entry in map(_entry, bodies) if entry.source == source])
 
     def forget_ports(self, places: Collection[tuple[int, int, int]]) -> None:
         """Delete every entry of one of these (mark, IP protocol, port that it began towards)."""

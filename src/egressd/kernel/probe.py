@@ -46,8 +46,7 @@ _NEEDED: tuple[tuple[str, str, str], ...] = (
     ),
     (
         "limiting concurrent connections",
-        "add table inet probe; add set inet probe s { type ifname; flags dynamic; size 16; };"
-        ' add element inet probe s { "lo" ct count over 1 }',
+        "add table inet probe; add chain inet probe c; add rule inet probe c ct count over 1 drop",
         "CONFIG_NFT_CONNLIMIT (modprobe nft_connlimit)",
     ),
 )

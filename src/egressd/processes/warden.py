@@ -184,8 +184,8 @@ class Warden:
         wants = _decode(received.payload())
         self._check_workspaces(wants)
         operations = self._operations(wants)
-        removed = self._removed_marks(wants)
-        self._conntrack.forget_marks(self._fresh_marks(wants))
+        removed, fresh = self._exchanged_marks(wants)
+        self._conntrack.forget_marks(fresh)
         nat = [self.standing.nat[key] for key in self.standing.nat if key[0] in removed]
         taken = [NatEntry(e.mark, e.synthetic, None, e.comment) for e in nat]
         commands = [*build.nat(taken, self._leads(taken)), *diff.commands(operations)]
@@ -232,16 +232,13 @@ class Warden:
         desired = Desired(pools=self.pools, wants=dict(wants))
         return list(diff.plan(_without_links(self._observe(), wants), desired))
 
-    def _removed_marks(self, wants: Mapping[str, WorkspaceWant]) -> set[int]:
-        return self._standing_marks() - _marks_of(wants)
-
-    def _fresh_marks(self, wants: Mapping[str, WorkspaceWant]) -> set[int]:
-        """Marks that come into use. Connections of a revoked host stay in conntrack, so that its answers can
-        be turned into resets; before their mark means anything again, they must be gone."""
-        return _marks_of(wants) - self._standing_marks()
-
-    def _standing_marks(self) -> set[int]:
-        return _marks_of(self.standing.wants) if self.adopted else _marks(self._observe().things)
+    def _exchanged_marks(self, wants: Mapping[str, WorkspaceWant]) -> tuple[set[int], set[int]]:
+        """Marks that go out of use, and marks that come into use. Connections of a revoked host stay in
+        conntrack, so that its answers can be turned into resets; before their mark means anything again, they
+        must be gone."""
+        before = _marks_of(self.standing.wants) if self.adopted else _marks(self._observe().things)
+        after = _marks_of(wants)
+        return before - after, after - before
 
     def _names(self) -> dict[int, str]:
         return {want.index: name for name, want in self.standing.wants.items()}
@@ -316,8 +313,8 @@ class Warden:
         return messages.Done(request=request, changes=len(commands), microseconds=_since(began))
 
     def _forget(self, change: Change) -> None:
-        """Connections of marks that come into use, see `_fresh_marks`. Each walk through the table costs, so
-        a name that is new altogether takes one for all its kinds of marks."""
+        """Connections of marks that come into use, see `_exchanged_marks`. Each walk through the table costs,
+        so a name that is new altogether takes one for all its kinds of marks."""
         fresh = change.fresh
         if not self.adopted:
             fresh -= _marks(self._observe().things)
@@ -477,6 +474,8 @@ class Warden:
     def watch(self, *, tick: bool) -> None:
         """Take in the kernel's events; read back and restore when something is not ours. `tick`: look
         even if nothing was heard. Never raises: what cannot be mended is told, and tried again."""
+        for link in self._eraser.erased():
+            self.auditing.pass_on(messages.LinkErased(link=link.number))
         try:
             self._watch_ruleset(tick=tick)
             self._watch_routing(tick=tick)
@@ -686,7 +685,7 @@ def _without_links(observed: Observed, wants: Mapping[str, WorkspaceWant]) -> Ob
 
 
 def _of_link(key: Key) -> bool:
-    return key.family == "netdev" and Link.of_device(key.name.partition("_")[0]) is not None
+    return Link.of_device(key.name.partition("_")[0]) is not None
 
 
 # ---- the process

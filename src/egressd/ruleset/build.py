@@ -53,6 +53,7 @@ from egressd.ruleset.layout import (
     dial_source,
 )
 from egressd.ruleset.objects import (
+    VERDICT,
     Address,
     Chain,
     Counter,
@@ -157,17 +158,21 @@ def unlink(link: Link) -> list[str]:
     """
     name = identifier(link.device)
     chain, device = f"netdev {TABLE} {name}", string(link.device)
+    limit = f"inet {TABLE} {name}_connections"
     counters = [f"counter netdev {TABLE} {name}_{part}" for part in ("in", "ok", "denied", "other")]
     quota = f"quota netdev {TABLE} {name}_quota"
     return [
         *(f"add {counter}" for counter in counters),
         f"add {quota} {{ over 1 bytes; }}",
-        f"add element inet {TABLE} connections {{ {device} ct count over 1 }}",
         f"add element inet {TABLE} pace {{ {device} {_PACE} }}",
+        f"add chain {limit}",
+        f"add element inet {TABLE} connections {{ {device} : jump {name}_connections }}",
         f"add chain {chain}",
         f"flush chain {chain}",
         f"delete chain {chain}",
         *(f"delete element inet {TABLE} {name} {{ {device} }}" for name in ("connections", "pace")),
+        f"flush chain {limit}",
+        f"delete chain {limit}",
         f"delete {quota}",
         *(f"delete {counter}" for counter in counters),
     ]
@@ -326,7 +331,7 @@ def _static_inet() -> Objects:
         _inet("set", "in"): Set(type="mark", counter=True, comment="what may be answered; counts replies"),
         _inet("set", "opened"): Set(type="mark", counter=True, comment="counts connections"),
         _inet("set", "connections"): Set(
-            type="ifname", flags=("dynamic",), size=65535, comment="limits of open connections"
+            type="ifname", data=VERDICT, comment="limits of open connections, where there are any"
         ),
         _inet("set", "pace"): Set(
             type="ifname", flags=("dynamic",), size=65535, comment="how fast connections may begin"
@@ -412,7 +417,7 @@ _STEER = (
     "ct direction reply goto late_reply",
     "ct mark set meta mark",
     # questions to the resolver are not connections anybody would count, and linger for half a minute
-    f"ct state new {_NOT_A_QUESTION} iifname @connections goto late_connections",
+    f"ct state new {_NOT_A_QUESTION} iifname vmap @connections",
     # the inspector and the relay serve all sandboxes: whoever begins ten thousand connections a second would
     # keep them from everybody else
     f"ct state new {_STEERED} iifname @pace goto late_pace",
@@ -715,7 +720,7 @@ def _link(lease: LinkWant, want: WorkspaceWant, pools: Pools) -> Objects:
         hook=Hook("filter", "ingress", -500, "drop", device),
         comment=f"sandbox of workspace {name}",
     )
-    things[_inet("set", "connections")] = _elements("ifname", connection_limit(lease, want))
+    things |= connection_limit(lease, want)
     pace = Entry(statement=_PACE, comment=want.workspace)
     things[_inet("set", "pace")] = _elements("ifname", {string(device): pace})
     return things
@@ -729,12 +734,28 @@ _PARTS = {
 }
 
 
-def connection_limit(lease: LinkWant, want: WorkspaceWant) -> dict[str, Entry]:
-    """The link's element of @connections; none when the workspace has no such limit."""
+def connection_limit(lease: LinkWant, want: WorkspaceWant) -> Objects:
+    """The link's limit of open connections: a chain and the element of @connections that leads there. {}
+    when the workspace has no such limit.
+
+    A chain for each link, since the rule is what counts. A set's element could count as well, but the kernel
+    takes such an element away, limit and all, when it counts no connection (nft_connlimit_gc); and one that
+    is made by the packet itself (`add @set { iifname ct count over 9 }`) limits nothing when the set is full.
+    """
     if want.connections is None:
         return {}
-    statement = f"ct count over {int(want.connections)}"
-    return {string(lease.link.device): Entry(statement=statement, comment=want.workspace)}
+    device = lease.link.device
+    name = f"{device}_connections"
+    entry = Entry(data=f"jump {name}", comment=want.workspace)
+    return {
+        _inet("chain", name): Chain(
+            rules=(f"ct count over {int(want.connections)} goto late_connections",),
+            comment=f"limit of a sandbox of workspace {want.workspace}",
+        ),
+        _inet("set", "connections"): Set(
+            type="ifname", data=VERDICT, elements={string(device): entry}, partial=True
+        ),
+    }
 
 
 def _guard(lease: LinkWant, name: str, pools: Pools) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ import msgspec
 from egressd.ruleset import build, objects
 from egressd.ruleset.build import Desired, LinkWant
 from egressd.ruleset.layout import TABLE, Pools
-from egressd.ruleset.objects import Chain, Entry, Key, Objects, Set
+from egressd.ruleset.objects import VERDICT, Chain, Entry, Key, Objects, Set
 from egressd.ruleset.observe import Observed
 from egressd.ruleset.wants import Element, WorkspaceWant
 
@@ -102,10 +102,12 @@ def _one(want: WorkspaceWant | None, pools: Pools, links: tuple[LinkWant, ...]) 
     if want is None:
         return {}
     things = build.fragment(want, pools)
-    limits: dict[str, Entry] = {}
+    shared, elements = Key("inet", "set", "connections"), dict[str, Entry]()
     for lease in links:
-        limits |= build.connection_limit(lease, want)
-    things[Key("inet", "set", "connections")] = Set(type="ifname", elements=limits, partial=True)
+        limit = build.connection_limit(lease, want)
+        elements |= _elements(limit.pop(shared, None))
+        things |= limit
+    things[shared] = Set(type="ifname", data=VERDICT, elements=elements, partial=True)
     return things
 
 
@@ -119,8 +121,9 @@ def _tables(tables: Mapping[str, bool]) -> Iterator[Operation]:
 
 
 # --------------------------------------------------------------------------------------------------
-# The order within the batch: empty the chains that change, so that nothing refers to what goes; remove;
-# declare what comes; elements; and only then the rules that refer to all of it.
+# The order within the batch: empty the chains that change and take out the elements that lead to chains, so
+# that nothing refers to what goes; remove; declare what comes; elements; and only then the rules that refer
+# to all of it.
 
 
 def _between(have: Objects, want: Objects) -> Iterator[Operation]:
@@ -129,8 +132,9 @@ def _between(have: Objects, want: Objects) -> Iterator[Operation]:
     leaving = {*gone, *remade}
     rewritten = _rewritten(have, want, leaving)
     yield from _emptied(have, rewritten, leaving)
+    yield from _elements_removed(have, want, leaving, verdicts=True)
     yield from _removed(have, leaving)
-    yield from _elements_removed(have, want, leaving)
+    yield from _elements_removed(have, want, leaving, verdicts=False)
     coming = [key for key in want if (key not in have or key in remade) and not _partial(want[key])]
     yield from _made(want, coming)
     yield from _elements_added(have, want, leaving)
@@ -198,21 +202,19 @@ def _elements(thing: objects.Object | None) -> Mapping[str, Entry]:
     return thing.elements if isinstance(thing, Set) else {}
 
 
-def _elements_removed(have: Objects, want: Objects, leaving: set[Key]) -> Iterator[Operation]:
+def _elements_removed(
+    have: Objects, want: Objects, leaving: set[Key], *, verdicts: bool
+) -> Iterator[Operation]:
+    """Of a map that leads to chains also when it goes itself: its chains, which may go too, go before it."""
     for key, thing in have.items():
-        if key in leaving:
+        leads = isinstance(thing, Set) and thing.data == VERDICT
+        if leads is not verdicts or (key in leaving and not verdicts):
             continue
-        wanted = _elements(want.get(key))
+        wanted = {} if key in leaving else _elements(want.get(key))
         names = [name for name, entry in _elements(thing).items() if wanted.get(name) != entry]
         if names:
             notes = [_note(name, _elements(thing)[name]) for name in names]
-            # One with `ct count` may be gone already: the kernel collects it while it counts nothing
-            # (nft_connlimit_gc). What is certainly there can be deleted.
-            volatile = {name: _elements(thing)[name] for name in names if _elements(thing)[name].statement}
-            commands = (
-                *objects.add_elements(key, volatile, TABLE),
-                *objects.delete_elements(key, names, TABLE),
-            )
+            commands = tuple(objects.delete_elements(key, names, TABLE))
             yield Operation(f"remove from {key.name}: {_few(notes)}", commands)
 
 

@@ -17,8 +17,8 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from typing import Literal, NamedTuple, TypeAlias
 
 __all__ = [
-    "Address", "Chain", "Counter", "Entry", "Family", "Hook", "Key", "Network", "Objects", "Quota", "Set",
-    "address_text", "identifier", "mark_text", "network_text", "string",
+    "VERDICT", "Address", "Chain", "Counter", "Entry", "Family", "Hook", "Key", "Network", "Objects", "Quota",
+    "Set", "address_text", "identifier", "mark_text", "network_text", "string",
 ]  # fmt: skip
 
 Family: TypeAlias = Literal["netdev", "inet"]
@@ -27,6 +27,7 @@ Network: TypeAlias = IPv4Network | IPv6Network
 
 _IDENTIFIER = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 _STRING = re.compile(r"[A-Za-z0-9.*:,;/()_ -]{1,120}")
+VERDICT = "verdict"  # the data of a map whose elements lead to chains
 _CHUNK = 50_000  # elements in one command: bounds the parser's memory, not the batch
 
 
@@ -63,7 +64,7 @@ def mark_text(mark: int) -> str:
 
 
 class Entry(NamedTuple):
-    """What stands beside an element's key: the map's data, a statement (`ct count over 9`), a comment."""
+    """What stands beside a key: a map's data, a comment, a statement (`limit rate over 9/second`)."""
 
     data: str = ""
     comment: str = ""

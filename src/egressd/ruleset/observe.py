@@ -228,19 +228,27 @@ def _elements(body: Json) -> Iterator[tuple[str, Entry]]:
         yield (
             string(name) if quoted else name,
             Entry(
-                data=mark_text(data) if marks and isinstance(data, int) else str(data),
+                data=_data(data, mark=marks),
                 comment=inner.get("comment", ""),
                 statement=_statement(inner),
             ),
         )
 
 
+def _data(data: Any, *, mark: bool) -> str:
+    """What an element of a map leads to: a mark, an address, a verdict (`jump eg7_connections`)."""
+    match data:
+        case int(number) if mark:
+            return mark_text(number)
+        case {"jump": {"target": str(target), **more}, **rest} if not rest and not more:
+            return f"jump {target}"
+    return str(data)
+
+
 def _statement(inner: Json) -> str:
     """What else hangs on an element; its counter is the set's own business."""
     rest = {key: value for key, value in inner.items() if key not in ("val", "comment", "counter")}
     match rest:
-        case {"ct count": {"val": int(limit), "inv": True}} if len(rest) == 1:
-            return f"ct count over {limit}"
         case {"limit": {"rate": int(rate), "burst": int(burst), "per": str(per), "inv": True}} if (
             len(rest) == 1
         ):
@@ -313,22 +321,31 @@ def _expression(item: Json) -> str:
             return _match(operator, left, right)
         case "mangle", {"key": key, "value": value, **rest} if not rest:
             return f"{_operand(key)} set {_operand(value, mark=_is_mark(key))}"
-        case "vmap", {"key": key, "data": {"set": list(pairs), **more}, **rest} if not rest and not more:
-            return f"{_operand(key)} vmap {{ {', '.join(_pair(pair, key) for pair in pairs)} }}"
+        case "vmap", {"key": key, "data": data, **rest} if not rest:
+            return f"{_operand(key)} vmap {_verdicts(data, key)}"
+        case "ct count", {"val": int(limit), "inv": True, **rest} if not rest:
+            return f"ct count over {limit}"
         case "limit", {"rate": int(rate), "burst": int(burst), "per": str(per), **rest} if not rest:
             return f"limit rate {rate}/{per} burst {burst} packets"
         case "log", {"prefix": str(prefix), "group": int(group), "snaplen": int(length), **rest} if not rest:
             return f'log prefix "{prefix}" group {group} snaplen {length}'
-        case "reject", {"type": "tcp reset", **rest} if not rest:
-            return "reject with tcp reset"
-        case "reject", {"type": "icmpx", "expr": str(code), **rest} if not rest:
-            return f"reject with icmpx {code}"
+        case "reject", dict(how):
+            return f"reject with {_refusal(how)}"
         case "dnat", {"family": str(family), "addr": {"map": target, **x}, **rest} if not rest and not x:
             return f"dnat {family} to {_lookup(target)}"
         case "tproxy", {"family": str(family), "addr": str(address), "port": int(port), **rest} if not rest:
             where = f"[{address}]" if ":" in address else address
             return f"tproxy {family} to {where}:{port}"
     raise _ForeignError(word)
+
+
+def _refusal(how: Json) -> str:
+    match how:
+        case {"type": "tcp reset", **rest} if not rest:
+            return "tcp reset"
+        case {"type": "icmpx", "expr": str(code), **rest} if not rest:
+            return f"icmpx {code}"
+    raise _ForeignError("reject")
 
 
 def _match(operator: str, left: Any, right: Any) -> str:
@@ -393,6 +410,16 @@ def _lookup(target: Json) -> str:
         case {"key": key, "data": str(data), **rest} if not rest:
             return f"{_operand(key)} map {data}"
     raise _ForeignError("map")
+
+
+def _verdicts(data: Any, key: Any) -> str:
+    """The map of a `vmap`: one that has a name, or what stands in the rule."""
+    match data:
+        case str(name):
+            return name
+        case {"set": list(pairs), **rest} if not rest:
+            return f"{{ {', '.join(_pair(pair, key) for pair in pairs)} }}"
+    raise _ForeignError("vmap")
 
 
 def _pair(pair: Any, key: Any) -> str:
