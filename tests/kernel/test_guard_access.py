@@ -53,11 +53,13 @@ def there() -> Iterator[Topology]:
             policy(*rules),
             policy(named("plain.test", tcp(80)), workspace="watch", guard=Guard.OBSERVE),
             policy(named("plain.test", tcp(80)), workspace="open", guard=Guard.OFF),
+            policy(*DIRECT, workspace="wide", guard=Guard.OFF),
         )
         made.connect(1)
         made.connect(2)
         made.connect(3, "watch")
         made.connect(4, "open")
+        made.connect(5, "wide")
         for workspace in ("acme", "watch", "open"):
             made.resolve("plain.test", SERVER4, SERVER6, workspace=workspace)
         for host in ("quic.test", "count4.test", "count6.test"):
@@ -317,3 +319,32 @@ def test_every_denial_is_logged_with_workspace_and_reason(there: Topology) -> No
     assert {m.prefix for m in seen} == {"acme unlisted", "watch unlisted", "- unresolved"}
     assert {m.indev for m in seen if m.prefix in ("acme unlisted", "- unresolved")} == {index}
     assert all(0 < len(m.payload) <= 128 for m in seen)
+
+
+@FAMILIES
+def test_an_error_about_a_connection_does_not_give_it_to_another_host(there: Topology, family: int) -> None:
+    """An unrestricted sandbox may send ICMP errors. One bears the entry of the connection it is about, and what
+    follows must still be counted under that connection's host."""
+    from scapy.layers.inet import ICMP, IP, TCP
+    from scapy.layers.inet6 import ICMPv6DestUnreach, IPv6
+
+    address = server(family)
+    mark = there.mark(str(DIRECT[family == 6].network), "wide")
+    sock = there.client(5, address, 8080)
+    sock.sendall(b"before")
+    assert sock.recv(100) == b"before"
+    own, port = sock.getsockname()[:2]
+    ip, error = (IP, ICMP(type=3, code=3)) if family == 4 else (IPv6, ICMPv6DestUnreach(code=4))
+    quoted = ip(src=address, dst=own) / TCP(sport=8080, dport=port, flags="A", seq=1)
+    with inside(there.sandbox(5)):
+        kind = socket.AF_INET if family == 4 else socket.AF_INET6
+        raw = socket.socket(kind, socket.SOCK_RAW, socket.IPPROTO_RAW)
+    unlisted = there.counters().unlisted["wide"]
+    with raw:
+        raw.sendto(bytes(ip(src=own, dst=address) / error / quoted), (address, 0))
+    assert poll(lambda: there.counters().unlisted["wide"].packets > unlisted.packets), "the guard let it pass"
+    before = there.counters().replies[mark]
+    sock.sendall(b"after")
+    assert sock.recv(100) == b"after"
+    assert poll(lambda: there.counters().replies[mark].packets > before.packets)
+    sock.close()

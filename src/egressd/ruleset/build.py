@@ -415,7 +415,8 @@ _STEER = (
     # untracked: somebody's `notrack`; what conntrack does not see is neither translated nor disguised
     "ct state invalid,untracked goto late_invalid",
     "ct direction reply goto late_reply",
-    "ct mark set meta mark",
+    # an ICMP error bears the entry of the connection it is about (nf_conntrack_inet_error), which keeps its mark
+    "ct state != related ct mark set meta mark",
     # questions to the resolver are not connections anybody would count, and linger for half a minute
     f"ct state new {_NOT_A_QUESTION} iifname vmap @connections",
     # the inspector and the relay serve all sandboxes: whoever begins ten thousand connections a second would
