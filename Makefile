@@ -10,16 +10,19 @@ SHELL := /bin/bash
 #   iproute2 nftables python3-nftables bubblewrap libseccomp2   egressd itself
 #   python3-venv                                                the virtual environment
 #   python3-systemd                                             notification and journal, when run as a service
-#   curl openssl bind9-dnsutils tcpdump                         clients in tests and in the lab's shell
+#   curl openssl jq bind9-dnsutils tcpdump                      clients in tests and in the lab's shell
 #   mandoc codespell                                            check the man pages, and everybody's spelling
 PACKAGES := iproute2 nftables python3-nftables bubblewrap libseccomp2 python3-venv python3-systemd \
-            curl openssl bind9-dnsutils tcpdump mandoc codespell
+            curl openssl jq bind9-dnsutils tcpdump mandoc codespell
 # The peers that benchmarks compare with, beside bubblewrap. Traffic they make themselves. Where systemd runs, the
 # packages of unbound and haproxy start their services: mask them, or leave `make bench` alone. (nginx with
-# libnginx-mod-stream is measured, too, where it is there; its package would open port 80 of this machine.)
-BENCH_PACKAGES := firejail haproxy dnsperf unbound dnsmasq-base
+# libnginx-mod-stream is measured, too, where it is there; its package would open port 80 of this machine.) systemd is
+# here for its journald, which is run by hand in a namespace; the package alone does not become a container's init.
+BENCH_PACKAGES := firejail haproxy dnsperf unbound dnsmasq-base systemd
 # Programs whose resolvers are asked in sandboxes: kdig, musl, Go, Node, Java. They take 600 MB.
 CLIENT_PACKAGES := knot-dnsutils musl-tools gcc golang-go nodejs default-jdk-headless
+# The browser that shows the auditor's page, and what looks into the pages it prints. They take 400 MB.
+BROWSER_PACKAGES := chromium poppler-utils
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -27,6 +30,7 @@ BIN := $(VENV)/bin
 PYTHON := /usr/bin/python3
 INSTALLED := $(VENV)/.installed
 STAMPS := .lab
+PROMETHEUS := $(STAMPS)/prometheus/usr/bin/prometheus
 CODE := src tests bench demo completions
 # What codespell takes for mistakes: EDE is Extended DNS Error, FO are the Faroe Islands, nd is mdoc's Nd, iif is
 # nft's; the last four are mistakes that tests make on purpose.
@@ -50,19 +54,23 @@ lab: setup ## A shell in a machine of its own, with egressd running and a little
 	@$(BIN)/python -B -m lab shell
 
 .PHONY: test
-test: setup lint ## Lint and every test but the slow ones: minutes
-	$(BIN)/pytest -m 'not slow and not clients' --durations 10
+test: setup $(PROMETHEUS) lint ## Lint and every test but the slow ones: minutes
+	$(BIN)/pytest -m 'not slow and not clients and not browser' --durations 10
 
 # EGRESSD_SCALE: how much of their counts the long forms run, see tests/lab/scale.py.
 .PHONY: test-slow test-slow-short
 test-slow: setup ## The long forms: more kills, more packets, more examples
-	$(BIN)/pytest -m 'slow and not clients' --durations 10
+	$(BIN)/pytest -m 'slow and not clients and not browser' --durations 10
 test-slow-short: setup ## A tenth of them, for every push
-	EGRESSD_SCALE=$${EGRESSD_SCALE:-0.1} $(BIN)/pytest -m 'slow and not clients' --durations 10
+	EGRESSD_SCALE=$${EGRESSD_SCALE:-0.1} $(BIN)/pytest -m 'slow and not clients and not browser' --durations 10
 
 .PHONY: test-clients
 test-clients: setup $(STAMPS)/client-packages ## Programs with resolvers of their own: musl, Go, Node, Java (big packages)
 	$(BIN)/pytest -m clients
+
+.PHONY: test-browser
+test-browser: setup $(STAMPS)/browser-packages ## The auditor's page in a real browser: layout, paper, nothing loaded (a big package)
+	$(BIN)/pytest -m browser
 
 .PHONY: lint
 lint: setup ## Style, types, import contracts, completions, spelling, man pages
@@ -74,7 +82,7 @@ lint: setup ## Style, types, import contracts, completions, spelling, man pages
 	codespell --ignore-words-list $(WORDS) $(CODE) docs systemd README.md Makefile
 	mandoc -T lint -W warning docs/man/*.[1-9]
 
-.PHONY: bench bench-short bench-spawn bench-datapath bench-dns bench-inspector
+.PHONY: bench bench-short bench-spawn bench-datapath bench-dns bench-inspector bench-journal
 bench: setup $(STAMPS)/bench-packages ## Every benchmark: ratios against peers, measured in the same run
 	$(BIN)/python -m bench
 bench-short: setup $(STAMPS)/bench-packages ## Whether they still measure; a minute, and figures of no worth
@@ -87,6 +95,8 @@ bench-dns: setup $(STAMPS)/bench-packages ## Answers per second, against unbound
 	$(BIN)/python -m bench dns
 bench-inspector: setup $(STAMPS)/bench-packages ## What it costs that names are read before a byte goes out
 	$(BIN)/python -m bench inspector
+bench-journal: setup $(STAMPS)/bench-packages ## Records per second, against journald; what a storm of denials costs others
+	$(BIN)/python -m bench journal
 
 .PHONY: clean
 clean: ## Everything these targets made, but distribution packages
@@ -102,6 +112,8 @@ $(STAMPS)/bench-packages: Makefile
 	@$(call need,$(BENCH_PACKAGES))
 $(STAMPS)/client-packages: Makefile
 	@$(call need,$(CLIENT_PACKAGES))
+$(STAMPS)/browser-packages: Makefile
+	@$(call need,$(BROWSER_PACKAGES))
 
 # Install what is missing; without root say what to type and stop. The stamp makes the second time free.
 define need
@@ -128,6 +140,19 @@ else \
 fi; \
 touch $@
 endef
+
+# Prometheus and promtool, for the tests of metrics. Unpacked and not installed: where systemd runs, Debian's package
+# would start a service, listening on port 9090 of every address. Needs no root. The lists of a fresh machine may be too
+# old to know the file, and only root can renew them.
+$(PROMETHEUS):
+	@echo "unpacking prometheus into $(STAMPS)/prometheus, without installing it"
+	@rm -rf $(STAMPS)/prometheus $(STAMPS)/prometheus.new; mkdir -p $(STAMPS)/prometheus.new
+	@cd $(STAMPS)/prometheus.new; \
+	apt-get download -qq prometheus 2>/dev/null || \
+	  { [ "$$(id -u)" -ne 0 ] || apt-get update -qq; apt-get download -qq prometheus; } || \
+	  { echo "apt-get cannot download prometheus: sudo apt-get update, then try again" >&2; exit 1; }
+	@cd $(STAMPS)/prometheus.new; dpkg -x prometheus_*.deb . && rm prometheus_*.deb
+	@mv $(STAMPS)/prometheus.new $(STAMPS)/prometheus; touch $@
 
 $(INSTALLED): pyproject.toml | $(STAMPS)/packages
 	@echo "making $(VENV)"

@@ -8,7 +8,7 @@ more than `capacity` different keys at once the oldest is simply handed out earl
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -65,6 +65,10 @@ class Floods(Generic[K, D]):
     def next_due(self) -> float | None:
         """When the oldest will be over; None if there is none."""
         return next((flood.first + self._window for flood in self._open.values()), None)
+
+    def take(self, which: Callable[[K], bool]) -> list[Flood[K, D]]:
+        """Those of `which`, before their window has passed, oldest first: nothing more will come of them."""
+        return [self._open.pop(key) for key in [key for key in self._open if which(key)]]
 
     def drain(self) -> list[Flood[K, D]]:
         """All of them, at an end."""

@@ -1,7 +1,8 @@
 """How a journal lies in files: 0001.jsonl, 0002.jsonl, ... each a run of whole lines.
 
 A file is only ever appended to, and only the last one. A line that a crash cut short is the one thing
-that can be wrong at its end: `torn` says which bytes those are.
+that can be wrong at its end: `torn` says which bytes those are. Beside each lie 0001.leaves, its records'
+leaf hashes, and once it is closed 0001.frontier, what is needed to go on hashing after it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-__all__ = ["name", "number", "numbers", "torn"]
+__all__ = ["frontier", "leaves", "name", "number", "numbers", "torn"]
 
 _NAME = re.compile(r"([0-9]{4,12})\.jsonl")
 
@@ -19,6 +20,16 @@ def name(segment: int) -> str:
     if segment < 1:
         raise ValueError(f"there is no segment {segment}")
     return f"{segment:04d}.jsonl"
+
+
+def leaves(segment: int) -> str:
+    """The file of its leaf hashes, 32 bytes each."""
+    return name(segment).replace(".jsonl", ".leaves")
+
+
+def frontier(segment: int) -> str:
+    """The file of the Merkle frontier at its end."""
+    return name(segment).replace(".jsonl", ".frontier")
 
 
 def number(file_name: str) -> int | None:

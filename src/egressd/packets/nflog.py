@@ -19,15 +19,23 @@ from typing import TypeAlias
 
 from egressd.model.identities import check_workspace
 from egressd.model.verdicts import Reason
+from egressd.packets.netlink import (
+    ATTRIBUTE,
+    DONE,
+    ERROR,
+    HEADER,
+    NOOP,
+    OVERRUN,
+    Malformed,
+    Overrun,
+    aligned,
+    attributes,
+    pieces,
+)
 
 __all__ = ["Failure", "Logged", "Malformed", "Message", "Overrun", "Subject", "configure", "parse", "subject"]
 
-# linux/netlink.h
-_NLMSG_NOOP, _NLMSG_ERROR, _NLMSG_DONE, _NLMSG_OVERRUN = 1, 2, 3, 4
-_NLM_F_REQUEST, _NLM_F_ACK = 1, 4
-_HEADER = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, port
-_ATTRIBUTE = struct.Struct("=HH")  # nlattr: length with this header, type
-_TYPE_MASK = 0x3FFF  # NLA_TYPE_MASK: without the nested and byte-order flags
+_NLM_F_REQUEST, _NLM_F_ACK = 1, 4  # linux/netlink.h
 # linux/netfilter/nfnetlink.h
 _SUBSYSTEM_ULOG = 4
 _GENERIC = struct.Struct("!BBH")  # nfgenmsg: family, version, resource (the group), big-endian
@@ -63,18 +71,6 @@ class Failure:
     request: int  # the sequence number of the request meant
 
 
-@dataclass(frozen=True, slots=True)
-class Overrun:
-    """NLMSG_OVERRUN: data were lost before this message."""
-
-
-@dataclass(frozen=True, slots=True)
-class Malformed:
-    """Bytes that are no message of the kernel's."""
-
-    text: str
-
-
 Message: TypeAlias = Logged | Failure | Overrun | Malformed
 
 
@@ -102,30 +98,23 @@ def subject(prefix: str) -> Subject:
 def parse(datagram: bytes) -> tuple[Message, ...]:
     """All messages of one datagram, in order."""
     found: list[Message] = []
-    offset = 0
-    while len(datagram) - offset >= _HEADER.size:
-        length, kind, _, sequence, _ = _HEADER.unpack_from(datagram, offset)
-        if not _HEADER.size <= length <= len(datagram) - offset:
-            return (*found, Malformed(f"a message claims {length} bytes of {len(datagram) - offset}"))
-        message = _message(kind, sequence, datagram[offset + _HEADER.size : offset + length])
+    for piece in pieces(datagram):
+        message = piece if isinstance(piece, Malformed) else _message(*piece)
         if message is not None:
             found.append(message)
-        offset += _aligned(length)
-    if offset < len(datagram):
-        found.append(Malformed(f"{len(datagram) - offset} bytes after the last message"))
     return tuple(found)
 
 
 def _message(kind: int, sequence: int, body: bytes) -> Message | None:
     if kind == _PACKET:
         return _packet(body)
-    if kind == _NLMSG_ERROR:
+    if kind == ERROR:
         if len(body) < 4:
             return Malformed("an error without its number")
         return Failure(errno=-struct.unpack_from("=i", body)[0], request=sequence)
-    if kind == _NLMSG_OVERRUN:
+    if kind == OVERRUN:
         return Overrun()
-    if kind in (_NLMSG_NOOP, _NLMSG_DONE):  # DONE ends each batch of several packets
+    if kind in (NOOP, DONE):  # DONE ends each batch of several packets
         return None
     return Malformed(f"message type {kind:#06x} is not one of the packet log's")
 
@@ -134,45 +123,28 @@ def _packet(body: bytes) -> Logged | Malformed:
     if len(body) < _GENERIC.size:
         return Malformed("a packet without its header")
     _, version, group = _GENERIC.unpack_from(body)
-    attributes = _attributes(body[_GENERIC.size :])
-    if version != 0 or attributes is None:
+    found = attributes(body[_GENERIC.size :])
+    if version != 0 or found is None:
         return Malformed("a packet whose attributes do not add up")
-    ethertype, hook = _numbers(attributes, _PACKET_HDR, "!HB", (None, None))
-    seconds, micros = _numbers(attributes, _TIMESTAMP, "!QQ", (None, 0))
+    ethertype, hook = _numbers(found, _PACKET_HDR, "!HB", (None, None))
+    seconds, micros = _numbers(found, _TIMESTAMP, "!QQ", (None, 0))
     return Logged(
-        prefix=attributes.get(_PREFIX, b"")[:_PREFIX_MAX].partition(b"\0")[0].decode("ascii", "replace"),
-        payload=attributes.get(_PAYLOAD, b""),
+        prefix=found.get(_PREFIX, b"")[:_PREFIX_MAX].partition(b"\0")[0].decode("ascii", "replace"),
+        payload=found.get(_PAYLOAD, b""),
         ethertype=ethertype,
         hook=hook,
         group=group,
-        mark=_numbers(attributes, _MARK, "!I", (0,))[0],
-        indev=_numbers(attributes, _INDEV, "!I", (None,))[0],
-        outdev=_numbers(attributes, _OUTDEV, "!I", (None,))[0],
-        sequence=_numbers(attributes, _SEQ, "!I", (None,))[0],
+        mark=_numbers(found, _MARK, "!I", (0,))[0],
+        indev=_numbers(found, _INDEV, "!I", (None,))[0],
+        outdev=_numbers(found, _OUTDEV, "!I", (None,))[0],
+        sequence=_numbers(found, _SEQ, "!I", (None,))[0],
         time=None if seconds is None else seconds + micros / 1e6,
     )
 
 
-def _attributes(data: bytes) -> dict[int, bytes] | None:
-    """Attributes by type; None if their lengths do not add up. Of equal types the first counts."""
-    found: dict[int, bytes] = {}
-    offset = 0
-    while len(data) - offset >= _ATTRIBUTE.size:
-        length, kind = _ATTRIBUTE.unpack_from(data, offset)
-        if not _ATTRIBUTE.size <= length <= len(data) - offset:
-            return None
-        found.setdefault(kind & _TYPE_MASK, data[offset + _ATTRIBUTE.size : offset + length])
-        offset += _aligned(length)
-    return found
-
-
-def _numbers(attributes: dict[int, bytes], kind: int, shape: str, absent: tuple) -> tuple:  # type: ignore[type-arg]
-    data = attributes.get(kind, b"")
+def _numbers(found: dict[int, bytes], kind: int, shape: str, absent: tuple) -> tuple:  # type: ignore[type-arg]
+    data = found.get(kind, b"")
     return struct.unpack_from(shape, data) if len(data) >= struct.calcsize(shape) else absent
-
-
-def _aligned(length: int) -> int:
-    return (length + 3) & ~3  # NLMSG_ALIGN, NLA_ALIGN
 
 
 def configure(
@@ -198,9 +170,9 @@ def configure(
 
 def _request(sequence: int, group: int, attributes: bytes) -> bytes:
     body = _GENERIC.pack(0, 0, group) + attributes
-    return _HEADER.pack(_HEADER.size + len(body), _CONFIG, _NLM_F_REQUEST | _NLM_F_ACK, sequence, 0) + body
+    return HEADER.pack(HEADER.size + len(body), _CONFIG, _NLM_F_REQUEST | _NLM_F_ACK, sequence, 0) + body
 
 
 def _attribute(kind: int, data: bytes) -> bytes:
-    length = _ATTRIBUTE.size + len(data)
-    return _ATTRIBUTE.pack(length, kind) + data + bytes(_aligned(length) - length)
+    length = ATTRIBUTE.size + len(data)
+    return ATTRIBUTE.pack(length, kind) + data + bytes(aligned(length) - length)
