@@ -51,6 +51,35 @@ def test_a_message_arrives_as_it_was_sent(ends: Ends) -> None:
     assert warden.receive().message == messages.SetNat(request=7, entries=(entry,))
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("link", True), ("a_1", True), ("a" + "b" * 30, True), ("a" + "b" * 31, False), ("", False),
+        ("Link", False), ("1link", False), ("li nk", False), ("link\n", False), ("l\u00ednk", False),
+    ],
+)  # fmt: skip
+def test_fields_of_an_event_are_named_as_a_record_names_them(name: str, told: bool) -> None:
+    left, right = pair()
+    with left, right:
+        auditor: Channel[Any] = Channel(right, messages.TO_AUDITOR)
+        for _ in range(2):  # the second time it is known, or not
+            document = {"type": "Event", "process": "warden", "event": "said", "fields": {"also": 1, name: 2}}
+            left.send(msgspec.json.encode(document))
+            if told:
+                assert auditor.receive().message.fields == {"also": 1, name: 2}
+            else:
+                with pytest.raises(ProtocolError, match="field's name"):
+                    auditor.receive()
+
+
+def test_what_is_known_of_names_is_bounded() -> None:
+    for number in range(3 * messages._MOST_KNOWN):
+        messages.Event(process="warden", event="said", fields={f"k{number}": 1})
+    messages.Event(process="warden", event="said", fields={f"k{number}": 1 for number in range(1000)})
+    assert len(messages._known_names) <= messages._MOST_KNOWN
+    assert max(map(len, messages._known_names)) == 1
+
+
 def test_bulk_arrives_sealed_and_whole(ends: Ends) -> None:
     controller, warden = ends
     data = os.urandom(3_000_000)

@@ -193,6 +193,7 @@ def test_as_a_program_it_hands_over_sockets_that_live_in_the_gateway(world: Worl
         "inspect6",
         "relay6",
         "nflog",
+        "flows",
     ]
     world.gateway = found.pop("gateway")
     with socket.socket(fileno=os.dup(found["udp6"])) as udp:

@@ -32,7 +32,7 @@ from egressd.model.identities import Link
 from egressd.packets import nflog
 from egressd.ruleset import diff
 from egressd.ruleset.books import books, equations
-from egressd.ruleset.layout import NFLOG_GROUP, RELAY_PORT, RESOLVER4, RESOLVER6, Kind
+from egressd.ruleset.layout import ADMITTED, NFLOG_GROUP, RELAY_PORT, RESOLVER4, RESOLVER6, Kind
 from egressd.ruleset.observe import Counters, Tally
 
 pytestmark = pytest.mark.kernel
@@ -318,13 +318,15 @@ def test_every_denial_is_logged_with_workspace_and_reason(there: Topology) -> No
     assert poll(arrived), seen
     assert {m.prefix for m in seen} == {"acme unlisted", "watch unlisted", "- unresolved"}
     assert {m.indev for m in seen if m.prefix in ("acme unlisted", "- unresolved")} == {index}
+    # by the mark the auditor tells what was refused from what observe let through
+    assert {m.prefix for m in seen if m.mark & ADMITTED} == {"watch unlisted", "- unresolved"}
     assert all(0 < len(m.payload) <= 128 for m in seen)
 
 
 @FAMILIES
 def test_an_error_about_a_connection_does_not_give_it_to_another_host(there: Topology, family: int) -> None:
-    """An unrestricted sandbox may send ICMP errors. One bears the entry of the connection it is about, and what
-    follows must still be counted under that connection's host."""
+    """An unrestricted sandbox may send ICMP errors. One bears the entry of the connection it is about, and
+    what follows must still be counted under that connection's host."""
     from scapy.layers.inet import ICMP, IP, TCP
     from scapy.layers.inet6 import ICMPv6DestUnreach, IPv6
 

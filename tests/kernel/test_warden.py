@@ -231,6 +231,9 @@ def test_workspaces_change_by_difference_and_counters_survive(world: World, ward
     assert warden.heard(messages.Retired) == messages.Retired(
         workspace="acme", elements={"quic.test": (1, 38)}
     )
+    assert warden.heard(messages.Retired) == messages.Retired(
+        workspace="acme", elements={}, opened={"quic.test": (1, 38)}
+    )
     warden.close(10)
 
 

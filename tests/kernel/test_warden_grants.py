@@ -166,8 +166,10 @@ def test_half_of_a_name_goes_and_the_rest_keeps_its_mark_and_counter(world: Worl
     read, plain = name()[:2], name()[2:]
     withdraw(warden, plain)
     assert drift(warden) == []
-    text = world.nft("list set inet egressd in")
-    assert f"{mark(Kind.FORWARD, FRESH):#010x}" in text and f"{mark(Kind.INSPECT, FRESH):#010x}" in text
+    forward, read_mark = (f"{mark(kind, FRESH):#010x}" for kind in (Kind.FORWARD, Kind.INSPECT))
+    text, upstream = (world.nft(f"list set inet egressd {which}") for which in ("in", "upstream"))
+    assert read_mark in text and forward not in text, "what a sandbox may be answered"
+    assert forward in upstream, "what the inspector may"
     assert "packets 1" in world.nft("list map inet egressd dial4")
     assert "192.0.2.80" in world.nft("list map inet egressd real4")
     withdraw(warden, read)
@@ -193,6 +195,10 @@ def test_what_is_withdrawn_tells_its_last_counters(world: World, warden: Warden)
     )
     assert warden.heard(messages.Retired) == messages.Retired(
         workspace="acme", elements={}, dialled={"a.wild.test": (1, 60)}
+    )
+    # of the sandbox's connection alone, although both have the one mark
+    assert warden.heard(messages.Retired) == messages.Retired(
+        workspace="acme", elements={}, opened={"a.wild.test": (1, 60)}
     )
     warden.close(2)
 

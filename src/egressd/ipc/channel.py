@@ -30,6 +30,7 @@ __all__ = ["MAX_MESSAGE", "Channel", "PeerCredentials", "Received", "pair", "pay
 MAX_MESSAGE = 1 << 17  # bytes; SetNat at its bound is about 70 kB
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 _CARRY_DESCRIPTOR = (messages.OpenLink, messages.Attach, messages.NewPeer)
+_CUT_SHORT = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)  # made once: an enum's `|` takes long
 _DESCRIPTORS = socket.CMSG_SPACE(4 * struct.calcsize("i"))  # room to see that more than one was sent
 
 R = TypeVar("R")
@@ -151,10 +152,15 @@ class Channel(Generic[R]):
             raise
         return Received(message, descriptors[0] if descriptors else None)
 
+    def decode(self, data: bytes, flags: int = 0) -> R:
+        """A message that was received without room for descriptors; `flags` of recvmsg(2). Raises as
+        `receive` does."""
+        return self._decode(data, flags, 0)
+
     def _decode(self, data: bytes, flags: int, descriptors: int) -> R:
         if not data and not descriptors:
             raise EOFError
-        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        if flags & _CUT_SHORT:
             raise ProtocolError("the message is larger than any message may be")
         try:
             message = self._decoder.decode(data)
@@ -167,6 +173,8 @@ class Channel(Generic[R]):
 
 
 def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
+    if not ancillary:
+        return []
     found = array.array("i")
     for level, kind, data in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):

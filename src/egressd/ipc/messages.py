@@ -7,6 +7,7 @@ as one sealed memfd, so that no message is ever split.
 
 from __future__ import annotations
 
+import re
 from ipaddress import IPv4Address, IPv6Address
 from typing import Annotated, Literal, TypeAlias
 
@@ -15,8 +16,8 @@ from msgspec import Meta, Struct
 from egressd.ruleset.wants import Element, NatEntry, WorkspaceName
 
 __all__ = [
-    "FROM_CLIENT", "FROM_INSPECTOR", "FROM_RELAY", "FROM_RESOLVER", "FROM_WARDEN", "TO_AUDITOR", "TO_CLIENT",
-    "TO_INSPECTOR", "TO_RELAY", "TO_RESOLVER", "TO_WARDEN",
+    "FROM_CLIENT", "FROM_EVIDENCE", "FROM_INSPECTOR", "FROM_RELAY", "FROM_RESOLVER", "FROM_WARDEN",
+    "TO_AUDITOR", "TO_CLIENT", "TO_EVIDENCE", "TO_INSPECTOR", "TO_RELAY", "TO_RESOLVER", "TO_WARDEN",
 ]  # fmt: skip
 
 LinkNumber = Annotated[int, Meta(ge=1, le=999_999_999)]
@@ -178,6 +179,8 @@ class Retired(_Message, frozen=True, tag=True):
     workspace: WorkspaceName
     elements: dict[str, tuple[int, int]]  # comment -> (packets, bytes), summed
     dialled: dict[str, tuple[int, int]] = {}  # the same for what the inspector sent on; in no book
+    replies: dict[str, tuple[int, int]] = {}  # what sandboxes received, of marks that went with them
+    opened: dict[str, tuple[int, int]] = {}  # connections: as packets
 
 
 class LinkLost(_Message, frozen=True, tag=True):
@@ -344,16 +347,39 @@ class Enter(_Message, frozen=True, tag=True):
 class Attach(_Message, frozen=True, tag=True):
     """After `Enter`: the namespace of my child comes along as the one descriptor. Answered `Lease`.
 
-    `command` is recorded, never interpreted.
+    `command` is recorded, never interpreted; `digest` is SHA-256 of all its arguments, each ended by a NUL.
     """
 
     command: Text = ""
+    digest: Annotated[str, Meta(pattern=r"^(sha256:[0-9a-f]{64})?$")] = ""
+
+
+class Ended(_Message, frozen=True, tag=True):
+    """The last word of a broker about its sandbox; recorded as its claim. Never answered."""
+
+    status: Annotated[int, Meta(ge=-128, le=255)]  # exit status; -N: ended by signal N
+    why: Annotated[str, Meta(max_length=256)] = ""  # "wall", "revoked", ... where it did not end by itself
+    user_seconds: Annotated[float, Meta(ge=0, le=1e12)] = 0.0
+    system_seconds: Annotated[float, Meta(ge=0, le=1e12)] = 0.0
+    max_rss: Annotated[int, Meta(ge=0, lt=1 << 62)] = 0  # bytes
+
+
+class Attempt(_Message, frozen=True, tag=True):
+    """Which process inside tried what the gateway will refuse; recorded as the broker's claim, never
+    believed. Never answered."""
+
+    protocol: Annotated[str, Meta(max_length=16)]
+    destination: Annotated[str, Meta(max_length=45)]  # an address
+    port: Annotated[int, Meta(ge=0, le=65535)] | None = None
+    pid: Annotated[int, Meta(ge=0, lt=1 << 31)] | None = None  # inside the sandbox's pid namespace
+    executable: Annotated[str, Meta(max_length=1024)] = ""
+    command: Annotated[str, Meta(max_length=2048)] = ""
 
 
 class Ask(_Message, frozen=True, tag=True):
     """A reading verb. Answered `Answer` with a JSON document as payload, or `Refusal`."""
 
-    what: Literal["status", "counters", "ruleset", "policy", "diff"]
+    what: Literal["status", "counters", "ruleset", "policy", "diff", "journal", "metrics"]
     workspace: Annotated[str, Meta(max_length=256)] | None = None
 
 
@@ -373,7 +399,22 @@ class Apply(_Message, frozen=True, tag=True):
     dry_run: bool = False
 
 
-FROM_CLIENT: TypeAlias = Enter | Attach | Ask | Why | Apply
+class Prove(_Message, frozen=True, tag=True):
+    """Evidence of a workspace, or of one sandbox of it. Answered with the DSSE envelope as document.
+    `continues`: records of a checkpoint that somebody kept; that the journal goes on from there is proved."""
+
+    workspace: Annotated[str, Meta(max_length=256)]
+    link: LinkNumber | None = None
+    since: Annotated[str, Meta(max_length=32)] | None = None  # as a record spells a time
+    until: Annotated[str, Meta(max_length=32)] | None = None
+    continues: Annotated[int, Meta(ge=1)] | None = None
+
+
+class ChangeKey(_Message, frozen=True, tag=True):
+    """Make a new signing key. For root and the daemon's user. Answered like `Ask(what="journal")`."""
+
+
+FROM_CLIENT: TypeAlias = Enter | Attach | Ended | Attempt | Ask | Why | Apply | Prove | ChangeKey
 
 
 class LocalService(Struct, frozen=True, forbid_unknown_fields=True):
@@ -395,6 +436,10 @@ class Terms(_Message, frozen=True, tag=True):
     memory: int | None = None
     processes: int | None = None
     services: tuple[LocalService, ...] = ()
+    # Where the policy may lead: addresses of its names, and its networks. Who tries another place will be
+    # refused, and the broker may say who it was (`Attempt`). As of now: a later policy may lead elsewhere.
+    # None: nobody needs to look.
+    known: Annotated[tuple[Annotated[str, Meta(max_length=49)], ...], Meta(max_length=256)] | None = None
 
 
 class Lease(_Message, frozen=True, tag=True):
@@ -449,17 +494,97 @@ class Event(_Message, frozen=True, tag=True):
 
     process: Annotated[str, Meta(max_length=32)]
     event: Annotated[str, Meta(pattern=r"^[a-z][a-z-]{1,40}$")]
-    fields: dict[Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]{0,30}$")], str | int | float | bool | None]
+    fields: dict[str, str | int | float | bool | None]
+
+    def __post_init__(self) -> None:
+        """Names are compared as a whole with those of earlier events: a pattern per name would be a third of
+        what the auditor does for an event."""
+        names = tuple(self.fields)
+        if names in _known_names:
+            return
+        if not all(map(_FIELD_NAME.fullmatch, names)):
+            raise ValueError("a field's name is not spelled as a record spells it")
+        if len(_known_names) >= _MOST_KNOWN:
+            _known_names.clear()
+        if len(names) <= _MOST_NAMES:
+            _known_names.add(names)
+
+
+_FIELD_NAME = re.compile(r"[a-z][a-z0-9_]{0,30}")
+# More than our own processes use, and few megabytes should one of them be somebody else's.
+_MOST_KNOWN, _MOST_NAMES = 1024, 64
+_known_names: set[tuple[str, ...]] = set()
 
 
 class Losses(_Message, frozen=True, tag=True):
     """How many events a process could not hand over since it last said so."""
 
     process: Annotated[str, Meta(max_length=32)]
-    count: Annotated[int, Meta(ge=1)]
+    count: Annotated[int, Meta(ge=1, lt=1 << 32)]  # added up in a record, which holds less than 1 << 64
 
 
-TO_AUDITOR: TypeAlias = Event | Losses | BindSource | UnbindSource
+class NameBlocks(_Message, frozen=True, tag=True):
+    """From the controller: which host each block of a workspace is, so that a flow, of which the kernel tells
+    addresses, is recorded under its name. Further messages tell of more blocks of it, or of other hosts."""
+
+    workspace: WorkspaceName
+    index: Annotated[int, Meta(ge=1, lt=1 << 13)]
+    hosts: Annotated[dict[int, HostName], Meta(max_length=256)]  # block -> host, as the policy's rows say it
+
+
+class LinkErased(_Message, frozen=True, tag=True):
+    """From the warden: the kernel has forgotten all connections of a closed link, so that the end of each has
+    been told."""
+
+    link: LinkNumber
+
+
+TO_AUDITOR: TypeAlias = Event | Losses | BindSource | UnbindSource | NameBlocks | LinkErased
+
+
+# --------------------------------------------------------------------------------------------------
+# controller -> auditor and back, on a channel of its own ("evidence"): what has an answer.
+class ReadJournal(_Request, frozen=True, tag=True):
+    """How is the journal? Answered by `JournalState`."""
+
+
+class JournalState(_Request, frozen=True, tag=True):
+    """Records and bytes on disk, what waits in the queue, what was lost since the auditor started, seconds
+    since the oldest waiting record was submitted, and the last checkpoint."""
+
+    records: int
+    octets: int
+    segments: int
+    queued: int
+    lag: float  # seconds; 0: nothing waits
+    lost: dict[Annotated[str, Meta(max_length=64)], int]  # cause -> count
+    failing: Text = ""  # why the disk refuses, if it does
+    origin: Text = ""
+    key: Text = ""  # the public key in force, as signed-note verifier key
+    checkpoint_size: int = 0
+    checkpoint_time: float = 0.0  # Unix time; 0: none yet
+
+
+class MakeProof(_Request, frozen=True, tag=True):
+    """Answered by `Payload` (the DSSE envelope), or `Failed`. The payload sent along is the controller's
+    part of the statement (journal.statement.Facts as JSON). `after`: id of the snapshot that must be on disk
+    first."""
+
+    payload_length: Annotated[int, Meta(ge=2, le=1 << 30)]
+    workspace: WorkspaceName
+    link: LinkNumber | None = None  # a receipt: of this link alone
+    since: Annotated[str, Meta(max_length=32)] | None = None  # a record's time; None: from the beginning
+    until: Annotated[str, Meta(max_length=32)] | None = None  # None: now
+    after: Annotated[str, Meta(max_length=64)] = ""
+    continues: Annotated[int, Meta(ge=1)] | None = None  # records of an earlier checkpoint
+
+
+class RotateKey(_Request, frozen=True, tag=True):
+    """Make a new signing key; both keys sign the first checkpoint after it. Answered by `JournalState`."""
+
+
+TO_EVIDENCE: TypeAlias = ReadJournal | MakeProof | RotateKey
+FROM_EVIDENCE: TypeAlias = JournalState | Payload | Done | Failed
 
 
 # --------------------------------------------------------------------------------------------------

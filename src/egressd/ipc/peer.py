@@ -157,7 +157,11 @@ class Peer:
     # ---- receiving
 
     def _readable(self) -> None:
-        for _ in range(self._reads):
+        self.read(self._reads)
+
+    def read(self, most: int) -> None:
+        """Take in what has come, at most so many messages; the loop does so by itself, in its own time."""
+        for _ in range(most):
             if self.closed:
                 return
             try:

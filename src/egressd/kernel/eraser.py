@@ -7,9 +7,11 @@ that ends does not keep another from beginning. A link comes here silenced: down
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
+from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv6Address
 
 from egressd.kernel import netlink
@@ -33,6 +35,7 @@ class Eraser:
         self._route, self._conntrack = Netlink(netlink.ROUTE), Conntrack()
         self._queue: queue.SimpleQueue[Link] = queue.SimpleQueue()
         self._busy: set[tuple[IPv4Address, IPv6Address]] = set()
+        self._done: queue.SimpleQueue[Link] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="eraser", daemon=True)
         self._thread.start()
 
@@ -50,6 +53,12 @@ class Eraser:
         """May connections of an earlier link with these addresses still be known?"""
         return self._pools.sandbox(link) in self._busy
 
+    def erased(self) -> Iterator[Link]:
+        """Links that are gone altogether since this was last asked."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                yield self._done.get_nowait()
+
     def _run(self) -> None:
         while True:
             link = self._queue.get()
@@ -57,5 +66,6 @@ class Eraser:
                 self._route.run([remove_link(link.device)])
                 self._conntrack.forget_sources(self._pools.sandbox(link))
                 self._busy.discard(self._pools.sandbox(link))
+                self._done.put(link)
             except (KernelError, OSError) as error:  # its addresses stay busy: nobody gets them
                 log.error("%s cannot be removed: %s", link.device, error)  # noqa: TRY400

@@ -71,6 +71,7 @@ RULES: tuple[Rule, ...] = _rules(socket.AF_INET) + _rules(socket.AF_INET6)
 
 _EARLY = "an open connection would be found before routing is asked, and survive both keys"
 _LOOSE = "a packet in the middle of no connection would be forwarded"
+_FLOWS = "flow records: who talked to whom, how much, how long (CONFIG_NF_CONNTRACK_TIMESTAMP, _EVENTS)"
 _STATIC = "neighbours are static: no discovery, no advertisement, no automatic address"
 
 GATEWAY_SETTINGS: tuple[Setting, ...] = (
@@ -87,6 +88,10 @@ GATEWAY_SETTINGS: tuple[Setting, ...] = (
     Setting("net/ipv4/ip_local_port_range", "1024 65535"),
     Setting("net/ipv4/tcp_tw_reuse", "1"),
     Setting("net/netfilter/nf_conntrack_tcp_loose", "0", _LOOSE),
+    # An entry gets what it needs to count, to note times and to tell of its end when it is made, or never.
+    Setting("net/netfilter/nf_conntrack_acct", "1", _FLOWS),
+    Setting("net/netfilter/nf_conntrack_timestamp", "1", _FLOWS),
+    Setting("net/netfilter/nf_conntrack_events", "1", _FLOWS),
     Setting("net/ipv4/conf/all/rp_filter", "0", "the largest of all and the device's own counts"),
     Setting("net/ipv4/conf/default/rp_filter", "1", "links that come later"),
     Setting("net/ipv4/conf/all/accept_source_route", "0"),

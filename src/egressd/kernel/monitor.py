@@ -42,7 +42,7 @@ class GoneElement:
     name: str  # of the set or map
     comment: str
     count: Count
-    mark: int = 0  # what the map said, if it said a mark
+    mark: int = 0  # what the map said, if it said a mark; of a set, its element, if that is one
 
 
 @dataclass(slots=True)
@@ -147,7 +147,8 @@ def _element(said: dict[int, bytes]) -> tuple[str, Count, int]:
         parts = dict(attributes(expression))
         if _text(parts.get(1)) == "counter":
             count = _count(parts.get(2, b""))
-    data = dict(attributes(said.get(2, b""))).get(1, b"")  # NFTA_SET_ELEM_DATA, NFTA_DATA_VALUE
+    # NFTA_SET_ELEM_DATA, else NFTA_SET_ELEM_KEY; NFTA_DATA_VALUE
+    data = dict(attributes(said.get(2, said.get(1, b"")))).get(1, b"")
     return _comment(said.get(6, b"")), count, int.from_bytes(data, sys.byteorder) if len(data) == 4 else 0
 
 

@@ -24,7 +24,9 @@ _BIND, _COPY_PACKET = 1, 2  # NFULNL_CFG_CMD_BIND, NFULNL_COPY_PACKET (linux/net
 _CFG_CMD, _CFG_MODE, _CFG_TIMEOUT, _CFG_THRESHOLD, _CFG_FLAGS = 1, 2, 4, 5, 6
 _NUMBERED = 1  # NFULNL_CFG_F_SEQ: a gap in the numbers is exactly what was lost
 _COPY_BYTES = 256  # headers and the beginning of the payload
-_LOG_BUFFER, _QUESTIONS_BUFFER = 8 << 20, 4 << 20
+_LOG_BUFFER, _QUESTIONS_BUFFER, _FLOWS_BUFFER = 8 << 20, 4 << 20, 32 << 20
+_SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1  # linux/socket.h, linux/netlink.h
+_ENDED_CONNECTIONS = 3  # NFNLGRP_CONNTRACK_DESTROY (linux/netfilter/nfnetlink.h)
 
 
 def open_all() -> dict[str, socket.socket]:
@@ -47,6 +49,7 @@ def _each() -> Iterator[tuple[str, socket.socket]]:
             place = (loopback[version], port)
             yield f"{name}{version}", _bound(version, socket.SOCK_STREAM, place, transparent=True)
     yield "nflog", _log()
+    yield "flows", _flows()
 
 
 def _bound(version: int, kind: int, place: tuple[str, int], *, transparent: bool = False) -> socket.socket:
@@ -88,6 +91,27 @@ def _log() -> socket.socket:
         raise KernelError(
             f"log group {layout.NFLOG_GROUP} cannot be bound in the gateway: {error.strerror};"
             " another process may hold it (see /proc/net/netfilter/nfnetlink_log)"
+        ) from error
+    return sock
+
+
+def _flows() -> socket.socket:
+    """A netlink socket that hears of each connection's end.
+
+    Not with NETLINK_BROADCAST_SEND_ERROR: the kernel would then keep every entry of which it could not tell
+    (nf_conntrack_ecache.c), and an auditor that hangs would fill the table for everybody. What does not fit
+    is lost, recv(2) says so with ENOBUFS, and the sums of the link then fall short of its counter.
+    """
+    sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETFILTER)
+    try:
+        enlarge(sock, _FLOWS_BUFFER)
+        sock.bind((0, 0))
+        sock.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, _ENDED_CONNECTIONS)
+    except OSError as error:
+        sock.close()
+        raise KernelError(
+            f"the ends of connections cannot be heard of in the gateway: {error.strerror};"
+            " CONFIG_NF_CONNTRACK_EVENTS (modprobe nf_conntrack_netlink)"
         ) from error
     return sock
 

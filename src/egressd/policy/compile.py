@@ -28,7 +28,7 @@ from egressd.policy.compiled import (
     Rule,
 )
 
-__all__ = ["MAX_RULES", "Draft", "Drafted", "Finding", "compile", "conflicts", "digest"]
+__all__ = ["MAX_RULES", "Draft", "Drafted", "Finding", "canonical", "compile", "conflicts", "digest"]
 
 # Blocks a workspace can own: 2**14 less the resolver's and the one for unlisted traffic (ruleset/layout.py).
 MAX_RULES = (1 << 14) - 2
@@ -97,6 +97,11 @@ def conflicts(draft: Draft) -> tuple[Finding, ...]:
 
 def digest(policy: Policy) -> str:
     """`sha256:` and 64 hex digits over what the policy means: not over comments, lines or order."""
+    return "sha256:" + hashlib.sha256(canonical(policy).encode()).hexdigest()
+
+
+def canonical(policy: Policy) -> str:
+    """What the policy means, as the JSON that its digest is of."""
     meaning = {
         "format": 1,
         "workspace": policy.workspace,
@@ -107,8 +112,7 @@ def digest(policy: Policy) -> str:
         "limits": {name: getattr(policy.limits, name) for name in Limits.__slots__},
         "wildcards": asdict(policy.wildcards),
     }
-    text = json.dumps(meaning, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+    return json.dumps(meaning, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
 def _meaning(rule: Rule) -> dict[str, object]:

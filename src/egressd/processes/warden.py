@@ -244,21 +244,21 @@ class Warden:
         return {want.index: name for name, want in self.standing.wants.items()}
 
     def _retire(self, batch: Batch, names: Mapping[int, str]) -> None:
-        """Elements that left the maps, with their last counters. `names`: workspaces by index."""
-        admitted: dict[str, dict[str, Count]] = {}
-        dialled: dict[str, dict[str, Count]] = {}
+        """Elements that left maps and sets, with their last counters. `names`: workspaces by index."""
+        gone: dict[str, dict[str, dict[str, Count]]] = {kind: {} for kind in _RETIRED}
         for element in batch.elements:
             workspace, _, name = element.name.rpartition("_")
+            owner = names.get(element.mark >> 14 & (WORKSPACES - 1))
             if name in _MAPS:
-                _sum(admitted, workspace, element)
-            elif element.name in _DIAL_MAPS and element.mark >> 14 & (WORKSPACES - 1) in names:
-                _sum(dialled, names[element.mark >> 14 & (WORKSPACES - 1)], element)
-        for workspace, elements in admitted.items():
-            for part in _parts(elements):
-                self._send(messages.Retired(workspace=workspace, elements=part))
-        for workspace, elements in dialled.items():
-            for part in _parts(elements):
-                self._send(messages.Retired(workspace=workspace, elements={}, dialled=part))
+                _sum(gone["elements"], workspace, element.comment, element)
+            elif owner is not None and element.name in _BY_MARK:
+                host = element.comment.removeprefix(f"{owner} ") if element.name in _SETS else element.comment
+                _sum(gone[_BY_MARK[element.name]], owner, host, element)
+        for kind, workspaces in gone.items():
+            for workspace, elements in workspaces.items():
+                for part in _parts(elements):
+                    counts = {"elements": {}, kind: part}
+                    self._send(messages.Retired(workspace=workspace, **counts))
 
     # ---- one name at a time
 
@@ -560,7 +560,10 @@ HANDLERS: dict[type, Callable[[Warden, Received[Any]], Reply]] = {
 }
 
 _MAPS = ("out4", "out6", "cidr4", "cidr6")
-_DIAL_MAPS = ("dial4", "dial6")
+# Map or set that all share, whose elements' marks tell whose they are -> field of messages.Retired
+_SETS = {"in": "replies", "opened": "opened"}
+_BY_MARK = {"dial4": "dialled", "dial6": "dialled", **_SETS}
+_RETIRED = ("elements", "dialled", "replies", "opened")
 _PROTOCOLS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
 _ELEMENTS_PER_MESSAGE = 300  # MAX_MESSAGE holds that many comments of the largest size
 
@@ -597,10 +600,10 @@ def _add(one: Count, other: Count) -> Count:
     return one[0] + other[0], one[1] + other[1]
 
 
-def _sum(sums: dict[str, dict[str, Count]], workspace: str, element: GoneElement) -> None:
+def _sum(sums: dict[str, dict[str, Count]], workspace: str, host: str, element: GoneElement) -> None:
     if element.count != (0, 0):
         kept = sums.setdefault(workspace, {})
-        kept[element.comment] = _add(kept.get(element.comment, (0, 0)), element.count)
+        kept[host] = _add(kept.get(host, (0, 0)), element.count)
 
 
 def _parts(counts: dict[str, Count]) -> Iterable[dict[str, Count]]:
@@ -663,8 +666,8 @@ def _marks_of(wants: Mapping[str, WorkspaceWant]) -> set[int]:
 
 def _marks(things: Objects) -> set[int]:
     """Every mark that some workspace admits."""
-    found = things.get(Key("inet", "set", "in"))
-    return {int(text, 16) for text in found.elements} if isinstance(found, Set) else set()
+    sets = [things.get(Key("inet", "set", name)) for name in ("in", "upstream")]
+    return {int(text, 16) for found in sets if isinstance(found, Set) for text in found.elements}
 
 
 def _without_links(observed: Observed, wants: Mapping[str, WorkspaceWant]) -> Observed:

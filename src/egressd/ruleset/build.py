@@ -330,6 +330,7 @@ def _static_inet() -> Objects:
     things |= {
         _inet("set", "in"): Set(type="mark", counter=True, comment="what may be answered; counts replies"),
         _inet("set", "opened"): Set(type="mark", counter=True, comment="counts connections"),
+        _inet("set", "upstream"): Set(type="mark", comment="what the inspector may be answered"),
         _inet("set", "connections"): Set(
             type="ifname", data=VERDICT, comment="limits of open connections, where there are any"
         ),
@@ -415,7 +416,7 @@ _STEER = (
     # untracked: somebody's `notrack`; what conntrack does not see is neither translated nor disguised
     "ct state invalid,untracked goto late_invalid",
     "ct direction reply goto late_reply",
-    # an ICMP error bears the entry of the connection it is about (nf_conntrack_inet_error), which keeps its mark
+    # an ICMP error bears the entry of the connection it is about (nf_conntrack_inet_error): it keeps its mark
     "ct state != related ct mark set meta mark",
     # questions to the resolver are not connections anybody would count, and linger for half a minute
     f"ct state new {_NOT_A_QUESTION} iifname vmap @connections",
@@ -453,7 +454,6 @@ def _dialling(ip: str, digit: str, mask: str) -> tuple[str, ...]:
 
 
 _TRANSLATE_OUT = (
-    f"{_TO_TRANSLATE} meta mark @opened",
     f"{_TO_TRANSLATE} dnat ip to meta mark . ip daddr map @real4",
     f"{_TO_TRANSLATE} dnat ip6 to meta mark . ip6 daddr map @real6",
 )
@@ -470,8 +470,10 @@ _PASS = (
 # until its next word. As a reset in sequence (RFC 5961 3.2) it ends at once, and its data is never delivered.
 _REVOKED = ('counter name "revoked"', "tcp flags set rst accept", "drop")
 _NEIGHBOURS = "icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept"
+# Not @in, which counts what sandboxes received: of a host that is read on one port and forwarded on another,
+# both have the one mark.
 _DIALLED = (
-    "ct direction reply ct mark @in accept",
+    "ct direction reply ct mark @upstream accept",
     "ct direction reply goto revoked",
     'counter name "stray"',
 )
@@ -518,8 +520,8 @@ def fragment(want: WorkspaceWant, pools: Pools, *, checked: bool = True) -> Obje
     things: Objects = {}
     for reason in DENIALS:
         things[_netdev("counter", f"{name}_{reason}_denied")] = Counter()
-    if want.guard != "enforce":
-        things[_netdev("counter", f"{name}_unlisted_ok")] = Counter(comment="on no list, let through")
+    # Of every guard, though an enforcing one never adds to it: what was let through stays in the books.
+    things[_netdev("counter", f"{name}_unlisted_ok")] = Counter(comment="on no list, let through")
     things |= _maps(want, pools, checked=checked)
     for reason in DENIALS:
         things[_netdev("chain", f"{name}_{reason}")] = _denial(name, reason)
@@ -528,6 +530,7 @@ def fragment(want: WorkspaceWant, pools: Pools, *, checked: bool = True) -> Obje
     named = _marks(want)
     things[_inet("set", "in")] = _elements("mark", named)
     things[_inet("set", "opened")] = _elements("mark", named)
+    things[_inet("set", "upstream")] = _elements("mark", _upstream(want))
     return things | _dials(want)
 
 
@@ -576,13 +579,14 @@ def _lookup(want: WorkspaceWant, ip: str) -> Chain:
 
 
 def _let_through(want: WorkspaceWant, unlisted: str) -> list[str]:
-    """What guard `observe` and `off` add: the rest goes out as addressed, counted; observe logs it."""
+    """What guard `observe` and `off` add: the rest goes out as addressed, counted; observe logs it, with the
+    mark that it goes out with: what is logged without one is taken for refused."""
     if want.guard == "enforce":
         return []
-    prefix = string(f"{want.workspace} unlisted")
-    log = f"{unlisted} {_LOG_LIMIT} log prefix {prefix} group {NFLOG_GROUP} snaplen 128"
-    admit = f'{unlisted} counter name "{want.workspace}_unlisted_ok" meta mark set {_unlisted(want)}'
-    return [log, admit] if want.guard == "observe" else [admit]
+    mark, prefix = _unlisted(want), string(f"{want.workspace} unlisted")
+    admit = f'{unlisted} counter name "{want.workspace}_unlisted_ok" meta mark set {mark}'
+    log = f"meta mark {mark} {_LOG_LIMIT} log prefix {prefix} group {NFLOG_GROUP} snaplen 128"
+    return [admit, log] if want.guard == "observe" else [admit]
 
 
 def _unlisted(want: WorkspaceWant) -> str:
@@ -591,14 +595,23 @@ def _unlisted(want: WorkspaceWant) -> str:
 
 def _marks(want: WorkspaceWant) -> dict[str, Entry]:
     """The workspace's elements of @in and @opened: one per mark, with its name."""
-    names = {mark: element.comment for element in want.elements for mark in marks(element)}
-    named = {
-        mark_text(mark): Entry(comment=comment(f"{want.workspace} {name}"))
-        for mark, name in sorted(names.items())
-    }
+    named = _named(want, {element.mark: element.comment for element in want.elements})
     if want.guard != "enforce":
         named[_unlisted(want)] = Entry(comment=f"{want.workspace} (unlisted)")
     return named
+
+
+def _upstream(want: WorkspaceWant) -> dict[str, Entry]:
+    """The workspace's elements of @upstream: the second mark of what is inspected."""
+    inspected = [element for element in want.elements if element.mark & _KINDS == Kind.INSPECT]
+    return _named(want, {_forwarded(element.mark): element.comment for element in inspected})
+
+
+def _named(want: WorkspaceWant, names: Mapping[int, str]) -> dict[str, Entry]:
+    return {
+        mark_text(mark): Entry(comment=comment(f"{want.workspace} {name}"))
+        for mark, name in sorted(names.items())
+    }
 
 
 def marks(element: Element) -> tuple[int, ...]:
