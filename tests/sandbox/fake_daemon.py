@@ -19,6 +19,7 @@ import time
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
+import msgspec
 from pyroute2 import IPRoute, NetlinkError
 
 from egressd.ipc import messages
@@ -30,14 +31,19 @@ from egressd.ruleset import layout
 SERVICE_PORT, OTHER_PORT = 11434, 8080
 SERVICE4, SERVICE6 = layout.Pools().synthetic(1)
 OTHER4, OTHER6 = layout.Pools().synthetic(2)
+STRANGERS = ("203.0.113.1", "192.0.2.1", "192.0.2.129", "2001:db8::1")  # they refuse: nobody listens
 OLLAMA = messages.LocalService(service="ollama", port=SERVICE_PORT, address4=SERVICE4, address6=SERVICE6)
 OTHER = messages.LocalService(service="other", port=OTHER_PORT, address4=OTHER4, address6=OTHER6)
 
+KNOWN = ("198.18.0.0/16", "fd53:e9::/64", "169.254.53.53", "fd53:53::53", "192.0.2.0/25")
 TERMS: dict[str, dict[str, Any]] = {
     "acme": {"services": (OLLAMA, OTHER)},
     "plain": {},
     "brief": {"wall": 0.5},
+    "watched": {"known": KNOWN},
+    "acmew": {"services": (OLLAMA, OTHER), "known": KNOWN},
     "small": {"memory": 64 << 20, "processes": 12},
+    "smallw": {"processes": 12, "known": KNOWN},
     "slow": {},  # the lease takes half a second
     "never": {},  # no lease at all
     "dies": {},  # closes the connection instead of giving a lease
@@ -62,6 +68,8 @@ class FakeDaemon:
             self.route.addr("add", index=lo, address=str(address), prefixlen=32)
         for address6 in (SERVICE6, OTHER6, layout.RESOLVER6):
             self.route.addr("add", index=lo, address=str(address6), prefixlen=128)
+        for stranger in STRANGERS:
+            self.route.addr("add", index=lo, address=stranger, prefixlen=128 if ":" in stranger else 32)
 
     def serve(self) -> None:
         for service in (OLLAMA, OTHER):
@@ -88,6 +96,10 @@ class FakeDaemon:
                         self._enter(channel, workspace)
                     case messages.Attach():
                         link = self._attach(channel, workspace, received.take())
+                    case messages.Ended():
+                        self._write_down("ended.jsonl", received.message)
+                    case messages.Attempt():
+                        self._write_down("attempts.jsonl", received.message)
                     case _:
                         channel.send(messages.Refusal(reason="protocol", text="only spawning is played here"))
         except (EOFError, OSError, ProtocolError):
@@ -96,6 +108,10 @@ class FakeDaemon:
             if link is not None:
                 self._remove(link)
             channel.close()
+
+    def _write_down(self, name: str, claim: messages.Ended | messages.Attempt) -> None:
+        with open(os.path.join(os.path.dirname(self.path), name), "ab") as stream:  # noqa: PTH120
+            stream.write(msgspec.json.encode(claim) + b"\n")
 
     def _enter(self, channel: Channel[Any], workspace: str) -> None:
         if workspace not in TERMS:

@@ -534,3 +534,55 @@ def test_a_limit_that_cannot_be_kept_runs_nothing(gateway: Gateway) -> None:
     done = subprocess.run(as_root, capture_output=True, text=True, check=False, cwd="/")
     assert (done.returncode, done.stdout) == (125, "")
     assert "(limit)" in done.stderr
+
+
+# ---- the last word
+
+
+def last_word(gateway: Gateway) -> dict[str, object]:
+    return json.loads((gateway.run_dir / "ended.jsonl").read_bytes().splitlines()[-1])
+
+
+SPENDS = """\
+import time
+x = bytearray(60_000_000)
+end = time.process_time() + 0.3
+while time.process_time() < end:
+    pass
+"""
+
+
+def test_the_end_of_a_command_is_told_with_what_it_used(gateway: Gateway) -> None:
+    assert gateway.python(SPENDS).returncode == 0
+    told = last_word(gateway)
+    assert (told["status"], told["why"]) == (0, "")
+    assert 0.25 <= told["user_seconds"] + told["system_seconds"] < 5
+    assert 60_000_000 <= told["max_rss"] < 400_000_000
+
+
+@pytest.mark.parametrize(
+    ("command", "workspace", "status", "why"),
+    [
+        (["sh", "-c", "exit 7"], "plain", 7, ""),
+        (["sh", "-c", "kill -TERM $$"], "plain", 143, ""),
+        (["sleep", "60"], "brief", 124, "the wall limit of 0.5 s is reached"),
+    ],
+)
+def test_however_it_ends_is_told(
+    gateway: Gateway, command: list[str], workspace: str, status: int, why: str
+) -> None:
+    gateway.run(*command, workspace=workspace)
+    told = last_word(gateway)
+    assert (told["status"], told["why"]) == (status, why)
+
+
+def test_what_was_never_run_and_a_broker_that_dies_say_nothing(gateway: Gateway) -> None:
+    gateway.run("true")
+    words = (gateway.run_dir / "ended.jsonl").read_bytes().count(b"\n")
+    assert gateway.run("true", workspace="full").returncode == 125
+    broker = subprocess.Popen(gateway.argv("sleep", "60"), cwd="/", stdout=subprocess.DEVNULL)
+    assert eventually(lambda: gateway.links() != [])
+    broker.kill()
+    broker.wait()
+    assert eventually(lambda: gateway.links() == [])
+    assert (gateway.run_dir / "ended.jsonl").read_bytes().count(b"\n") == words

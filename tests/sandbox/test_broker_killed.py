@@ -42,6 +42,11 @@ def test_80_kills(gateway: Gateway) -> None:
     assert found["closed"] > 5, "the moments do not cover its beginning"
 
 
+def test_kills_where_somebody_stays_to_see_who_tries_what(gateway: Gateway) -> None:
+    found = kill(gateway, times=40, workspace="watched")
+    assert (found["ran though closed"], found["survivors"]) == (0, [])
+
+
 def test_kills_while_the_daemon_is_slow(gateway: Gateway) -> None:
     """Blocked at the gate: where --block-fd always left a process."""
     found = kill(gateway, times=10, longest=300, workspace="never")

@@ -8,6 +8,7 @@ that holds a lease is the lease: keep it open as long as the sandbox lives.
 # ruff: noqa: PTH118
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ __all__ = ["DEFAULT_RUN_DIR", "Control"]
 DEFAULT_RUN_DIR = "/run/egressd"
 SOCKET = "control.sock"
 _PATIENCE = 30.0  # seconds without an answer after which the daemon is taken for dead
+_PROVING = 120.0  # the same for a proof, for which the auditor may take a minute
 M = TypeVar("M")
 
 
@@ -54,9 +56,19 @@ class Control:
         self._send(messages.Enter(workspace=workspace))
         return self._expect(messages.Terms).message
 
-    def attach(self, namespace: int, *, command: str = "") -> None:
+    def attach(self, namespace: int, *, command: str = "", digest: str = "") -> None:
         """Hand over my child's network namespace; `lease` waits for the answer."""
-        self._send(messages.Attach(command=command), descriptor=namespace)
+        self._send(messages.Attach(command=command, digest=digest), descriptor=namespace)
+
+    def tell(self, message: messages.Ended | messages.Attempt) -> None:
+        """What is recorded and never answered. Nobody waits for it, and a daemon that is gone or busy misses
+        it."""
+        connection = self.channel.socket
+        patience = connection.gettimeout()
+        connection.settimeout(0)
+        with contextlib.suppress(OSError):
+            self.channel.send(message)
+        connection.settimeout(patience)
 
     def lease(self) -> messages.Lease:
         return self._expect(messages.Lease).message
@@ -86,6 +98,27 @@ class Control:
         """Read the policies again and make them so; with `dry_run`, say what would change."""
         return self._answer(messages.Apply(dry_run=dry_run))
 
+    def prove(
+        self,
+        workspace: str,
+        *,
+        link: int | None = None,
+        since: str | None = None,
+        until: str | None = None,
+        continues: int | None = None,
+    ) -> dict[str, Any]:
+        """Evidence of a workspace, or of one sandbox of it that has ended: the DSSE envelope. Times as a
+        record spells them; `continues` is the size of an earlier checkpoint."""
+        self.channel.socket.settimeout(_PROVING)
+        envelope: dict[str, Any] = self._answer(
+            messages.Prove(workspace=workspace, link=link, since=since, until=until, continues=continues)
+        )
+        return envelope
+
+    def change_key(self) -> Any:
+        """A new signing key; the same document as `ask("journal")`."""
+        return self._answer(messages.ChangeKey())
+
     def _answer(self, request: Any) -> Any:
         self._send(request)
         return msgspec.json.decode("".join(self._parts()))
@@ -114,7 +147,7 @@ class Control:
         except EOFError:
             raise Refused(Reason.UNAVAILABLE, "egressd closed the connection without an answer") from None
         except OSError as error:
-            waited = f"no answer from egressd within {_PATIENCE:g} s"
+            waited = f"no answer from egressd within {self.channel.socket.gettimeout():g} s"
             text = waited if isinstance(error, BlockingIOError | TimeoutError) else str(error)
             raise Refused(Reason.UNAVAILABLE, text) from error
         message = received.message

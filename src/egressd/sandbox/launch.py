@@ -24,6 +24,7 @@ for before the lease is given back, so that no packet is sent over a link that i
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import os
@@ -36,21 +37,23 @@ from typing import IO, TYPE_CHECKING, Any
 
 import msgspec
 
+from egressd.ipc import messages
 from egressd.model.errors import EgressdError, Refused
 from egressd.model.verdicts import Reason
 from egressd.sandbox import files, limits, plan, plumb, seccomp
+from egressd.sandbox.attempts import Reports
 from egressd.sandbox.control import DEFAULT_RUN_DIR, Control
 from egressd.sandbox.pump import Pump
 from egressd.sandbox.signals import ENDING, Arrived, SignalDesk
 
 if TYPE_CHECKING:
+    import resource
     import subprocess
-
-    from egressd.ipc.messages import Terms
 
 __all__ = ["Interrupted", "Outcome", "Running", "Sandbox", "Wish", "start"]
 
 TIMED_OUT = 124  # as timeout(1)
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _BWRAP = ("/usr/bin/bwrap", "/usr/local/bin/bwrap", "/bin/bwrap")
 _PATIENCE = 30.0  # seconds for each thing that is waited for while starting
 _GONE = 10.0  # seconds after which processes that survive SIGKILL are reported
@@ -102,9 +105,10 @@ class Prepared:
     bounds: limits.Bounds
     services: tuple[plumb.Service, ...]
     wall: float | None
+    known: tuple[str, ...] | None  # networks, see messages.Terms
 
 
-def prepare(wish: Wish, terms: Terms, *, default_signals: tuple[str, ...] = ()) -> Prepared:
+def prepare(wish: Wish, terms: messages.Terms, *, default_signals: tuple[str, ...] = ()) -> Prepared:
     """Check the caller's directories, and decide what the sandbox will be. `Refused` where it cannot."""
     ollama = next((s.port for s in terms.services if s.service == "ollama"), None)
     binds = files.open_binds(wish.bind_ro, run_dir=wish.run_dir)
@@ -127,6 +131,7 @@ def prepare(wish: Wish, terms: Terms, *, default_signals: tuple[str, ...] = ()) 
         bounds=bounds,
         services=tuple(plumb.Service(s.port, s.address4, s.address6) for s in terms.services),
         wall=min(walls, default=None),
+        known=terms.known,
     )
 
 
@@ -158,8 +163,12 @@ def start(
         undo.callback(running.destroy)
         tell(f"limits: {prepared.bounds.text}")
         tell(plan.describe(prepared.plan).partition("\n")[0])
-        _admit(running, prepared, plumber, desk=desk, command=named(wish.command))
+        if desk is not None:
+            _take_in_orphans()
+        _admit(running, prepared, plumber, desk=desk, command=wish.command)
         tell(f"gate opened; bubblewrap is process {running.pid}, the sandbox's first is {running.child}")
+        if plumber.trouble:
+            tell(plumber.trouble)
         running.keep(undo.pop_all(), wall=prepared.wall)
         return running
 
@@ -171,30 +180,50 @@ def named(command: Sequence[str]) -> str:
     return f"{command[0][:256]} (sha256:{digest})"
 
 
+def digest(command: Sequence[str]) -> str:
+    """SHA-256 of all words of a command, each ended by the NUL that none of them can hold."""
+    data = b"".join(os.fsencode(word) + b"\0" for word in command)
+    return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+def _take_in_orphans() -> None:
+    """bubblewrap ends before the sandbox's first process, without waiting for it; from then on that is a
+    child of ours, and wait4(2) tells what all of the sandbox used. Only in a process of our own: in somebody
+    else's, every orphan of theirs would come to us too, and nobody would wait for it."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # it has been there since Linux 3.4
+
+
 def _admit(
     running: Running,
     prepared: Prepared,
     plumber: plumb.Plumber,
     *,
     desk: SignalDesk | None,
-    command: str,
+    command: Sequence[str],
 ) -> None:
     """Steps 3 to 6."""
     control = running.control
     namespace = running.open_namespace()
     try:
-        control.attach(namespace, command=command)
-        plumber.enter(namespace, child=running.child_descriptor, services=prepared.services)
+        control.attach(namespace, command=named(command), digest=digest(command))
+        plumber.enter(
+            namespace,
+            child=running.child_descriptor,
+            first=running.child,
+            services=prepared.services,
+            known=prepared.known,
+        )
     finally:
         os.close(namespace)
     _adopt(prepared.bounds.group, running)
     _wait_for(control.fileno(), desk)
     lease = control.lease()
+    running.link = lease.link
     plumber.lay(plumb.Address(lease.address4, lease.address6))
     _wait_for(running.pipes.ready, desk)
     running.at_rest()
     running.open_gate()
-    plumber.release()
+    running.reports = plumber.release()
 
 
 def _adopt(group: limits.Group | None, running: Running) -> None:
@@ -353,12 +382,15 @@ class Running:
     """bubblewrap and what it holds. `watch` returns when it is over; `destroy` ends it at once."""
 
     def __init__(self, *, pid: int, pipes: Pipes, control: Control) -> None:
+        self.link = 0  # the number of its link, once it is admitted
         self.pid, self.pipes, self.control = pid, pipes, control
         self.child = 0  # first process in the sandbox, our pid for it
         self.child_descriptor = -1  # and a pidfd of it
         self._reported = b""
         self._descriptor = os.pidfd_open(pid)
         self._exit: int | None = None  # wait status, once reaped
+        self._outcome: Outcome | None = None
+        self.reports: Reports | None = None  # of what is tried inside
         self._destroyed = False
         self._undo = contextlib.ExitStack()
         self._deadline: float | None = None
@@ -440,7 +472,7 @@ class Running:
         if timeout is not None:
             deadline = min(deadline or float("inf"), time.monotonic() + timeout)
         try:
-            outcome = self._loop(desk, pump, deadline)
+            self._outcome = outcome = self._loop(desk, pump, deadline)
         finally:
             self.destroy()
         if pump is not None:
@@ -449,7 +481,7 @@ class Running:
 
     def _loop(self, desk: SignalDesk | None, pump: Pump | None, deadline: float | None) -> Outcome:
         poll = select.poll()
-        for source in (self._descriptor, self.control, desk):
+        for source in (self._descriptor, self.control, desk, self.reports):
             if source is not None:
                 poll.register(source, select.POLLIN)
         if pump is not None:
@@ -459,6 +491,8 @@ class Running:
             if left is not None and left <= 0:
                 return self._out_of_time()
             ready = {number for number, _ in poll.poll(None if left is None else left * 1000 + 1)}
+            if self.reports is not None and self.reports.fileno() in ready:
+                self._pass_on(self.reports, poll)
             if self._descriptor in ready:
                 return self._ended()
             if self.control.fileno() in ready:
@@ -468,6 +502,25 @@ class Running:
                     self._forward(arrived, terminal=desk.terminal)
             if pump is not None:
                 pump.move(ready, poll)
+
+    def _pass_on(self, reports: Reports, poll: select.poll) -> None:
+        try:
+            for attempt in reports.read():
+                self.control.tell(attempt)
+        except EOFError:
+            poll.unregister(reports)
+            self._dismiss()
+
+    def _hear_the_rest(self) -> None:
+        if self.reports is not None:
+            for attempt in self.reports.finish():
+                self.control.tell(attempt)
+
+    def _dismiss(self) -> None:
+        """The process that looked has its memory to give back: it is waited for late."""
+        if self.reports is not None:
+            self.reports.close()
+            self.reports = None
 
     def _out_of_time(self) -> Outcome:
         text = "out of time" if self._wall is None else f"the wall limit of {self._wall:g} s is reached"
@@ -543,12 +596,40 @@ class Running:
         if self._exit is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)  # ours and not reaped: the number is still its own
+        self._hear_the_rest()
         self._kill_child()
         self._reap()
+        self._tell_the_end()
+        self._dismiss()
         for descriptor in (self._descriptor, self.child_descriptor):
             if descriptor >= 0:
                 os.close(descriptor)
         self._undo.close()
+
+    def _tell_the_end(self) -> None:
+        """Our last word over the connection, which ends with the lease; recorded as what we say."""
+        if self._outcome is not None:
+            used = self._used()
+            self.control.tell(
+                messages.Ended(
+                    status=self._outcome.status,
+                    why=self._outcome.why[:256],
+                    user_seconds=used.ru_utime if used else 0.0,
+                    system_seconds=used.ru_stime if used else 0.0,
+                    max_rss=used.ru_maxrss << 10 if used else 0,
+                )
+            )
+
+    def _used(self) -> resource.struct_rusage | None:
+        """By the sandbox's first process and everything that was waited for in there; None where that process
+        is not ours to wait for. What was killed at the end is not counted (getrusage(2))."""
+        if self.child_descriptor < 0:
+            return None
+        try:
+            os.waitid(os.P_PIDFD, self.child_descriptor, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            return os.wait4(self.child, 0)[2]  # dead, and ours to reap: the number is still its own
+        except ChildProcessError:
+            return None
 
     def _kill_child(self) -> None:
         """The first process of a pid namespace ends only after all others in it have."""

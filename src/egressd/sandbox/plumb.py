@@ -3,7 +3,8 @@
 The creator of a user namespace holds every capability over it (user_namespaces(7)), and the sandbox's
 network namespace belongs to one that bubblewrap made for the caller. So a forked child enters both and
 speaks netlink there. It must be a fork: setns(CLONE_NEWUSER) is refused to a process with threads, and
-nobody comes back from it.
+nobody comes back from it. Where the daemon says that attempts are of interest, it stays as long as the
+sandbox, and says which process tried what (attempts.py).
 
 The child (`Plumber`) is forked before bubblewrap is started, because it has a second duty: while a sandbox
 is being built it is the one who outlives the broker. bubblewrap's --die-with-parent has two gaps, both seen:
@@ -51,6 +52,8 @@ from typing import Any
 
 from egressd.model.errors import KernelError
 from egressd.ruleset import layout
+from egressd.sandbox import queueing
+from egressd.sandbox.attempts import Reports, Witness
 from egressd.sandbox.plan import ABOVE, GATE
 
 __all__ = ["Address", "Plumber", "Service", "batch", "translation"]
@@ -60,7 +63,7 @@ _CLONE_NEWUSER, _CLONE_NEWNET = 0x1000_0000, 0x4000_0000
 _NS_GET_USERNS = 0xB701  # linux/nsfs.h: _IO(0xb7, 1)
 _PATIENCE = 10.0  # seconds for the plumber's work
 _QUIET = 5  # looks that must find nobody before a sandbox counts as buried
-_DONE, _RELEASED = b"done", b"released"
+_DONE, _WATCHING, _RELEASED = "done", "watching", b"released"
 _FAILED = "the sandbox's network could not be laid"
 
 # Written through /proc/sys/net, which shows the namespace of whoever opens it. Not written, because a new
@@ -326,11 +329,22 @@ class Plumber:
         if self._pid == 0:
             self._child(os.readlink(f"/proc/self/fd/{gate}"), other, (gate, *close))  # never returns
         other.close()
+        self.trouble = ""  # why nobody will say who tried, if somebody was to
+        self._witness = False
 
-    def enter(self, namespace: int, *, child: int, services: Iterable[Service]) -> None:
-        """`child` is a pidfd of the sandbox's first process. Does not wait."""
-        text = translation(services).encode()
-        self._tell(text or b"\n", descriptors=[namespace, child])
+    def enter(
+        self,
+        namespace: int,
+        *,
+        child: int,
+        first: int,
+        services: Iterable[Service],
+        known: Sequence[str] | None = None,
+    ) -> None:
+        """`child` is a pidfd of the sandbox's first process, `first` its number. Does not wait. Unless None,
+        `known` are networks: of who tries to reach any other the plumber will tell, see `release`."""
+        wanted = "" if known is None else " ".join([str(first), *known])
+        self._tell(f"{wanted}\n{translation(services)}".encode(), descriptors=[namespace, child])
 
     def lay(self, address: Address) -> None:
         """Configure eth0, and wait until it is. KernelError naming the step that failed."""
@@ -339,14 +353,22 @@ class Plumber:
             answer = self._socket.recv(1 << 14)
         except OSError as error:
             raise KernelError(f"{_FAILED}: {error}") from error
-        if answer != _DONE:
+        done, _, self.trouble = answer.decode(errors="replace").partition(" ")
+        if done not in (_DONE, _WATCHING):
             problem = answer.decode(errors="replace") or "the plumber ended without a word"
             raise KernelError(f"{_FAILED}: {problem}")
+        self._witness = done == _WATCHING
 
-    def release(self) -> None:
-        """From here on bubblewrap's own death signals hold."""
+    def release(self) -> Reports | None:
+        """From here on bubblewrap's own death signals hold. If so it was wished, the plumber stays to see who
+        tries what; the caller has to close what is returned."""
         self._tell(_RELEASED)
-        self._end()
+        if not self._witness:
+            self._end()
+            return None
+        reports, self._pid = Reports(self._socket.dup(), self._pid), 0
+        self._socket.close()
+        return reports
 
     def _tell(self, data: bytes, *, descriptors: Sequence[int] = ()) -> None:
         try:
@@ -369,6 +391,7 @@ class Plumber:
 
     def _child(self, gate: str, channel: socket.socket, close: Iterable[int]) -> None:
         sandbox: list[int] = []
+        witness: list[Witness] = []
         status = 1
         try:
             os.setpgid(0, 0)
@@ -376,29 +399,33 @@ class Plumber:
             for descriptor in close:
                 os.close(descriptor)
             try:
-                _work(channel, sandbox)
+                _work(channel, sandbox, witness)
             except OSError as error:
                 where = f"{error.filename}: " if error.filename else ""
                 channel.send(f"{where}{error.strerror or error}".encode())
             if channel.recv(64) == _RELEASED:
                 status = 0
+                for each in witness:
+                    each.serve(channel)
         finally:
             if status:
                 _bury(gate, sandbox)
             os._exit(status)
 
 
-def _work(channel: socket.socket, sandbox: list[int]) -> None:
-    """Puts the pidfd into `sandbox` as soon as it is there; returns early at the end of the channel."""
+def _work(channel: socket.socket, sandbox: list[int], witness: list[Witness]) -> None:
+    """Puts the pidfd into `sandbox` as soon as it is there, and into `witness` who will look at attempts, if
+    anybody; returns early at the end of the channel."""
     text, descriptors, _, _ = socket.recv_fds(channel, 1 << 17, 2)
     if not descriptors:
         return
     namespace, child = descriptors
     sandbox.append(child)
     _enter(namespace)
-    rules = text.decode().strip()
+    known, _, rules = text.decode().partition("\n")
     if rules:
         _Nft().run(rules)
+    trouble = _heed(known, witness)
     request = channel.recv(4096)
     if not request:
         return  # there will be no lease
@@ -410,7 +437,20 @@ def _work(channel: socket.socket, sandbox: list[int]) -> None:
         _write_sysctl(name, value)
     _send(data, names)
     if _await_carrier(index, channel):
-        channel.send(_DONE)
+        channel.send(f"{_WATCHING if witness else _DONE} {trouble[:512]}".encode())
+
+
+def _heed(known: str, witness: list[Witness]) -> str:
+    """Why there is no witness, though one was wished: a sandbox can do without."""
+    if not known:
+        return ""
+    first, *networks = known.split()
+    try:
+        queue, asking = queueing.open_sockets(networks)
+    except (OSError, ValueError) as error:
+        return f"nobody will say which process tried what is refused: {error}"
+    witness.append(Witness(queue=queue, asking=asking, first=int(first)))
+    return ""
 
 
 def _bury(gate: str, sandbox: Sequence[int]) -> None:
