@@ -27,6 +27,18 @@ def test_equal_ones_are_counted_and_the_first_ones_details_kept() -> None:
     assert floods.drain() == [Flood("b", 7, 10.6, 10.6, 1)]
 
 
+def test_some_are_taken_out_before_their_window_has_passed() -> None:
+    floods: Floods[tuple[int, str], None] = Floods(window=1.0)
+    for key in ((1, "a"), (2, "a"), (1, "b"), (1, "a")):
+        floods.add(key, None, now=1.0)
+    assert floods.take(lambda key: key[0] == 1) == [
+        Flood((1, "a"), None, 1.0, 1.0, 2),
+        Flood((1, "b"), None, 1.0, 1.0, 1),
+    ]
+    assert floods.take(lambda key: key[0] == 1) == []
+    assert floods.due(now=2.0) == [Flood((2, "a"), None, 1.0, 1.0, 1)]
+
+
 def test_the_window_begins_anew_after_it_has_passed() -> None:
     floods: Floods[str, int] = Floods(window=1.0)
     floods.add("a", 1, now=1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 
 import pytest
@@ -144,6 +145,145 @@ def test_what_is_written_is_read_back(fields: dict, seq: int) -> None:
     assert decode(line) == record(fields=fields, seq=seq)
     assert encode(decode(line)) == line
     assert all(0x20 <= byte < 0x7F for byte in line[:-1])
+
+
+ODD = st.one_of(
+    SCALARS,
+    st.sampled_from([float("inf"), float("nan"), 1 << 64, -(1 << 64), "x" * (MAX_TEXT + 1), [1], b"x"]),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(st.one_of(KEYS, st.just("cut_fields")), ODD, max_size=10))
+def test_names_that_are_known_vouch_for_no_value(fields: dict) -> None:
+    """Fields named as earlier ones are looked at more shortly, and come out the same."""
+    records._shapes.clear()
+    slow = bounded(fields)
+    bounded(dict.fromkeys(fields, 1))
+    encode(record(fields=dict.fromkeys(fields, 1)))
+    quick = bounded(fields)
+    assert encode(record(fields=quick)) == encode(record(fields=slow))
+
+
+def test_names_that_are_known_vouch_for_no_length() -> None:
+    fields = {f"k{i}": "\U0001f600" * 1000 for i in range(MAX_FIELDS - 1)}
+    bounded(dict.fromkeys(fields, 1))
+    assert len(encode(record(fields=bounded(fields)))) < MAX_LINE
+
+
+def slowly(given: Record) -> bytes:
+    """What the one spelling is, said by json.dumps."""
+    value = {
+        "event": given.event, "fields": dict(given.fields), "process": given.process, "seq": given.seq,
+        "time": given.time,
+    }  # fmt: skip
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return text.replace("\x7f", "\\u007f").encode("ascii") + b"\n"
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.dictionaries(KEYS, SCALARS, max_size=10), min_size=1, max_size=4),
+    st.integers(0, (1 << 63) - 1),
+)
+def test_the_fast_spelling_is_the_one_of_json(shapes: list[dict], seq: int) -> None:
+    for fields in [*shapes, *shapes]:  # the second time each shape is known
+        for order in (fields, dict(reversed(fields.items()))):
+            assert encode(record(fields=order, seq=seq)) == slowly(record(fields=order, seq=seq))
+
+
+PLAIN = st.one_of(
+    st.none(), st.booleans(), st.integers(-(1 << 62), 1 << 62),
+    st.floats(-1e15, 1e15), st.floats(-1e-3, 1e-3),
+    st.text(max_size=30, alphabet=st.characters(max_codepoint=0x7F)),
+    st.text(max_size=30, alphabet='e-0.:1"\\'), st.text(max_size=5),
+)  # fmt: skip
+
+
+def together(fields: list[dict], *, seq: int = 0) -> list[bytes] | None:
+    """As a batch, each of an event of its own."""
+    frames = [
+        records.frame(event=f"ev-{'x' * at}", process="p", names=tuple(each))
+        for at, each in enumerate(fields)
+    ]
+    spelled = records.spelled(fields)
+    assert None not in frames
+    return None if spelled is None else records.finished(frames, spelled, seq=seq, time=TIME)  # type: ignore[arg-type]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.dictionaries(KEYS.filter("cut_fields".__ne__), PLAIN, max_size=6), min_size=1, max_size=4),
+    st.integers(0, 1 << 62),
+)
+def test_the_spelling_of_many_is_the_one_of_each(fields: list[dict], seq: int) -> None:
+    found = together(fields, seq=seq)
+    assert found is None or found == [
+        records.spell(seq=seq + at, time=TIME, process="p", event=f"ev-{'x' * at}", fields=each)
+        for at, each in enumerate(fields)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "plain"),
+    [
+        ("some-host.e-1.test", True), ("\x00\n\x1b\x7f\"\\/", True), ("%b%d%", True), ("1e-7", True),
+        (7, True), (-(1 << 62), True), (True, True), (None, True), (0.0, True), (-0.0, True), (0.001, True),
+        (1e-4, True),
+        (999999999999999.9, True), (9e-5, False), (-9e-5, False), (1e-7, False), (-2.5e-300, False),
+        ("caf\u00e9", False), ("\u202e", False),
+    ],
+)  # fmt: skip
+def test_what_is_spelled_together_and_what_is_looked_at_alone(value: object, plain: bool) -> None:
+    fields = [{"a": 1}, {"b": value, "a": value}, {}]
+    found = together(fields)
+    assert (found is not None) is plain
+    if found is not None:
+        assert [decode(line).fields for line in found] == fields
+
+
+def test_names_that_need_a_closer_look_have_no_frame() -> None:
+    def framed(*names: str) -> bool:
+        return records.frame(event="ev", process="p", names=names) is not None
+
+    assert framed() and framed("a", "b_2") and framed(*(f"k{i}" for i in range(MAX_FIELDS - 1)))
+    assert not framed("A") and not framed("a", "a b") and not framed("a\n") and not framed("%b")
+    assert not framed("cut_fields") and not framed(*(f"k{i}" for i in range(MAX_FIELDS)))
+    for event, process in (("Ev", "p"), ("e%bv", "p"), ("ev", "p%")):
+        with pytest.raises(RecordError):
+            records.frame(event=event, process=process, names=())
+
+
+class Colour(enum.StrEnum):
+    RED = "red\n"
+
+
+class Number(enum.IntEnum):
+    ONE = 1
+
+
+def test_kinds_of_texts_and_numbers_are_spelled_as_what_they_are() -> None:
+    odd = record(fields={"a": Colour.RED, "b": Number.ONE, "c": True, "d": -0.0, "e": 1e22, "f": 1e-7})
+    assert encode(odd) == slowly(odd)
+    assert rb'"a":"red\n","b":1,"c":true,"d":-0.0,"e":1e+22,"f":1e-07' in encode(odd)
+
+
+def test_spelling_refuses_what_a_record_refuses() -> None:
+    good = {"seq": 1, "time": TIME, "process": "p", "event": "ev", "fields": {"a": 1}}
+    assert records.spell(**good) == encode(Record(**good))
+    for change in (
+        {"seq": -1}, {"seq": True}, {"time": "x"}, {"process": "P"}, {"event": "e\n"}, {"fields": {"A": 1}},
+        {"fields": {"a": [1]}}, {"fields": {"a": float("nan")}}, {"fields": {"a": 1 << 64}},
+        {"fields": {"a": "x" * 2000}}, {"fields": {f"k{i}": 1 for i in range(MAX_FIELDS + 1)}},
+    ):  # fmt: skip
+        with pytest.raises(RecordError):
+            records.spell(**{**good, **change})
+
+
+def test_shapes_are_forgotten_before_they_are_too_many() -> None:
+    for number in range(records._MOST_SHAPES + 10):
+        encode(record(fields={f"k{number}": 1}))
+    assert len(records._shapes) <= records._MOST_SHAPES
 
 
 ANYTHING = st.recursive(

@@ -35,15 +35,33 @@ class Auditor:
     """`journal` must lie where uid `UID` can reach it."""
 
     def __init__(
-        self, state: Path, *, names: tuple[str, ...] = ("controller", "warden"), environment=None
+        self,
+        state: Path,
+        *,
+        names: tuple[str, ...] = ("controller", "warden"),
+        environment=None,
+        nflog: socket.socket | None = None,
+        flows: socket.socket | None = None,
+        credential: bytes | None = None,
     ) -> None:
+        """`nflog`, `flows`: sockets to read from, instead of ones that the test writes to."""
         self.state, self.directory = state, state / "journal"
         ends: dict[str, socket.socket] = {}
         self.channels: dict[str, Channel[Any]] = {}
         self.nflog, ends["nflog"] = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for name in ("supervisor", *(f"audit-{name}" for name in names)):
+        self.flows, ends["flows"] = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for name, kept in (("nflog", nflog), ("flows", flows)):
+            if kept is not None:
+                ends[name].close()
+                ends[name] = kept.dup()
+        for name in ("supervisor", "evidence", *(f"audit-{name}" for name in names)):
             mine, ends[name] = pair()
-            self.channels[name.removeprefix("audit-")] = Channel(mine, messages.FROM_CHILD)
+            receives = messages.FROM_EVIDENCE if name == "evidence" else messages.FROM_CHILD
+            self.channels[name.removeprefix("audit-")] = Channel(mine, receives)
+        if credential is not None:
+            mine, ends["credential"] = socket.socketpair()
+            with mine:
+                mine.sendall(credential)
         command = [sys.executable, "-m", "egressd.processes.auditor", "--uid", str(UID), "--gid", str(UID)]
         for name, end in ends.items():
             command += ["--fd", f"{name}={end.fileno()}"]
@@ -66,6 +84,8 @@ class Auditor:
 
     def ready(self) -> Auditor:
         self.channels["supervisor"].socket.settimeout(20)
+        if not self.channels["supervisor"].socket.recv(1, socket.MSG_PEEK):
+            raise AssertionError(self.said())
         assert self.channels["supervisor"].receive().message == messages.Ready()
         return self
 
@@ -76,6 +96,12 @@ class Auditor:
         self.channels[by].send(
             messages.BindSource(request=1, link=link, workspace=workspace, source4=source4, source6=source6)  # type: ignore[arg-type]
         )
+
+    def name(self, workspace: str, index: int, hosts: dict[int, str], *, by: str = "controller") -> None:
+        self.channels[by].send(messages.NameBlocks(workspace=workspace, index=index, hosts=hosts))
+
+    def erased(self, link: int, *, by: str = "warden") -> None:
+        self.channels[by].send(messages.LinkErased(link=link))
 
     def introduce(self, name: str) -> Channel[Any]:
         mine, its = pair()
@@ -108,6 +134,7 @@ class Auditor:
         for channel in self.channels.values():
             channel.close()
         self.nflog.close()
+        self.flows.close()
 
 
 def read(directory: Path) -> list[Record]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import os
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -17,18 +20,29 @@ from egressd.ipc.channel import Received, pair
 from egressd.ipc.peer import Peer
 from egressd.processes.cards import CARDS
 from egressd.processes.config import Config
+from egressd.processes.control import ControlSocket
 from egressd.processes.controller import Controller
 from egressd.processes.leases import Sandbox
 from egressd.processes.members import Caller
 from egressd.processes.ritual import Auditing, Start
+from egressd.ruleset.observe import Counters
 from egressd.ruleset.wants import WorkspaceWant
 
 RECEIVES = {
     "warden": messages.TO_WARDEN,
     "relay": messages.TO_RELAY,
     "inspector": messages.TO_INSPECTOR,
+    "evidence": messages.TO_EVIDENCE,
 }
+READING = (messages.ReadCounters, messages.ReadDrift, messages.ReadRuleset, messages.ReadJournal,
+           messages.ReadRefused)  # fmt: skip
+NOTHING = Counters(links={}, denied={}, unlisted={}, elements=(), replies={}, opened={}, late={})
+STATE = messages.JournalState(
+    request=1, records=7, octets=900, segments=1, queued=0, lag=0.0, lost={}, checkpoint_size=7,
+    checkpoint_time=1.0,
+)  # fmt: skip
 PAYLOADS: dict[type, Any] = {
+    messages.MakeProof: Any,
     messages.SetWorkspaces: list[WorkspaceWant],
     messages.SetSites: list[messages.Site],
     messages.SetNames: list[WorkspaceNames],
@@ -40,8 +54,57 @@ class Journal(Auditing):
         super().__init__(process)
         self.told = told
 
+        self.blocks: list[messages.NameBlocks] = []
+        self.full = False  # there is no room for those who can wait
+
     def record(self, event: str, fields: Any) -> None:
         self.told.append(("journal", event, dict(fields)))
+
+    def offer(self, message: Any) -> bool:
+        if isinstance(message, messages.NameBlocks) and not self.full:
+            self.blocks.append(message)
+        elif not self.full:
+            self.record(message.event, message.fields)
+        return not self.full
+
+
+class Client:
+    """One connection to the control socket."""
+
+    def __init__(self, directory: Path) -> None:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        sock.connect(str(directory / "control.sock"))
+        self._heard: asyncio.Queue[Any] = asyncio.Queue()
+        self.peer = Peer(sock, messages.TO_CLIENT, handler=lambda _, r: self._heard.put_nowait(r.message))
+
+    def say(self, message: Any) -> None:
+        self.peer.send(message)
+
+    async def hear(self) -> Any:
+        return await asyncio.wait_for(self._heard.get(), 15)
+
+    async def ask(self, message: Any) -> Any:
+        """The document; or the Refusal."""
+        self.say(message)
+        text = ""
+        while isinstance(part := await self.hear(), messages.Part):
+            text += part.text
+            if part.last:
+                return json.loads(text)
+        return part
+
+    async def spawn(self, workspace: str = "acme", **attach: Any) -> messages.Lease:
+        self.say(messages.Enter(workspace=workspace))
+        assert isinstance(await self.hear(), messages.Terms)
+        descriptor = os.open("/dev/null", os.O_RDONLY)
+        self.peer.send(messages.Attach(**attach), descriptor=descriptor)
+        os.close(descriptor)
+        lease = await self.hear()
+        assert isinstance(lease, messages.Lease), lease
+        return lease
+
+    def close(self) -> None:
+        self.peer.close()
 
 
 class World:
@@ -56,17 +119,44 @@ class World:
             self.write(name, text)
         config = Config(workspaces_dir=str(self.workspaces), run_dir=str(directory))
         self._unused, self._audit = pair()
+        self._listener: socket.socket | None = None
         self.controller = Controller(Start(CARDS["controller"], config, {"audit": self._unused}))
         self.told: list[tuple[str, Any, Any]] = []
         self.refusing: set[type] = set()
         self.silent: set[str] = set()
         self.peers: dict[str, Peer] = {}
-        self.controller.auditing = Journal("controller", told=self.told)
+        self.journal = Journal("controller", told=self.told)
+        self.controller.auditing = self.journal
+        # what is read of the kernel; reading is not written down
+        self.counters = NOTHING
+        self.drift: list[str] = []
+        self.ruleset = ""
+        self.state = STATE
+        self.refused: dict[str, dict[str, dict[str, int]]] = {}  # by who refused, workspace and reason
+        self.last_counters: dict[str, tuple[int, int]] = {}  # of links that are closed
+        self.directory = directory
+        self.proving: list[asyncio.Future[None]] = []
+        self.held: asyncio.Event | None = None  # until then, no proof is ready
+
+    def serve(self) -> None:
+        """Take clients in."""
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        listener.bind(str(self.directory / "control.sock"))
+        listener.listen()
+        self.controller.control = ControlSocket(self.controller, listener)
+        self.controller.control.listen()
+        self._listener = listener
+
+    def client(self) -> Client:
+        return Client(self.directory)
 
     def write(self, workspace: str, text: str) -> None:
         (self.workspaces / f"{workspace}.yaml").write_text(f"workspace: {workspace}\n{text}")
 
     def close(self) -> None:
+        if self._listener is not None:
+            asyncio.get_running_loop().remove_reader(self._listener)
+            self._listener.close()
         self._audit.close()
         self._unused.close()
 
@@ -87,6 +177,10 @@ class World:
 
     def _heard(self, name: str, peer: Peer, received: Received[Any]) -> None:
         message = received.message
+        if type(message) in READING and name not in self.silent and type(message) not in self.refusing:
+            received.close()
+            self._read(name, peer, message)
+            return
         payload = None
         if type(message) in PAYLOADS:
             payload = msgspec.json.decode(received.payload(), type=PAYLOADS[type(message)])
@@ -96,8 +190,37 @@ class World:
             return
         if type(message) in self.refusing:
             peer.send(messages.Failed(request=message.request, reason="unavailable", text="no"))
+        elif isinstance(message, messages.CloseLink):
+            peer.send(
+                messages.LinkClosed(request=message.request, link=message.link, counters=self.last_counters)
+            )
+        elif isinstance(message, messages.RotateKey):
+            peer.send(msgspec.structs.replace(self.state, request=message.request))
+        elif isinstance(message, messages.MakeProof):
+            self.proving.append(asyncio.ensure_future(self._prove(peer, message)))
         else:
             peer.send(messages.Done(request=message.request))
+
+    def _read(self, name: str, peer: Peer, message: Any) -> None:
+        if isinstance(message, messages.ReadRefused):
+            kind = messages.RefusedNames if name == "resolver" else messages.RefusedFlows
+            peer.send(kind(request=message.request, counts=self.refused.get(name, {})))
+            return
+        if isinstance(message, messages.ReadJournal):
+            peer.send(msgspec.structs.replace(self.state, request=message.request))
+            return
+        value = {
+            messages.ReadCounters: msgspec.json.encode(self.counters),
+            messages.ReadDrift: msgspec.json.encode(self.drift),
+            messages.ReadRuleset: self.ruleset.encode(),
+        }[type(message)]
+        peer.send_payload(messages.Payload(request=message.request, payload_length=len(value)), value)
+
+    async def _prove(self, peer: Peer, message: Any) -> None:
+        if self.held is not None:
+            await self.held.wait()
+        value = b'{"payload": "proved"}'
+        peer.send_payload(messages.Payload(request=message.request, payload_length=len(value)), value)
 
     def _requested(self, name: str, peer: Peer, received: Received[Any]) -> None:
         self._heard(name, peer, received)
@@ -115,7 +238,7 @@ class World:
 
     async def start(self, *names: str) -> None:
         await self.controller.begin()
-        for name in names or ("warden", "resolver", "relay", "inspector"):
+        for name in names or ("warden", "resolver", "relay", "inspector", "evidence"):
             self.connect(name)
         await self.settle()
         self.told.clear()

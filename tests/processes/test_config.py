@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
 import pytest
 
 from egressd.model.errors import PolicyError
-from egressd.processes.config import Account, Config, load
+from egressd.processes import supervisor
+from egressd.processes.config import Account, Config, MetricsAddress, load
 
 GOOD = """
 workspaces_dir: /etc/egressd/workspaces
@@ -59,6 +61,25 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ("upstream: udp://192.0.2.53\n", 1, "upstream"),
         ("upstream: ['gopher://192.0.2.53']\n", 1, "gopher"),
         ("upstream: ['udp://resolver.example']\n", 1, "resolver.example"),
+        ("metrics: 0.0.0.0:9464\n", 1, "put a proxy in front"),
+        ("metrics: '[::]:9464'\n", 1, "put a proxy in front"),
+        ("metrics: 192.0.2.7:9464\n", 1, "put a proxy in front"),
+        ("metrics: '[2001:db8::7]:9464'\n", 1, "put a proxy in front"),
+        ("metrics: '[::ffff:127.0.0.1]:9464'\n", 1, "put a proxy in front"),
+        ("metrics: '[fe80::1]:9464'\n", 1, "put a proxy in front"),
+        ("metrics: localhost:9464\n", 1, "127.0.0.1:9464"),
+        ("metrics: ':9464'\n", 1, "127.0.0.1:9464"),
+        ("metrics: 127.0.0.1\n", 1, "127.0.0.1:9464"),
+        ("metrics: ::1:9464\n", 1, "[::1]:9464"),
+        ("metrics: 127.0.0.1:0\n", 1, "0 is not a port"),
+        ("metrics: 127.0.0.1:65536\n", 1, "65536 is not a port"),
+        ("metrics: 127.0.0.256:9464\n", 1, "127.0.0.256"),
+        ("metrics: true\n", 1, "Expected `str | null`"),
+        ("metrics: unix:metrics.sock\n", 1, "absolute path"),
+        ("metrics: unix:/run/egressd/\n", 1, "absolute path"),
+        (f"metrics: unix:/{'x' * 107}\n", 1, "107 bytes"),
+        (GOOD + "metrics: 127.0.0.1:9464\n", 7, "metrics: '906'"),
+        ("metrics: 127.0.0.1:9464\nuser: daemon\n", 2, "systemd-sysusers"),
         ("- a\n- b\n", 1, "not a mapping"),
         ("a: [\n", 2, "not YAML"),
         ("run_dir: /a\nrun_dir: /b\n", 2, "again"),
@@ -82,3 +103,31 @@ def test_a_missing_and_a_huge_file(tmp_path: Path) -> None:
         load(tmp_path / "none.yaml")
     with pytest.raises(PolicyError, match="larger than 1 MiB"):
         load(written(tmp_path, "#" * (1 << 21)))
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("127.0.0.1:9464", MetricsAddress(IPv4Address("127.0.0.1"), 9464, "")),
+        ("127.8.9.1:65535", MetricsAddress(IPv4Address("127.8.9.1"), 65535, "")),
+        ("[::1]:9464", MetricsAddress(IPv6Address("::1"), 9464, "")),
+        ("unix:/run/egressd/metrics.sock", MetricsAddress(None, 0, "/run/egressd/metrics.sock")),
+    ],
+)
+def test_metrics_are_read_at_the_loopback_or_a_socket(
+    tmp_path: Path, text: str, where: MetricsAddress
+) -> None:
+    user = GOOD.replace("}\n", ", metrics: '906'}\n").replace("[10.20.0.5], metrics: '906'}", "[10.20.0.5]}")
+    config = load(written(tmp_path, f"{user}metrics: '{text}'\n"))
+    assert config.metrics_address == where
+    assert config.accounts()["metrics"] == Account(906, 906)
+    assert supervisor.order(config) == (*supervisor.ORDER, "exporter")
+
+
+def test_without_metrics_their_account_is_not_asked_for(tmp_path: Path) -> None:
+    """A configuration that is older than metrics goes on working."""
+    config = load(written(tmp_path, GOOD))
+    assert config.metrics_address is None
+    assert "metrics" not in config.accounts()
+    assert supervisor.order(config) == supervisor.ORDER
+    assert not any("exporter" in relation for relation in supervisor.RELATIONS)

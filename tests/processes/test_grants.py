@@ -85,7 +85,7 @@ def test_recorded_then_admitted_then_inspected_then_answered(tmp_path: Path) -> 
         assert [(s.host, s.block, s.port) for s in sites] == [("a.search.test", answer.block, 443)]
         (record,) = w.records("name-granted")
         assert record["name"] == "a.search.test" and record["wildcard"] == "*.search.test"
-        assert record["link"] == sandbox.link.number and str(FOUR) in record["addresses"]
+        assert record["link"] == sandbox.link.device and str(FOUR) in record["addresses"]
 
     play(tmp_path, dialogue)
 

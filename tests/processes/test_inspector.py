@@ -342,6 +342,17 @@ def test_the_same_again_and_again_is_one_record_with_its_count(inspector: Inspec
     assert inspector.refused() == {"acme": {"sni-other": 50}}
 
 
+def test_who_asks_what_was_refused_finds_it_on_record(inspector: Inspector) -> None:
+    """A proof may be made of it: nothing waits for the end of its second."""
+    with contextlib.suppress(ConnectionResetError), dial(inspector) as client:
+        client.sendall(hello("x.example.net"))
+        assert_reset(client)
+    began = time.monotonic()
+    assert inspector.refused() == {"acme": {"sni-other": 1}}
+    until(lambda: inspector.events("flow-refused"))
+    assert time.monotonic() - began < 0.5
+
+
 # ---- a second hello
 
 

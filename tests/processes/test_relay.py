@@ -23,6 +23,7 @@ from auditor_lab import until
 from relay_lab import OTHER4, OTHER6, POOLS, SOURCE4, SOURCE6, UID, Network, Relay, announced
 
 from egressd.ipc import messages
+from egressd.processes.closings import EACH
 
 pytestmark = [
     pytest.mark.kernel,
@@ -277,10 +278,46 @@ def test_connections_that_come_and_go_leave_nothing(ollama: Relay, service: sock
             client.close()
         ollama.events("relay-closed")  # somebody must read them
     until(lambda: ollama.descriptors() == before, what="all descriptors closed")
-    ended = ollama.events("relay-closed")
     # the kernel may take the service's side, and we reset ours, before the relay has looked
-    failed = until(lambda: ollama.events("relay-failed") if len(ended) < 200 else [{"connections": 0}])
-    assert len(ended) + sum(f["connections"] for f in failed) == 200
+    until(
+        lambda: sum(f.get("connections", 1) for f in ended_or_failed(ollama)) == 200, what="each of them told"
+    )
+
+
+def ended_or_failed(relay: Relay) -> list[dict]:
+    return relay.events("relay-closed") + relay.events("relay-failed")
+
+
+def test_many_that_end_alike_are_few_records_and_exact_sums(ollama: Relay, service: socket.socket) -> None:
+    many = 8 * EACH
+    for size in range(many):
+        client, server = connect(ollama, service)
+        with client, server:
+            client.sendall(b"x" * size)
+            client.shutdown(socket.SHUT_WR)
+            assert read_all(server) == b"x" * size
+            server.sendall(b"yes")
+    counted = until(
+        lambda: (f := ollama.events("relay-closed")) and sum(e.get("connections", 1) for e in f) == many and f
+    )
+    single, summed = ([e for e in counted if ("connections" in e) is so] for so in (False, True))
+    assert len(counted) < many and all("source" in e for e in single)
+    assert all(e.keys() == single[0].keys() - {"source", "destination"} | {"connections"} for e in summed)
+    assert sum(e["bytes_out"] for e in counted) == sum(range(many))
+    assert sum(e["bytes_in"] for e in counted) == 3 * many
+
+
+def test_of_a_sandbox_that_ends_no_connection_is_told_later(ollama: Relay, service: socket.socket) -> None:
+    pairs = [connect(ollama, service) for _ in range(3 * EACH)]
+    for client, server in pairs:
+        say(b"four", client, server)
+    ollama.unbind(link=7)
+    told = ollama.events("relay-closed")
+    assert sum(e.get("connections", 1) for e in told) == len(pairs)
+    assert [e["bytes_out"] for e in told] == [4] * EACH + [8 * EACH]
+    for each in pairs:
+        for sock in each:
+            sock.close()
 
 
 # ---- what is denied

@@ -30,6 +30,7 @@ from resolver_scene import (
 )
 
 from egressd.dns.table import WorkspaceNames
+from egressd.ipc import messages
 from egressd.ruleset.layout import RESOLVER4, RESOLVER6
 
 pytestmark = [pytest.mark.kernel, pytest.mark.skipif(not able(), reason="needs root, ip and dig")]
@@ -308,7 +309,7 @@ def test_a_source_that_is_nobodys_is_refused_and_recorded(
     assert (found.status, found.data) == ("REFUSED", [])
     assert found.extended == f"18 (Prohibited): ({source} is not the address of a sandbox)"
     event = eventually(lambda: scene.named("dns-unknown-source"))[0]
-    assert (event["link"], event["name"], event["reason"], event["count"]) == (0, source, "source", 1)
+    assert (event["link"], event["name"], event["reason"], event["count"]) == (None, source, "source", 1)
 
 
 def test_bound_and_unbound(scene: Scene) -> None:
@@ -334,7 +335,25 @@ def test_denials_are_recorded_and_floods_counted_exactly(scene: Scene) -> None:
     )
     assert len(events) <= 3
     fields = {k: events[0][k] for k in ("link", "workspace", "name", "type", "reason")}
-    assert fields == {"link": 1, "workspace": "acme", "name": "evil.example", "type": "TXT", "reason": "name"}
+    assert fields == {
+        "link": "eg1",
+        "workspace": "acme",
+        "name": "evil.example",
+        "type": "TXT",
+        "reason": "name",
+    }
+
+
+def test_who_asks_what_was_refused_finds_it_on_record(scene: Scene) -> None:
+    """A proof may be made of it: nothing waits for the end of its second."""
+    with client(scene, SANDBOX4) as sock:
+        for number in range(3):
+            sock.send(question("evil.example", number=number))
+            sock.recv(4096)
+    counts = scene.controller.ask(messages.ReadRefused(request=77)).counts
+    assert counts["acme"] == {"name": 3}
+    [told] = eventually(lambda: scene.named("dns-denied"), within=0.4)
+    assert told["count"] == 3
 
 
 def test_fresh_names_without_end_are_counted_to_the_last(scene: Scene) -> None:
@@ -438,7 +457,7 @@ def test_seventeen_connections_are_one_too_many_for_one_sandbox_alone(scene: Sce
         assert stream_ask(sock, question("api.example.com"))[0].rr
     with client(scene, SANDBOX4, socket.SOCK_STREAM) as extra:
         assert _ended(extra)
-    assert eventually(lambda: scene.named("dns-connections"))[0]["link"] == 1
+    assert eventually(lambda: scene.named("dns-connections"))[0]["link"] == "eg1"
     assert scene.dig("api.example.com", "A", "+tcp", source="198.19.0.2").data
     assert scene.dig("api.example.com", "A", "+tcp", source=SANDBOX6).data  # counted per address
     assert scene.dig("api.example.com").data

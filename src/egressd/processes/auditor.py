@@ -1,11 +1,13 @@
 """The auditor: writes down what was denied and what the others report. Never blocks anybody.
 
-It reads from the kernel's packet log and from one socket per process, decides nothing and answers
-nobody. Whatever cannot be kept -- the kernel's buffer overflowed, the queue is full, a sender could not
-hand something over -- is counted, and the count is recorded.
+It reads from the kernel's packet log and from one socket per process, decides nothing, and answers only the
+controller's questions about the journal. Whatever cannot be kept -- the kernel's buffer overflowed, the queue
+is full, a sender could not hand something over -- is counted, and the count is recorded.
 
     nflog        what the guard's rules log: denials, and would-be denials of an observing workspace
+    flows        the end of each connection in the gateway, see flow_accounts.py
     audit-NAME   events of process NAME; what it says of its own name is not believed, the socket's is
+    evidence     the controller's questions about the journal, see answering.py
     supervisor   new sockets for restarted processes
 
 A denial is attributed to a link by the interface it came in on, else by its validated source address. A
@@ -40,12 +42,17 @@ from egressd.ipc.peer import Peer, PeerGone
 from egressd.journal import records
 from egressd.journal.floods import Flood, Floods
 from egressd.journal.records import Scalar
-from egressd.model.errors import ProtocolError
+from egressd.model.errors import EgressdError, ProtocolError
 from egressd.model.identities import Link
 from egressd.model.verdicts import Reason
 from egressd.packets import headers, nflog
 from egressd.processes import ritual
-from egressd.processes.journal_file import Draft, JournalBusy, JournalFile, Writer, timestamp
+from egressd.processes.answering import Answering
+from egressd.processes.flow_accounts import FlowLog, Hosts
+from egressd.processes.journal_file import Draft, JournalFile, Writer, timestamp
+from egressd.processes.journal_keys import open_keys
+from egressd.processes.proving import Prover
+from egressd.processes.told import Teller, inbox
 from egressd.ruleset.layout import ADMITTED, LINK_INDEX
 
 __all__ = ["Attribution", "Auditor", "Denial", "PacketLog", "main"]
@@ -53,6 +60,7 @@ __all__ = ["Attribution", "Auditor", "Denial", "PacketLog", "main"]
 log = logging.getLogger(__name__)
 
 Address = IPv4Address | IPv6Address
+_Told = messages.BindSource | messages.UnbindSource | messages.NameBlocks | messages.LinkErased
 # Rules that a packet only meets after the guard has compared its source with the link's own addresses.
 _SOURCE_VALIDATED = frozenset(
     {Reason.UNLISTED, Reason.PORT, Reason.ADDRESS, Reason.UNRESOLVED, Reason.CONNECTIONS, Reason.INVALID}
@@ -61,14 +69,30 @@ _REMEMBERED = 65_536  # links, and addresses of ended ones, kept for late log me
 _READS = 64  # datagrams per wake-up, so that a flood of denials does not starve the other sockets
 _LAST_READS = 4096  # messages still read from a socket that is about to be closed
 _DATAGRAM = 1 << 17  # at least NFULA_CFG_NLBUFSIZ, see nflog.configure
+_LAST_FLOWS = 3.0  # seconds for what the kernel has told when we are to end
+# Seconds: the kernel hands over a batch of the packet log 0.1 s after its first packet (kernel.sockets), on a
+# timer that may be a few jiffies late; and how long a closed link's last connections are waited for.
+_LOGGED_WITHIN, _ENDED_WITHIN = 0.15, 3.0
+_LOOK = 0.02  # seconds between two looks
+# Seconds: how long a fresh auditor waits to hear whose links there are, at most, and after the first word.
+_NAMES_WITHIN, _NAMES_AFTER = 2.0, 0.2
 _TICK = 0.25  # seconds: how late a flood may be handed out
+# Those who read strangers' bytes have words of their own. The others' are what evidence is made of: counters,
+# flows, losses, who opened which sandbox.
+_WORDS = {"resolver": "dns-", "inspector": "flow-", "relay": "relay-"}
+_ENDS_OF_LINKS = frozenset({"sandbox-closed", "sandbox-lost"})
+_HANDED_WITHIN = 5.0  # seconds; the supervisor wrote it before it started us
 # What a person at the machine should see without asking: also on stderr, for the system's journal.
 _NOTABLE = frozenset(
     {
         "tampered", "policy-refused", "spawn-refused", "dns-refused-address", "relay-denied", "lost",
-        "journal-torn", "journal-damaged", "peer-broken", "log-ended",
+        "journal-torn", "journal-damaged", "journal-truncated", "clock-stepped",
+        "key-created", "key-rotated", "peer-broken", "log-ended", "drift", "books-unbalanced",
+        "books-restarted", "process-hung", "process-killed", "sandbox-lost",
     }
 )  # fmt: skip
+# Events that somebody here acts on, besides writing them down.
+_HEEDED = _NOTABLE | _ENDS_OF_LINKS | {"sandbox-opening", "snapshot"}
 _WARNING, _NOTICE = 4, 5  # sd-daemon(3) priorities
 
 
@@ -113,15 +137,25 @@ class Attribution:
         for link in {link for link, _ in self._sources.values()}:
             self.unbind(link)
 
+    def owner(self, address: Address) -> tuple[Link, str] | None:
+        """The link, and its workspace, whose source address this is, or was until lately."""
+        return self._sources.get(address) or self._ended.get(address)
+
+    def workspace_of(self, denial: Denial) -> str | None:
+        """What was lost past the guard was logged by a rule that knows no workspace: its link's."""
+        link = self.link_of(denial) if denial.workspace is None else None
+        return denial.workspace if link is None else self._workspaces.get(link)
+
     def link_of(self, denial: Denial) -> Link | None:
         """None where nothing says whose it was, or where what is known of the link contradicts the rule
         that logged it."""
         link = _link_at(denial.indev)
         if link is not None:
-            return link if self._workspaces.get(link, denial.workspace) == denial.workspace else None
+            known = self._workspaces.get(link, denial.workspace)
+            return link if denial.workspace in (None, known) else None
         if denial.source is None:
             return None
-        found = self._sources.get(denial.source) or self._ended.get(denial.source)
+        found = self.owner(denial.source)
         return found[0] if found is not None and found[1] == denial.workspace else None
 
 
@@ -140,8 +174,8 @@ def _bound(mapping: OrderedDict[Any, Any]) -> None:
 class PacketLog:
     """From datagrams of the kernel's packet log to drafts of records. `lost` is added up by the reader."""
 
-    def __init__(self, attribution: Attribution) -> None:
-        self._attribution = attribution
+    def __init__(self, attribution: Attribution, hosts: Hosts | None = None) -> None:
+        self._attribution, self._hosts = attribution, hosts or Hosts()
         self._floods: Floods[Denial, tuple[nflog.Logged, headers.Attempt]] = Floods()
         self._sequence: dict[int, int] = {}
         self.lost = 0  # packets the kernel logged and could not hand over
@@ -181,10 +215,10 @@ class PacketLog:
 
     def _draft(self, flood: Flood[Denial, tuple[nflog.Logged, headers.Attempt]]) -> Draft:
         denial, (logged, attempt) = flood.key, flood.detail
-        link = self._attribution.link_of(denial)
+        link, workspace = self._attribution.link_of(denial), self._attribution.workspace_of(denial)
         fields: dict[str, Scalar] = {
             "link": link.device if link else None,
-            "workspace": denial.workspace,
+            "workspace": workspace,
             "reason": str(denial.reason),
             "protocol": denial.protocol,
             "source": _text(attempt.source),
@@ -192,9 +226,13 @@ class PacketLog:
             "port": denial.port,
             "packets": flood.count,
         }
+        if denial.destination is not None:
+            host = self._hosts.named(workspace, denial.destination)
+            if host is not None:  # a name's own address, on a port that no rule has
+                fields["host"] = host
         if link is None:
             fields["interface_index"] = denial.indev
-        if denial.workspace is None:
+        if workspace is None:
             fields["prefix"] = logged.prefix
         if flood.count > 1:
             fields["seconds"] = round(flood.last - flood.first, 3)
@@ -205,8 +243,9 @@ class PacketLog:
 
 def _denial(logged: nflog.Logged, attempt: headers.Attempt) -> Denial:
     about = nflog.subject(logged.prefix)
+    let_through = about.workspace is not None and logged.mark & ADMITTED  # past the guard, all have a mark
     return Denial(
-        event="observed" if logged.mark & ADMITTED else "denied",
+        event="observed" if let_through else "denied",
         workspace=about.workspace,
         reason=about.reason,
         indev=logged.indev,
@@ -237,22 +276,30 @@ def _text(address: Address | None) -> str | None:
 class Auditor:
     """The process: sockets in, drafts out."""
 
-    def __init__(self, start: ritual.Start, writer: Writer) -> None:
-        self._writer = writer
+    def __init__(self, start: ritual.Start, writer: Writer, answering: Answering) -> None:
+        self._writer, self._answering = writer, answering
         self._loop = asyncio.get_running_loop()
         self._attribution = Attribution()
-        self._packets = PacketLog(self._attribution)
-        self._peers: dict[str, Peer] = {}
+        self._hosts = Hosts(start.config.pools.pools())
+        self._packets = PacketLog(self._attribution, self._hosts)
+        self._flows = FlowLog(self._attribution, self._hosts, submit=writer.submit)
+        self._answering.settle = self._settle
+        self._peers: dict[str, Teller] = {}
+        self._inbox = inbox()
         self.ended: asyncio.Future[str] = self._loop.create_future()
-        self._nflog = start.sockets.pop("nflog", None)
+        self._nflog = _kernel_log(start, "nflog")
+        self._endings = _kernel_log(start, "flows")
+        self._listening = False  # to the ends of connections
         if self._nflog is not None:
-            self._nflog.setblocking(False)
             self._loop.add_reader(self._nflog, self._read_nflog)
         self._supervisor = Peer(
             start.take("supervisor"), messages.TO_CHILD, handler=self._from_supervisor, gone=self._alone
         )
         for name in [name for name in start.sockets if _is_audit(name)]:
             self._listen(name, start.take(name))
+        if "evidence" in start.sockets:
+            self._answering.listen(start.take("evidence"))
+        self._loop.call_later(_NAMES_WITHIN, self._listen_to_flows)
 
     async def run(self) -> str:
         """Serve until told to stop; returns why."""
@@ -269,12 +316,40 @@ class Auditor:
         if not self.ended.done():
             self.ended.set_result(why)
 
+    async def _settle(self, link: Link | None) -> None:
+        """Hand to the writer all that has happened by now: what lies in the kernel's buffers and in sockets,
+        what would wait for the end of its second, and the last connections of a `link` that is closed."""
+        await asyncio.sleep(_LOGGED_WITHIN)
+        deadline = time.monotonic() + _ENDED_WITHIN
+        while True:
+            self._read_all()
+            if link is None or not self._flows.awaits(link) or time.monotonic() > deadline:
+                break
+            await asyncio.sleep(_LOOK)
+        self._flows.drain()
+        self._submit(self._packets.drain())
+
+    def _read_all(self) -> None:
+        """What lies in the sockets now; of one that is filled faster than it is read, not all."""
+        for peer in list(self._peers.values()):
+            peer.read(_LAST_READS)
+        for _ in range(_LAST_READS // _READS):
+            if self._read_nflog():
+                break
+        for _ in range(_LAST_READS // _READS):
+            if self._read_flows():
+                break
+
     def _last_reads(self) -> None:
         """What lies in the sockets was said before the end, and counts."""
-        if self._nflog is not None:
-            self._read_nflog()
+        self._read_nflog()
         for name in list(self._peers):
             self._retire(name)
+        self._listening, deadline = True, time.monotonic() + _LAST_FLOWS
+        while not self._read_flows() and time.monotonic() < deadline:
+            pass
+        self._flows.settle_all()
+        self._flows.drain()
         self._submit(self._packets.drain())
 
     # ---- the supervisor
@@ -291,6 +366,8 @@ class Auditor:
         while True:
             now = time.monotonic()
             self._submit(self._packets.due(now=now))
+            self._flows.due(now=now)
+            self._flows.settle(now=now, empty=False)
             if now >= next_beat:
                 self._tell(messages.Heartbeat())
                 next_beat = now + messages.HEARTBEAT
@@ -301,6 +378,8 @@ class Auditor:
         name = received.message.name
         if _is_audit(name):
             self._listen(name, sock)
+        elif name == "evidence":
+            self._answering.listen(sock)
         else:
             sock.close()
 
@@ -311,10 +390,12 @@ class Auditor:
         process = name.removeprefix("audit-")
         if name in self._peers:
             self._retire(name)
-        self._peers[name] = Peer(
+        self._peers[name] = Teller(
             sock,
-            messages.TO_AUDITOR,
-            handler=lambda _, received: self._heard(name, process, received.message),
+            process,
+            self._inbox,
+            heard=lambda message: self._heard(name, process, message),
+            sheaf=self._writer.submit_sheaf,
             gone=lambda peer, why: self._gone(name, process, peer, why),
         )
 
@@ -327,41 +408,79 @@ class Auditor:
             del self._peers[name]
             peer.close("replaced")
 
-    def _gone(self, name: str, process: str, peer: Peer, why: str) -> None:
+    def _gone(self, name: str, process: str, peer: Teller, why: str) -> None:
         if process == "controller":
             self._attribution.unbind_all()  # its successor says anew which links there are
         if self._peers.get(name) is peer:
             del self._peers[name]
             self._record(process, "peer-ended" if why == "it ended" else "peer-broken", {"why": why})
 
-    def _heard(self, name: str, process: str, message: Any) -> None:
+    def _heard(self, name: str, process: str, message: Any) -> bool:
+        """True: an event of a kind that means nothing but its record."""
+        if process == "controller" and not self._listening:
+            self._loop.call_later(_NAMES_AFTER, self._listen_to_flows)
         if isinstance(message, messages.Event):
-            fields: dict[str, Any] = dict(message.fields)
-            if message.process != process:
-                fields["claimed_process"] = message.process
-            self._record(process, message.event, fields)
+            if message.event.startswith(_WORDS.get(process, "")):
+                self._happened(process, message)
+                return message.event not in _HEEDED
+            self._peers[name].close(f"{message.event} is not for {process} to say")
         elif isinstance(message, messages.Losses):
             self._writer.lose(cause="sender", process=process, count=message.count)
-        elif process != "controller":
+        elif process != ("warden" if isinstance(message, messages.LinkErased) else "controller"):
             self._peers[name].close(f"{type(message).__name__} is not for {process} to say")
         else:
-            self._bind(message)
+            self._learn(message)
+        return False
 
-    def _bind(self, message: messages.BindSource | messages.UnbindSource) -> None:
-        link = Link(message.link)
-        if isinstance(message, messages.BindSource):
-            self._attribution.bind(link, message.workspace, message.source4, message.source6)
-        else:
-            self._attribution.unbind(link)
+    def _happened(self, process: str, said: messages.Event) -> None:
+        fields: dict[str, Any] = dict(said.fields)
+        if said.process != process:
+            fields["claimed_process"] = said.process
+        recorded = self._record(process, said.event, fields)
+        if process == "controller":
+            self._follow_link(said.event, fields)
+            if said.event == "snapshot" and recorded:
+                self._answering.snapshot_submitted(fields.get("snapshot"))
+
+    def _follow_link(self, event: str, fields: dict[str, Any]) -> None:
+        """What the controller's events say of a link's life."""
+        link = _link_named(fields.get("link"))
+        if link is not None and event == "sandbox-opening":
+            self._flows.opening(link)
+        elif link is not None and event in _ENDS_OF_LINKS:
+            self._flows.closed(link, fields, at=timestamp(), now=time.monotonic())
+            self._read_flows()
+
+    def _learn(self, message: _Told) -> None:
+        """What somebody who knows says of links and names. What the kernel told before is read first: it is
+        of the time before."""
+        match message:
+            case messages.LinkErased():
+                self._flows.erased(Link(message.link))
+                self._read_flows()
+            case messages.UnbindSource():
+                self._attribution.unbind(Link(message.link))
+            case messages.BindSource():
+                self._read_flows()
+                self._attribution.bind(
+                    Link(message.link), message.workspace, message.source4, message.source6
+                )
+            case messages.NameBlocks():
+                self._read_flows()
+                self._hosts.learn(message.workspace, message.index, message.hosts, now=time.time_ns())
 
     # ---- the kernel
 
-    def _read_nflog(self) -> None:
-        assert self._nflog is not None
+    def _read_nflog(self) -> bool:
+        """What the kernel has logged. True: there was no more."""
+        empty = self._nflog is None
         for _ in range(_READS):
+            if self._nflog is None:
+                break
             try:
                 datagram = self._nflog.recv(_DATAGRAM)
             except BlockingIOError:
+                empty = True
                 break
             except OSError as error:
                 # ENOBUFS (netlink(7)): the socket's buffer overflowed. How many packets that cost is seen
@@ -376,17 +495,66 @@ class Auditor:
                 break
             self._submit(self._packets.read(datagram, now=time.monotonic()))
         self._report_losses()
+        return empty
+
+    def _listen_to_flows(self) -> None:
+        """A restarted auditor finds what the kernel told meanwhile, and first has to hear from the controller
+        whose it is."""
+        if self._endings is not None and not self._listening:
+            self._loop.add_reader(self._endings, self._read_flows)
+        self._listening = True
+
+    def _read_flows(self) -> bool:
+        """Ends of connections, as far as they have been told. True: there were no more."""
+        if not self._listening:
+            return False
+        empty = self._endings is None
+        for _ in range(_READS):
+            if self._endings is None:
+                break
+            try:
+                datagram = self._endings.recv(_DATAGRAM)
+            except BlockingIOError:
+                empty = True
+                break
+            except OSError as error:
+                # ENOBUFS: some were lost, and nobody says how many; the sums of their links fall short.
+                self._writer.lose(cause=f"flows-{_errno_name(error)}", process="kernel", count=1)
+                if error.errno != errno.ENOBUFS:
+                    self._stop_flows()
+                    return True
+                continue
+            if not datagram:
+                self._stop_flows()
+                return True
+            self._flows.read(datagram, now=time.monotonic())
+        self._flows.settle(now=time.monotonic(), empty=empty)
+        self._report_losses()
+        return empty
+
+    def _stop_flows(self) -> None:
+        assert self._endings is not None
+        self._loop.remove_reader(self._endings)
+        self._endings = None
+        self._record("auditor", "log-ended", {"text": "the ends of connections can no longer be read"})
 
     def _stop_nflog(self) -> None:
         assert self._nflog is not None
         self._loop.remove_reader(self._nflog)
+        self._nflog = None
         self._record("auditor", "log-ended", {"text": "the kernel's packet log can no longer be read"})
 
     def _report_losses(self) -> None:
-        for cause, count in (("netlink", self._packets.lost), ("malformed", self._packets.malformed)):
+        for cause, count in (
+            ("netlink", self._packets.lost),
+            ("malformed", self._packets.malformed),
+            ("flows-malformed", self._flows.malformed),
+            ("flows-uncounted", self._flows.uncounted),
+        ):
             if count:
                 self._writer.lose(cause=cause, process="kernel", count=count)
         self._packets.lost = self._packets.malformed = 0
+        self._flows.malformed = self._flows.uncounted = 0
 
     # ---- writing
 
@@ -394,8 +562,22 @@ class Auditor:
         for draft in drafts:
             self._writer.submit(draft)
 
-    def _record(self, process: str, event: str, fields: dict[str, Any]) -> None:
-        self._writer.submit(Draft(timestamp(), process, event, records.bounded(fields)))
+    def _record(self, process: str, event: str, fields: dict[str, Any]) -> bool:
+        return self._writer.submit(Draft(timestamp(), process, event, records.bounded(fields)))
+
+
+def _kernel_log(start: ritual.Start, name: str) -> socket.socket | None:
+    sock = start.sockets.pop(name, None)
+    if sock is not None:
+        sock.setblocking(False)
+    return sock
+
+
+def _link_named(value: Any) -> Link | None:
+    """A link as records name it, or by number as they once did."""
+    if isinstance(value, str):
+        return Link.of_device(value)
+    return Link(value) if isinstance(value, int) and 1 <= value <= 999_999_999 else None
 
 
 def _is_audit(name: str) -> bool:
@@ -440,19 +622,33 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"egressd[auditor]: {error}", file=sys.stderr)
         return 1
     herald = Herald(enabled="JOURNAL_STREAM" in os.environ)
+    state = Path(start.config.state_dir)
     try:
-        journal = JournalFile(Path(start.config.state_dir) / "journal")
-    except (OSError, JournalBusy) as error:
+        keys = open_keys(state / "keys", _credential(start))
+        journal = JournalFile(state / "journal", keys=keys)
+    except (OSError, EgressdError) as error:
         herald.say(f"the journal cannot be opened: {error}")
         return 1
-    writer = Writer(journal, say=herald.say, written=herald)
-    why = asyncio.run(_serve(start, writer))
+    writer = Writer(journal, say=herald.say, written=herald, modest=frozenset(_WORDS))
+    answering = Answering(writer, keys, Prover(state / "journal"))
+    why = asyncio.run(_serve(start, writer, answering))
     log.info("ending: %s", why)
     return 0 if writer.end() else 1
 
 
-async def _serve(start: ritual.Start, writer: Writer) -> str:
-    return await Auditor(start, writer).run()
+def _credential(start: ritual.Start) -> bytes | None:
+    """The signing key, where the system manager holds it instead of a file."""
+    sock = start.sockets.pop("credential", None)
+    if sock is None:
+        return None
+    with sock:
+        sock.settimeout(_HANDED_WITHIN)
+        parts = list(iter(lambda: sock.recv(1 << 16), b""))
+    return b"".join(parts)
+
+
+async def _serve(start: ritual.Start, writer: Writer, answering: Answering) -> str:
+    return await Auditor(start, writer, answering).run()
 
 
 if __name__ == "__main__":

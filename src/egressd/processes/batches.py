@@ -1,20 +1,22 @@
 """Many datagrams per system call: recvmmsg(2) and sendmmsg(2), which Python does not have.
 
-A batch has `COUNT` places. What was received in place i is answered from place i: same memory, same address.
-The kernel's work per datagram stays; entering it and leaving it, and Python's part of that, is done once for
-all that wait.
+`Batch` is for questions and answers, `Inbox` for what is only read. A batch has `COUNT` places. What was
+received in place i is answered from place i: same memory, same address. The kernel's work per datagram stays;
+entering it and leaving it, and Python's part of that, is done once for all that wait.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
+import os
 import socket
 import struct
 
 from egressd.dns.hot import SLOT
 
-__all__ = ["COUNT", "LONGEST", "Batch"]
+__all__ = ["COUNT", "LONGEST", "Batch", "Inbox"]
 
 COUNT = 64  # datagrams
 LONGEST = 4096  # bytes read of one; a query is never longer, and what is cut does not parse
@@ -48,6 +50,10 @@ _receive, _send = _c.recvmmsg, _c.sendmmsg
 _receive.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int, ctypes.c_void_p]
 _send.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int]
 _receive.restype = _send.restype = ctypes.c_int
+# The same call with the interpreter's lock held. It does not wait; and who gives the lock away between two
+# batches gets it back after as long as the other thread likes, five milliseconds (sys.setswitchinterval).
+_receive_at_once = ctypes.PyDLL(None, use_errno=True).recvmmsg
+_receive_at_once.argtypes, _receive_at_once.restype = _receive.argtypes, ctypes.c_int
 
 
 class Batch:
@@ -139,6 +145,68 @@ class Batch:
             if sent <= 0 and ctypes.get_errno() == errno.EAGAIN:
                 return
             first += max(1, sent)  # the one that failed is lost, those behind it are not
+
+
+class Inbox:
+    """Messages of SOCK_SEQPACKET sockets, up to `COUNT` per call, without descriptors. One memory for all
+    sockets of a process: what was received is taken out before the next call."""
+
+    COUNT = 128
+    _PLACE = 2048  # bytes of a message that lie close together; nearly all are shorter
+
+    def __init__(self, longest: int) -> None:
+        """`longest`: bytes of a message; one that has more comes with MSG_TRUNC."""
+        self._rest = max(0, longest - self._PLACE)
+        # Pages that are not touched take no memory, and those of a long message are given back.
+        self._close, self._far = (
+            bytearray(self._PLACE * self.COUNT),
+            mmap.mmap(-1, self._rest * self.COUNT or 1),
+        )
+        step = ctypes.sizeof(_Message)
+        headers = bytearray(step * self.COUNT)
+        self._vectors = (_Vector * (2 * self.COUNT))()
+        self._headers = (_Message * self.COUNT).from_buffer(headers)
+        self._lay_out()
+        self._at = ctypes.addressof(self._headers)
+        fields = memoryview(headers).cast("I")
+        self._lengths = fields[_Message.length.offset // 4 :: step // 4]
+        self._flags = fields[_Message.flags.offset // 4 :: step // 4]
+        self._view = memoryview(self._close)
+
+    def _lay_out(self) -> None:
+        close = _address_of(self._close)
+        far = ctypes.addressof((ctypes.c_char * len(self._far)).from_buffer(self._far))
+        vectors = ctypes.addressof(self._vectors)
+        for number in range(self.COUNT):
+            self._vectors[2 * number] = _Vector(close + self._PLACE * number, self._PLACE)
+            self._vectors[2 * number + 1] = _Vector(far + self._rest * number, self._rest)
+            first = vectors + 2 * ctypes.sizeof(_Vector) * number
+            self._headers[number] = _Message(None, 0, first, 2, None, 0, 0, 0)
+
+    def receive(self, descriptor: int, most: int = COUNT) -> tuple[list[bytes], list[int]]:
+        """What waits, at most so many; and of each its flags (recvmsg(2)): MSG_TRUNC if it was too long,
+        MSG_CTRUNC if it had descriptors, which the kernel has closed. An empty message is the end.
+        BlockingIOError if nothing waits; OSError."""
+        count = _receive_at_once(descriptor, self._at, min(most, self.COUNT), socket.MSG_DONTWAIT, None)
+        if count < 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))  # BlockingIOError where it is EAGAIN
+        lengths = self._lengths[:count].tolist()
+        view, place = self._view, self._PLACE
+        if max(lengths) > place:
+            found = [self._whole(number, length) for number, length in enumerate(lengths)]
+            self._far.madvise(mmap.MADV_DONTNEED)
+        else:
+            found = [
+                bytes(view[at : at + size])
+                for at, size in zip(range(0, place * count, place), lengths, strict=True)
+            ]
+        return found, self._flags[:count].tolist()
+
+    def _whole(self, number: int, length: int) -> bytes:
+        close, far = self._PLACE * number, self._rest * number
+        begin = bytes(self._view[close : close + min(length, self._PLACE)])
+        return begin + self._far[far : far + max(0, length - self._PLACE)]
 
 
 def _address_of(memory: bytearray) -> int:

@@ -105,8 +105,16 @@ CARDS: dict[str, Card] = {
             user="audit",
             namespace=Namespace.HOST,
             capabilities=frozenset(),
-            reads="the kernel's log of denials, events from the others",
-            does="writes the journal; never blocks anybody",
+            reads="the kernel's log of denials and of ended connections, events from the others",
+            does="writes and signs the journal; never blocks anybody",
+        ),
+        Card(
+            name="exporter",
+            user="metrics",
+            namespace=Namespace.HOST,
+            capabilities=frozenset(),
+            reads="HTTP from whoever reaches its socket",
+            does="tells metrics, where they are configured; nothing waits for it",
         ),
     )
 }

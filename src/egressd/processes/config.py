@@ -10,7 +10,7 @@ import os
 import pwd
 import re
 from collections.abc import Callable, Iterator
-from ipaddress import IPv4Network, IPv6Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,9 +22,12 @@ from egressd.model.errors import PolicyError, Problem
 from egressd.policy import tree
 from egressd.ruleset import layout
 
-__all__ = ["Account", "Config", "PoolsConfig", "load"]
+__all__ = ["Account", "Config", "MetricsAddress", "PoolsConfig", "load"]
 
 _ACCOUNTS = ("daemon", "warden", "resolve", "relay", "inspect", "audit")
+_Role = Literal["daemon", "warden", "resolve", "relay", "inspect", "audit", "metrics"]
+# linux/un.h: sun_path, with the NUL at its end.
+_UNIX_PATH_MAX = 107
 
 
 class Account(Struct, frozen=True, forbid_unknown_fields=True):
@@ -52,6 +55,45 @@ class PoolsConfig(Struct, frozen=True, forbid_unknown_fields=True):
         )
 
 
+class MetricsAddress(Struct, frozen=True):
+    """Where metrics are read: an address of the loopback and a port, or the path of a Unix socket."""
+
+    address: IPv4Address | IPv6Address | None
+    port: int
+    path: str
+
+    @staticmethod
+    def parse(text: str) -> MetricsAddress:
+        """`127.0.0.1:9464`, `[::1]:9464` or `unix:/path`. ValueError, with the remedy, for anything else:
+        whoever reaches the address reads who talks to whom, and nothing there asks who they are."""
+        if text.startswith("unix:"):
+            return MetricsAddress(None, 0, _unix_path(text.removeprefix("unix:")))
+        found = re.fullmatch(r"(?:\[(?P<six>[0-9A-Fa-f:.]+)\]|(?P<four>[0-9.]+)):(?P<port>[0-9]{1,5})", text)
+        if found is None:
+            raise ValueError(f"{text!r} is none of {_METRICS_FORMS}")
+        address = ip_address(found["six"] or found["four"])
+        # Not `is_loopback`: what it says about addresses with an IPv4 one inside depends on the Python.
+        if address != IPv6Address("::1") and address not in IPv4Network("127.0.0.0/8"):
+            raise ValueError(
+                f"{address} can be reached from elsewhere; metrics are read at {_METRICS_FORMS} only:"
+                " put a proxy in front that knows TLS and who may read"
+            )
+        if not 1 <= int(found["port"]) <= 65535:
+            raise ValueError(f"{found['port']} is not a port")
+        return MetricsAddress(address, int(found["port"]), "")
+
+
+_METRICS_FORMS = "127.0.0.1:9464, [::1]:9464, unix:/run/egressd/metrics.sock"
+
+
+def _unix_path(path: str) -> str:
+    if not path.startswith("/") or path.endswith("/") or "\0" in path:
+        raise ValueError(f"{path!r} is not the absolute path of a socket, as in {_METRICS_FORMS}")
+    if len(path.encode()) > _UNIX_PATH_MAX:
+        raise ValueError(f"the path of a socket has at most {_UNIX_PATH_MAX} bytes")
+    return path
+
+
 class Config(Struct, frozen=True, forbid_unknown_fields=True):
     """Every field of egressd.yaml(5). Paths are absolute."""
 
@@ -63,7 +105,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     upstream_0x20: bool = False
     hosts: dict[str, tuple[str, ...]] = {}
     pools: PoolsConfig = PoolsConfig()
-    user: str | dict[Literal["daemon", "warden", "resolve", "relay", "inspect", "audit"], str] = "egressd"
+    user: str | dict[_Role, str] = "egressd"
     metrics: str | None = None
     gateway: Annotated[str, Meta(pattern=r"^[a-z][a-z0-9-]{0,31}$")] = layout.GATEWAY
     uplinks: tuple[Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,15}$")], ...] = ()
@@ -79,18 +121,26 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     def control_socket(self) -> Path:
         return Path(self.run_dir, "control.sock")
 
+    @property
+    def metrics_address(self) -> MetricsAddress | None:
+        """None: no metrics, and no process for them."""
+        return None if self.metrics is None else MetricsAddress.parse(self.metrics)
+
     def accounts(self) -> dict[str, Account]:
-        """Who each process runs as, by role. KeyError names a missing account.
+        """Who each process runs as, by role; `metrics` is among them only where metrics are read. KeyError
+        names a missing account.
 
         `user: same` keeps the invoking user for all of them: for a lab without subordinate ids, where
         the processes are then kept apart by capabilities alone.
         """
+        # An account is asked for only if it is used: a configuration that is older than metrics has none.
+        roles = _ACCOUNTS if self.metrics is None else (*_ACCOUNTS, "metrics")
         if self.user == "same":
-            return dict.fromkeys(_ACCOUNTS, Account(os.getuid(), os.getgid()))
+            return dict.fromkeys(roles, Account(os.getuid(), os.getgid()))
         if isinstance(self.user, str):
-            names = {role: f"{self.user}-{role}" for role in _ACCOUNTS} | {"daemon": self.user}
+            names = {role: f"{self.user}-{role}" for role in roles} | {"daemon": self.user}
         else:
-            names = {role: self.user.get(role, "") for role in _ACCOUNTS}  # type: ignore[call-overload]
+            names = {role: self.user.get(role, "") for role in roles}  # type: ignore[call-overload]
         return {role: _account(name) for role, name in names.items()}
 
 
@@ -116,6 +166,8 @@ def load(path: Path) -> Config:
     if not isinstance(document, dict):
         raise PolicyError([found.problem((), "the file is not a mapping", "see egressd.yaml(5)")])
     problems = [*found.problems, *_problems(document, found)]
+    if not problems:
+        problems += _problems_together(document, found)
     if problems:
         raise PolicyError(problems)
     return _convert(document)
@@ -135,6 +187,22 @@ def _problems(document: dict[str, Any], found: tree.Tree) -> Iterator[Problem]:
                 check(config)
         except (msgspec.ValidationError, ValueError) as error:
             yield found.problem((key,), str(error), "see egressd.yaml(5)")
+
+
+def _problems_together(document: dict[str, Any], found: tree.Tree) -> Iterator[Problem]:
+    """What no key shows alone. Each key is good by now."""
+    config = _convert(document)
+    if config.metrics is None or "user" not in document:
+        return  # default accounts are looked up at the start, where they are needed
+    try:
+        config.accounts()
+    except KeyError:
+        text = "metrics are read by a process of its own, and it has no account"
+        if isinstance(config.user, str):
+            remedy = f"create {config.user}-metrics (systemd-sysusers egressd.conf)"
+        else:
+            remedy = "add one to `user`: metrics: '906', or the name of an account"
+        yield found.problem(("metrics",), text, f"{remedy}, or remove the line")
 
 
 def _absolute(*fields: str) -> Callable[[Config], None]:
@@ -173,7 +241,7 @@ def _check_upstream(config: Config) -> None:
 
 def _check_metrics(config: Config) -> None:
     if config.metrics is not None:
-        raise ValueError("metrics are not available in this version; remove the line")
+        MetricsAddress.parse(config.metrics)
 
 
 _CHECKS: dict[str, Callable[[Config], None]] = {

@@ -15,6 +15,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +24,17 @@ import msgspec
 from egressd.ipc import messages
 from egressd.ipc.channel import Received
 from egressd.ipc.peer import Peer, PeerGone
-from egressd.model.errors import EgressdError, Refused
+from egressd.model.errors import Refused
 from egressd.model.identities import Link, check_workspace
 from egressd.model.verdicts import Reason
-from egressd.policy.compiled import Policy
-from egressd.processes import reports
+from egressd.policy.compiled import Guard, Policy
+from egressd.processes import evidence, reports
 from egressd.processes.leases import Sandbox
 from egressd.processes.members import Caller, caller_of, is_member
+from egressd.processes.spawn_refusals import SpawnRefusals
+from egressd.processes.turns import Turns
 from egressd.processes.workspaces import broken_workspaces
+from egressd.ruleset import layout
 
 if TYPE_CHECKING:
     from egressd.processes.controller import Controller
@@ -43,6 +47,10 @@ MAX_CLIENTS = 8192
 MAX_CLIENTS_PER_USER = 4096
 MAX_IDLE_PER_USER = 512  # connections without a sandbox; a spawn holds one for a tenth of a second
 MAX_PENDING = 4  # requests of one client waiting for their turn; ours wait for each answer
+MAX_KNOWN = 256  # networks that a sandbox is told about, each a comparison for every packet to a stranger
+MAX_PROOFS_PER_USER = 32  # asked for; one of them is being made
+PROOFS_AT_ONCE = 2  # as many as the auditor makes (proving.Prover); each reads a journal
+_RECEIPT_WAIT = 10.0  # seconds for a sandbox that is about to be closed
 _ACCEPTS = 64  # per wake-up, so that a crowd at the door neither waits for ever nor holds the loop
 
 
@@ -63,7 +71,10 @@ class ControlSocket:
         self._per_user: collections.Counter[int] = collections.Counter()
         self._idle: collections.Counter[int] = collections.Counter()
         self._listener = listener
+        self._proofs = Turns("proofs", at_once=PROOFS_AT_ONCE, most=MAX_PROOFS_PER_USER)
         self._admins = {0, os.getuid()}
+        self._exporter = _exporter(controller)
+        self._refused = SpawnRefusals(controller.auditing.record, later=asyncio.get_running_loop().call_later)
         listener.setblocking(False)
 
     def listen(self) -> None:
@@ -99,7 +110,7 @@ class ControlSocket:
         if crowded or len(self.clients) >= MAX_CLIENTS:
             _turn_away(sock)
             return
-        peer = Peer(sock, messages.FROM_CLIENT, handler=self._handle, gone=self._gone, reads=MAX_PENDING)
+        peer = Peer(sock, messages.FROM_CLIENT, handler=self._heard, gone=self._gone, reads=MAX_PENDING)
         self.clients[peer] = Client(caller)
         self._per_user[uid] += 1
         self._idle[uid] += 1
@@ -117,6 +128,15 @@ class ControlSocket:
             )
 
     # ---- requests
+
+    def _heard(self, peer: Peer, received: Received[Any]) -> Coroutine[Any, Any, None] | None:
+        """A broker's last word comes right before its end: what waits for its turn would come too late."""
+        client, claim = self.clients.get(peer), _CLAIMS.get(type(received.message))
+        if claim is None:
+            return self._handle(peer, received)
+        if client is not None and client.sandbox is not None:
+            claim(self, client.sandbox, received.message)
+        return None
 
     async def _handle(self, peer: Peer, received: Received[Any]) -> None:
         client = self.clients.get(peer)
@@ -142,22 +162,19 @@ class ControlSocket:
             self._refuse(peer, client, received.message, refused)
         except PeerGone as gone:
             self._refuse(peer, client, received.message, Refused(Reason.UNAVAILABLE, str(gone)))
-        except (EgressdError, OSError, ValueError) as error:
+        except Exception as error:  # a defect of ours, too: nobody is left waiting for an answer
             log.exception("%s", type(received.message).__name__)
             self._refuse(peer, client, received.message, Refused(Reason.UNKNOWN, f"it failed: {error}"))
 
     def _refuse(self, peer: Peer, client: Client, message: Any, refused: Refused) -> None:
         if isinstance(message, messages.Enter | messages.Attach):
-            self.controller.auditing.record(
-                "spawn-refused",
-                {
-                    "uid": client.caller.uid,
-                    "pid": client.caller.pid,
-                    "workspace": getattr(message, "workspace", None)
-                    or (client.policy.workspace if client.policy else ""),
-                    "reason": refused.reason.value,
-                    "text": str(refused),
-                },
+            entered = client.policy.workspace if client.policy else ""
+            workspace = getattr(message, "workspace", None) or entered
+            self._refused.add(
+                client.caller.uid,
+                refused.reason.value,
+                workspace if workspace in self.controller.policies else None,
+                {"pid": client.caller.pid, "workspace": workspace, "text": str(refused)},
             )
         with contextlib.suppress(PeerGone):
             peer.send(messages.Refusal(reason=refused.reason.value, text=str(refused)[:4096]))
@@ -210,7 +227,17 @@ class ControlSocket:
             memory=limits.memory,
             processes=limits.processes,
             services=tuple(self.controller.services(policy)),
+            known=self._known(policy),
         )
+
+    def _known(self, policy: Policy) -> tuple[str, ...] | None:
+        """Where this policy can lead at all. None where nothing is refused, or where that is too much."""
+        pools = self.controller.pools
+        networks = [pools.synthetic4, pools.synthetic6, layout.RESOLVER4, layout.RESOLVER6]
+        networks += [rule.network for rule in policy.cidrs]
+        if policy.guard is not Guard.ENFORCE or len(networks) > MAX_KNOWN:
+            return None
+        return tuple(map(str, networks))
 
     async def attach(self, peer: Peer, client: Client, received: Received[messages.Attach]) -> None:
         if client.policy is None or client.sandbox is not None:
@@ -223,6 +250,9 @@ class ControlSocket:
             command=received.message.command,
             since=time.time(),
             quota=policy.limits.egress_bytes,
+            digest=received.message.digest,
+            policy=policy.digest,
+            guard=policy.guard.value,
         )
         descriptor = received.take()
         try:
@@ -241,13 +271,48 @@ class ControlSocket:
             messages.Lease(link=sandbox.link.number, address4=sandbox.address4, address6=sandbox.address6)
         )
 
+    # ---- what a broker claims
+
+    def ended(self, sandbox: Sandbox, claimed: messages.Ended) -> None:
+        """Kept with the sandbox until it is closed; the first word counts, and nothing depends on it."""
+        if sandbox.claims.ended is None:
+            sandbox.claims.ended = claimed
+
+    def attempt(self, sandbox: Sandbox, claimed: messages.Attempt) -> None:
+        if not sandbox.claims.may_record(now=time.monotonic()):
+            return
+        self.controller.auditing.record(
+            "attempt",
+            {
+                "link": sandbox.link.device,
+                "workspace": sandbox.workspace,
+                "protocol": claimed.protocol,
+                "destination": claimed.destination,
+                "port": claimed.port,
+                "pid": claimed.pid,
+                "executable": claimed.executable,
+                "command": claimed.command,
+            },
+        )
+
+    # ---- reading
+
     async def ask(self, peer: Peer, client: Client, received: Received[messages.Ask]) -> None:
         message = received.message
+        if message.what == "metrics":
+            await self._send(peer, await self._metrics(client.caller))
+            return
         visible = self._visible(client.caller, message.workspace)
         document = await reports.answer(
             self.controller, message.what, visible, everything=self._may_see_all(client.caller)
         )
         await self._send(peer, document)
+
+    async def _metrics(self, caller: Caller) -> reports.Document:
+        if not self._may_see_all(caller) and caller.uid != self._exporter:
+            text = "only root, the daemon's own user and the exporter's may read all metrics: use sudo"
+            raise Refused(Reason.MEMBER, text)
+        return await reports.metrics(self.controller)
 
     def _visible(self, caller: Caller, workspace: str | None) -> dict[str, Policy]:
         if workspace is not None and not self._may_see_all(caller):
@@ -290,6 +355,46 @@ class ControlSocket:
         )
         await self._send(peer, document)
 
+    async def change_key(self, peer: Peer, client: Client, received: Received[messages.ChangeKey]) -> None:
+        if not self._may_see_all(client.caller):
+            raise Refused(
+                Reason.MEMBER, "only root and the daemon's own user change the signing key: use sudo"
+            )
+        await self._send(peer, reports.journal_document(await self.controller.change_key()))
+
+    # ---- proofs
+
+    async def prove(self, peer: Peer, client: Client, received: Received[messages.Prove]) -> None:
+        asked, uid = received.message, client.caller.uid
+        self._visible(client.caller, asked.workspace)
+        with self._proofs.asked(uid):
+            link = await self._ended_link(asked)
+            async with self._proofs.turn(uid):
+                if peer.closed:
+                    return  # nobody waits for it any more
+                self._visible(client.caller, asked.workspace)  # after the wait, still
+                data = await evidence.prove(self.controller, asked, link=link)
+        await peer.send_document(data)
+
+    async def _ended_link(self, asked: messages.Prove) -> Link | None:
+        """The link of a receipt, once it is closed and on record. One answer for "there was none" and for
+        "not of this workspace"."""
+        if asked.link is None:
+            return None
+        link, controller = Link(asked.link), self.controller
+        sandbox = controller.leases.by_link.get(link)
+        workspace = sandbox.workspace if sandbox is not None else controller.ended.get(link)
+        if workspace != asked.workspace:
+            text = f"no sandbox of workspace {asked.workspace} has or had the link {link.device}"
+            raise Refused(Reason.MEMBER, f"{text}; links that ended before egressd was started are not known")
+        end = time.monotonic() + _RECEIPT_WAIT
+        while link in controller.leases.by_link:
+            if time.monotonic() > end:
+                text = f"the sandbox {link.device} has not ended: end it, or prove the workspace without it"
+                raise Refused(Reason.UNAVAILABLE, text)
+            await asyncio.sleep(0.02)
+        return link
+
     async def _send(self, peer: Peer, document: Any) -> None:
         await peer.send_document(msgspec.json.encode(document))
 
@@ -309,6 +414,16 @@ class ControlSocket:
         asyncio.get_running_loop().remove_reader(self._listener)
         for sandbox in list(self.controller.leases.by_link.values()):
             await self.revoke(sandbox, text)
+        self._refused.drain()
+
+
+def _exporter(controller: Controller) -> int | None:
+    """The account that may read all metrics, if there is one."""
+    try:
+        account = controller.config.accounts().get("metrics")
+    except KeyError:
+        return None
+    return None if account is None else account.uid
 
 
 def _turn_away(sock: socket.socket) -> None:
@@ -320,10 +435,17 @@ def _turn_away(sock: socket.socket) -> None:
         sock.send(data)
 
 
+# Never answered, and done at once.
+_CLAIMS: dict[type, Any] = {
+    messages.Ended: ControlSocket.ended,
+    messages.Attempt: ControlSocket.attempt,
+}
 _HANDLERS: dict[type, Any] = {
     messages.Enter: ControlSocket.enter,
     messages.Attach: ControlSocket.attach,
     messages.Ask: ControlSocket.ask,
     messages.Why: ControlSocket.why,
     messages.Apply: ControlSocket.apply,
+    messages.Prove: ControlSocket.prove,
+    messages.ChangeKey: ControlSocket.change_key,
 }

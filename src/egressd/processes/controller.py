@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,16 @@ from egressd.model.verdicts import Reason
 from egressd.policy import diff
 from egressd.policy.compiled import HostRule, Policy
 from egressd.policy.decide import rule_for
-from egressd.processes import names, reports, ritual
+from egressd.processes import evidence, names, reports, ritual
 from egressd.processes.control import ControlSocket
 from egressd.processes.grants import Granting, Grants, Held, with_grants
 from egressd.processes.leases import Leases, LinkNumbers, Sandbox
-from egressd.processes.remembered import Account, Remembered
+from egressd.processes.name_blocks import NameTelling
+from egressd.processes.remembered import Account, Remembered, Retiring
+from egressd.processes.snapshots import Snapshots
 from egressd.processes.workspaces import broken_workspaces, public_suffixes, read_workspaces
 from egressd.ruleset import allocate, plan
+from egressd.ruleset.books import Books
 from egressd.ruleset.observe import Counters, LinkCounts, Tally
 from egressd.ruleset.wants import NatEntry, WorkspaceWant
 
@@ -47,12 +50,19 @@ __all__ = ["Controller", "main"]
 
 log = logging.getLogger("controller")
 
-_BOOKS_EVERY = 5.0  # seconds
+_BOOKS_EVERY, _DRIFT_EVERY = 5.0, 60.0  # seconds
+_SHARE = (
+    50  # reading holds the warden up, half a second with 10,000 hosts: at most this part of its time, each
+)
+_UNBOUND_WITHIN = 1.0  # seconds
+_ENDED = 65_536  # links that are remembered after their end, for who asks for a receipt
 _REPLIES = (
     messages.Done, messages.Failed, messages.Payload, messages.LinkClosed, messages.RefusedNames,
-    messages.RefusedFlows,
+    messages.RefusedFlows, messages.JournalState,
 )  # fmt: skip
 _SERVING = ("resolver", "relay", "inspector")  # who has to know which source address is whose sandbox
+# Sets that all workspaces share, and what their elements count.
+_SHARED_SETS: Mapping[str, Retiring] = {"in": "replies", "opened": "opened"}
 Totals = dict[str, tuple[int, int]]
 
 
@@ -63,12 +73,15 @@ class Controller:
         self.config = start.config
         self.pools = start.config.pools.pools()
         self.auditing = ritual.Auditing.over("controller", start.take("audit"))
+        self.boot = evidence.boot_id()
         self.policies: dict[str, Policy] = {}
         self.problems: list[Problem] = []
         self.wants: dict[str, WorkspaceWant] = {}
         self.addresses = names.Addresses(self.pools)
         self.grants = Grants()
         self._granting = Granting(self)
+        self.snapshots = Snapshots(self)
+        self.naming = NameTelling(self)
         own = Path(self.config.run_dir, "controller")
         self.leases = Leases(self.pools, LinkNumbers(own / "next-link"))
         self.remembered = Remembered(own)
@@ -76,7 +89,10 @@ class Controller:
         self.processes: tuple[messages.ProcessState, ...] = ()
         self.alarms: collections.deque[tuple[float, str]] = collections.deque(maxlen=100)
         self.since = time.time()
-        self.peers: dict[str, Peer | None] = dict.fromkeys(("warden", *_SERVING))
+        self.drifted: list[str] = []  # of the ruleset as read back, from the compiled policy
+        self.drift_read: float | None = None  # when, Unix time
+        self.ended: collections.OrderedDict[Link, str] = collections.OrderedDict()  # workspaces of links
+        self.peers: dict[str, Peer | None] = dict.fromkeys(("warden", *_SERVING, "evidence"))
         self.settled = asyncio.Event()  # the warden enforces what we last said
         self.changing = asyncio.Lock()
         self._reading = asyncio.Lock()
@@ -99,12 +115,14 @@ class Controller:
             "resolver": self._resolver_came,
             "relay": self._relay_came,
             "inspector": self._inspector_came,
+            "evidence": self._evidence_came,
         }
         receives = {
             "warden": messages.FROM_WARDEN,
             "resolver": messages.FROM_RESOLVER,
             "relay": messages.FROM_RELAY,
             "inspector": messages.FROM_INSPECTOR,
+            "evidence": messages.FROM_EVIDENCE,
         }[name]
         handler = {"warden": self._from_warden, "resolver": self._from_resolver}.get(name, _unexpected)
         peer = Peer(
@@ -122,7 +140,8 @@ class Controller:
     def peer(self, name: str) -> Peer:
         found = self.peers[name]
         if found is None:
-            raise Refused(Reason.UNAVAILABLE, f"the {name} is not running; it is being started again")
+            process = "auditor" if name == "evidence" else name
+            raise Refused(Reason.UNAVAILABLE, f"the {process} is not running; it is being started again")
         return found
 
     def background(self, work: Coroutine[Any, Any, Any], what: str) -> None:
@@ -139,6 +158,7 @@ class Controller:
         task.add_done_callback(self._tasks.discard)
 
     async def _warden_came(self) -> None:
+        self.snapshots.begin_anew()
         async with self.changing:
             warden = self.peer("warden")
             await self._set_workspaces(with_grants(self.wants, self.grants.held, self.pools))
@@ -165,11 +185,20 @@ class Controller:
         async with self.changing:
             await self._set_sites()
 
+    async def _evidence_came(self) -> None:
+        """Nothing to say: it is asked."""
+
     def auditor_came(self, sock: socket.socket) -> None:
-        """Another auditor: it has to know whose links there are."""
+        """Another auditor: it has to know whose links there are, and what the blocks are called. What was on
+        its way to the one before may be lost."""
         self.auditing.connect(sock)
         for sandbox in list(self.leases.by_link.values()):
             self.auditing.pass_on(_bind(1, sandbox))
+        self.snapshots.distrust()
+        self.tell_names()
+
+    def tell_names(self) -> None:
+        self.background(self.naming.tell_all(), "telling the auditor which names there are")
 
     async def _bind_all(self, name: str) -> None:
         peer = self.peer(name)
@@ -194,13 +223,21 @@ class Controller:
             self._retire(message)
 
     def _retire_lost(self, lost: Totals) -> None:
-        """Elements somebody deleted, by "acme_out4 host": back at zero, but their last counters are known."""
+        """Elements somebody deleted, by "acme_out4 host" or "in acme host": back at zero, but their last
+        counters are known."""
         for key, (packets, octets) in lost.items():
             name, _, host = key.partition(" ")
-            workspace = name.rpartition("_")[0]
+            workspace, kind = name.rpartition("_")[0], _SHARED_SETS.get(name, "retired")
+            if name in _SHARED_SETS:
+                workspace, _, host = host.partition(" ")
             if workspace in self.policies:
-                self.remembered.account(workspace).retire(self._row(workspace, host), Tally(packets, octets))
+                self._retire_one(workspace, kind, host, Tally(packets, octets))
         self.remembered.save_books()
+
+    def _retire_one(self, workspace: str, kind: Retiring, host: str, last: Tally) -> None:
+        self.remembered.account(workspace).retire(kind, self._row(workspace, host), last)
+        if grant := self.grants.by_comment(workspace).get(host):
+            self.snapshots.released(grant, kind, last)
 
     def _row(self, workspace: str, comment: str) -> str:
         """Where in the books an element that has gone belongs: names of wildcards come and go without end, so
@@ -224,11 +261,12 @@ class Controller:
             self.remembered.accounts = before  # not a flush: the difference stays an alarm
             return
         self.remembered.save_books()
+        self.snapshots.begin_anew(lost=True)
         for workspace, account in before.items():
             totals = {"in_packets": account.ended.in_.packets, "in_bytes": account.ended.in_.bytes}
             self.alarm(
                 "books-restarted",
-                f"the counters of {workspace} were lost with the ruleset; its books begin anew",
+                f"counters were lost with the ruleset, and the books of a workspace begin anew: {workspace}",
                 {"workspace": workspace, "links": account.links, **totals},
             )
 
@@ -238,25 +276,32 @@ class Controller:
         if message.workspace:
             self.remembered.account(workspace).end(_last(message.counters))
             self.remembered.save_books()
-        facts: dict[str, Any] = {"link": message.link, "workspace": workspace}
+        self._remember_ended(Link(message.link), workspace)
+        facts: dict[str, Any] = {"link": Link(message.link).device, "workspace": workspace}
         for key, (packets, octets) in message.counters.items():
             facts |= {f"{key}_packets": packets, f"{key}_bytes": octets}
         self.auditing.record("sandbox-lost", facts)
 
     def _retire(self, message: messages.Retired) -> None:
-        """Last counters of what left the maps: of sandboxes' packets, of what was dialled for them."""
-        account = self.remembered.account(message.workspace)
-        for retire, gone, kind in (
-            (account.retire, message.elements, ""),
-            (account.retire_dialled, message.dialled, "dialled_"),
-        ):
+        """Last counters of what left maps and sets: of sandboxes' packets, of what was dialled for them, of
+        what they received."""
+        workspace = message.workspace
+        kinds: tuple[tuple[Retiring, Totals, str], ...] = (
+            ("retired", message.elements, "{}"),
+            ("dialled", message.dialled, "dialled_{}"),
+            ("replies", message.replies, "in_{}"),
+            ("opened", message.opened, ""),
+        )
+        for kind, gone, named in kinds:
             for host, (packets, octets) in gone.items():
-                retire(self._row(message.workspace, host), Tally(packets, octets))
-                fields = {f"{kind}packets": packets, f"{kind}bytes": octets}
-                self.auditing.record("host-retired", {"workspace": message.workspace, "host": host, **fields})
+                self._retire_one(workspace, kind, host, Tally(packets, octets))
+                numbers = {named.format("packets"): packets, named.format("bytes"): octets}
+                fields = numbers if named else {"connections": packets}
+                self.auditing.record("host-retired", {"workspace": workspace, "host": host, **fields})
         self.remembered.save_books()
 
     def alarm(self, event: str, text: str, fields: dict[str, Any]) -> None:
+        """`text`: what happened, a colon, and what of it not everybody may see (see reports)."""
         self.alarms.append((time.time(), text))
         log.error("%s", text)
         self.auditing.record(event, fields)
@@ -285,6 +330,7 @@ class Controller:
 
     async def _granted(self, message: messages.GrantName) -> messages.Granted:
         grant = await self._granting.grant(message)
+        self.naming.tell(grant)
         return messages.Granted(request=message.request, block=grant.block)
 
     async def _released(self, message: messages.ReleaseNames) -> messages.Done:
@@ -356,9 +402,11 @@ class Controller:
             wanted, problems = await self._read()
             changes = _changes(self.policies, wanted)
             if not dry_run:
+                before = self.policies
                 await self._become(wanted)
                 self.problems = problems
-                self._record_changes(changes, problems, by)
+                self._record_changes(before, changes, problems, by)
+                self._after_a_change(changes)
             return {
                 "changes": [_change_document(workspace, change) for workspace, change in changes],
                 "problems": [str(problem) for problem in problems],
@@ -385,9 +433,10 @@ class Controller:
     async def begin(self) -> None:
         """What the directory says at the start. The warden hears of it when it is connected."""
         wanted, self.problems = await self._read()
-        self._record_changes(_changes({}, wanted), self.problems, "start")
         allocation, wants = self._numbered(wanted, {})
         self._stand(wanted, allocation, wants, {})
+        self._record_changes({}, _changes({}, wanted), self.problems, "start")
+        self.tell_names()
 
     def _numbered(
         self, wanted: dict[str, Policy], held: Held
@@ -414,8 +463,10 @@ class Controller:
     async def _become(self, wanted: dict[str, Policy]) -> None:
         held, gone = self.grants.surviving(wanted)
         allocation, wants = self._numbered(wanted, held)
-        for name in self.policies.keys() - wanted.keys():
+        leaving = self.policies.keys() - wanted.keys()
+        for name in leaving:
             await self._revoke_workspace(name)
+        await self._last_snapshots(leaving)
         await self._set_workspaces(with_grants(wants, held, self.pools))
         for name in self.policies.keys() - wanted.keys():
             self._close_account(name)
@@ -424,8 +475,25 @@ class Controller:
         await self.admitting.admit(ways)
         await self._tell_the_others()
 
+    async def _last_snapshots(self, leaving: Collection[str]) -> None:
+        """Of workspaces that are about to go: their sandboxes have ended, these are their last numbers.
+        Nobody waits for the journal to take them."""
+        if leaving:
+            try:
+                drafts = await self.snapshots.draft(*leaving)
+                self.background(self.snapshots.hand_over(drafts), "recording the last counters")
+            except (Refused, PeerGone) as error:
+                log.warning("what these had counted is not in the journal: %s: %s", ", ".join(leaving), error)
+
+    def _after_a_change(self, changes: Sequence[tuple[str, diff.Change]]) -> None:
+        if changes:
+            changed = {workspace for workspace, _ in changes} & self.policies.keys()
+            self.background(self.snapshots.take(*sorted(changed)), "recording the counters")
+            self.tell_names()
+
     def _close_account(self, workspace: str) -> None:
         """A workspace that is gone is out of the books; its last totals are on record."""
+        self.snapshots.forget(workspace)
         account = self.remembered.accounts.pop(workspace, Account())
         self.auditing.record(
             "workspace-removed",
@@ -452,11 +520,25 @@ class Controller:
         message = messages.SetWorkspaces(request=warden.next_request(), payload_length=len(document))
         await warden.ask(message, data=document, timeout=60.0)
 
-    def _record_changes(self, changes: Any, problems: Iterable[Problem], by: str) -> None:
+    def _record_changes(
+        self,
+        before: Mapping[str, Policy],
+        changes: Iterable[tuple[str, diff.Change]],
+        problems: Iterable[Problem],
+        by: str,
+    ) -> None:
         for workspace, change in changes:
+            old, new = before.get(workspace), self.policies.get(workspace)
             self.auditing.record(
                 "policy-changed",
-                {"workspace": workspace, "change": change.describe(), "widens": change.widens, "by": by},
+                {
+                    "workspace": workspace,
+                    "change": change.describe(),
+                    "widens": change.widens,
+                    "by": by,
+                    "policy": new.digest if new else None,
+                    "policy_before": old.digest if old else None,
+                },
             )
         for problem in problems:
             log.error("%s", problem)
@@ -474,7 +556,7 @@ class Controller:
         if not self.settled.is_set():
             raise Refused(Reason.UNAVAILABLE, "the warden has just started; try again in a moment")
         self.auditing.pass_on(_bind(1, sandbox))
-        self.auditing.record("sandbox-opening", _facts(sandbox))
+        self.auditing.record("sandbox-opening", _opening(sandbox, boot=self.boot))
         warden = self.peer("warden")
         request = _open(warden, sandbox)
         served = [self._bound(name, sandbox) for name in _SERVING]
@@ -510,12 +592,30 @@ class Controller:
         # Together, with nothing awaited between: a reading of the books sees the link here or there.
         self.leases.close(sandbox)
         self._closing.discard(sandbox.link)
+        self._remember_ended(sandbox.link, sandbox.workspace)
         self._account(sandbox, counters)
+
+    async def told(self, link: Link) -> None:
+        """When this returns, those who served a closed link have said what it was denied: answers come in
+        order, and to forget what is forgotten changes nothing. One that hangs is not waited for."""
+        await asyncio.gather(*(self._unbound(name, link) for name in _SERVING))
+
+    async def _unbound(self, name: str, link: Link) -> None:
+        peer = self.peers[name]
+        if peer is not None:
+            message = messages.UnbindSource(request=peer.next_request(), link=link.number)
+            with contextlib.suppress(PeerGone, Refused):
+                await peer.ask(message, timeout=_UNBOUND_WITHIN)
+
+    def _remember_ended(self, link: Link, workspace: str) -> None:
+        self.ended[link] = workspace
+        while len(self.ended) > _ENDED:
+            self.ended.popitem(last=False)
 
     def _account(self, sandbox: Sandbox, counters: Totals) -> None:
         self.remembered.account(sandbox.workspace).end(_last(counters))
         self.remembered.save_books()
-        facts = _facts(sandbox)
+        facts = _closing(sandbox)
         for key, (packets, octets) in counters.items():
             facts |= {f"{key}_packets": packets, f"{key}_bytes": octets}
         facts["seconds"] = round(time.time() - sandbox.since, 3)
@@ -530,15 +630,31 @@ class Controller:
             with contextlib.suppress(Refused, PeerGone):
                 await self.check_books()
             self.auditing.flush()
-            # Reading holds the warden up, half a second with 10,000 hosts: it is given at most a fiftieth.
-            await asyncio.sleep(max(_BOOKS_EVERY, 50 * (time.monotonic() - began)))
+            await asyncio.sleep(max(_BOOKS_EVERY, _SHARE * (time.monotonic() - began)))
 
     async def check_books(self) -> None:
-        _, found = await reports.read_books(self)
+        """Do they add up? And, from the same reading, what the journal is to know of them."""
+        refused = await self.snapshots.refusals() if self.snapshots.due() else None
+        counters, found = await reports.read_books(self)
+        self._judge(found)
+        if refused is not None:
+            await self.snapshots.record(counters, found, refused)
+
+    def _judge(self, found: Books) -> None:
         if not found.balanced and not self._unbalanced:
             what = "; ".join(f"{d.what}: {d.packets} packets, {d.bytes} bytes" for d in found.differences)
             self.alarm("books-unbalanced", f"the books do not balance: {what}", {"differences": what})
+        elif found.balanced and self._unbalanced:
+            self.alarm("books-balanced", "the books balance again", {"equations": found.equations})
         self._unbalanced = not found.balanced
+
+    async def watch_drift(self) -> None:
+        """Read the ruleset back for ever; what is not as compiled is an alarm, told once."""
+        while True:
+            began = time.monotonic()
+            with contextlib.suppress(Refused, PeerGone):
+                await self.drift()
+            await asyncio.sleep(max(_DRIFT_EVERY, _SHARE * (time.monotonic() - began)))
 
     async def counters(self) -> Counters:
         """Never older than the question. Whoever asks while one reading runs shares the next one, so that any
@@ -573,10 +689,26 @@ class Controller:
         return {}
 
     async def drift(self) -> list[str]:
-        """What the kernel, read back, lacks or has too much of."""
+        """What the kernel, read back, lacks or has too much of; an alarm, when it is news."""
         warden = self.peer("warden")
         received = await warden.ask(messages.ReadDrift(request=warden.next_request()), timeout=30.0)
-        return msgspec.json.decode(received.payload(), type=list[str])
+        found = msgspec.json.decode(received.payload(), type=list[str])
+        if found and found != self.drifted:
+            what = "; ".join(found)
+            self.alarm("drift", f"the ruleset is not as compiled: {_shortened(what)}", {"what": what})
+        self.drifted, self.drift_read = found, time.time()
+        return found
+
+    async def journal(self) -> messages.JournalState:
+        """Refused or PeerGone if the auditor does not say."""
+        peer = self.peer("evidence")
+        received = await peer.ask(messages.ReadJournal(request=peer.next_request()), timeout=2.0)
+        return _journal_state(received)
+
+    async def change_key(self) -> messages.JournalState:
+        peer = self.peer("evidence")
+        received = await peer.ask(messages.RotateKey(request=peer.next_request()), timeout=30.0)
+        return _journal_state(received)
 
     async def ruleset(self) -> str:
         warden = self.peer("warden")
@@ -623,16 +755,49 @@ def _unexpected(peer: Peer, received: Received[Any]) -> None:
     peer.close(f"{type(received.message).__name__} was not expected")
 
 
+def _journal_state(received: Received[Any]) -> messages.JournalState:
+    if not isinstance(received.message, messages.JournalState):
+        received.close()
+        raise Refused(Reason.PROTOCOL, f"the auditor answered {type(received.message).__name__}")
+    return received.message
+
+
 def _facts(sandbox: Sandbox) -> dict[str, Any]:
     return {
-        "link": sandbox.link.number,
+        "link": sandbox.link.device,
         "workspace": sandbox.workspace,
         "uid": sandbox.caller.uid,
         "pid": sandbox.caller.pid,
+    }
+
+
+def _opening(sandbox: Sandbox, *, boot: str) -> dict[str, Any]:
+    return _facts(sandbox) | {
+        "gid": sandbox.caller.gid,
         "command": sandbox.command,
+        "command_digest": sandbox.digest,
+        "policy": sandbox.policy,
+        "guard": sandbox.guard,
         "address4": str(sandbox.address4),
         "address6": str(sandbox.address6),
+        "boot": boot,
     }
+
+
+def _closing(sandbox: Sandbox) -> dict[str, Any]:
+    """With what its broker claimed, if it said anything."""
+    facts, claims = _facts(sandbox), sandbox.claims
+    if claims.ended is not None:
+        facts |= {"exit": claims.ended.status, "why": claims.ended.why}
+        if claims.ended.max_rss:  # no process has none: it does not know
+            facts |= {
+                "user_seconds": round(claims.ended.user_seconds, 3),
+                "system_seconds": round(claims.ended.system_seconds, 3),
+                "max_rss": claims.ended.max_rss,
+            }
+    if claims.attempts or claims.unrecorded:
+        facts |= {"attempts": claims.attempts, "attempts_unrecorded": claims.unrecorded}
+    return facts
 
 
 def _bind(request: int, sandbox: Sandbox) -> messages.BindSource:
@@ -695,11 +860,12 @@ async def _serve(start: ritual.Start) -> None:
     _watch_signals(controller, stop)
     await controller.begin()
     asyncio.get_running_loop().add_reader(supervisor.socket, _from_supervisor, controller, supervisor, stop)
-    for name in ("warden", *_SERVING):
+    for name in ("warden", *_SERVING, "evidence"):
         controller.connect(name, start.take(name))
     await controller.settled.wait()
     controller.control.listen()
     controller.background(controller.watch_books(), "reading the books")
+    controller.background(controller.watch_drift(), "reading the ruleset back")
     supervisor.send(messages.Ready())
     await _beat_until(stop, supervisor)
     await controller.control.close_all("egressd is stopping")
@@ -753,6 +919,7 @@ def _watch_signals(controller: Controller, stop: asyncio.Event) -> None:
 
 def main() -> int:
     public_suffixes()  # a file: read while everything may still be read
+    evidence.versions()  # a program: run while it may still be run
     asyncio.run(_serve(ritual.begin("controller")))
     return 0
 

@@ -158,8 +158,9 @@ def _gateway(config: FoundationConfig, namespace: int) -> list[str]:
             links = Links(route, None, config.pools)
             done = _clear(links, route)
             nft.run(_afresh(config.pools))  # also loads connection tracking, whose settings come next
-            conntrack.forget_all()
             done += [f"set {key}" for key in sysctl.ensure((*GATEWAY_SETTINGS, *UPLINK_SETTINGS))]
+            # entries made before the settings would neither count nor tell of their end
+            conntrack.forget_all()
             done += _settle(route, links)
         finally:
             conntrack.close()

@@ -112,6 +112,10 @@ class Grants:
                     stays.setdefault(workspace, {})[grant.host] = found
         return stays, goes
 
+    def by_comment(self, workspace: str) -> dict[str, Grant]:
+        """What the kernel calls the names of a workspace -> which they are."""
+        return {plan.comment(grant.host): grant for grant in self.of(workspace).values()}
+
     def pattern_of(self, workspace: str, comment: str) -> str | None:
         """The wildcard under which the name with this comment is held. Linear: a name has gone."""
         for grant in self.of(workspace).values():
@@ -345,7 +349,7 @@ def _facts(grant: Grant, message: messages.GrantName) -> dict[str, str | int]:
     leads = dict.fromkeys(str(a) for a in (*message.slots4, *message.slots6) if a is not None)
     return {
         "workspace": grant.workspace,
-        "link": message.link,
+        "link": Link(message.link).device,
         "name": grant.host,
         "wildcard": grant.wildcard,
         "ports": " ".join(map(str, grant.rule.ports)),

@@ -221,6 +221,8 @@ class Sites(House):
     dial_within: ClassVar[float] = DIAL_WITHIN
     denied_event: ClassVar[str] = "flow-refused"
     failed_event: ClassVar[str] = "flow-failed"
+    closed_event: ClassVar[str] = "flow-closed"
+    label: ClassVar[str] = "host"
     visits: set[_Visit]  # type: ignore[assignment]
 
     def __init__(self, poller: Poller, *, pools: Pools, auditing: ritual.Auditing, limits: Limits) -> None:
@@ -330,26 +332,10 @@ class Sites(House):
     def _details(self, visit: Visit) -> Mapping[str, Scalar]:
         return {"host": visit.label}
 
-    def _closed(self, visit: Visit, how: str, sent: int, received: int) -> None:
+    def _asked(self, visit: Visit) -> Mapping[str, Scalar]:
         assert isinstance(visit, _Visit)
         assert visit.named is not None
-        self.auditing.record(
-            "flow-closed",
-            {
-                "link": visit.link.device,
-                "workspace": visit.workspace,
-                "host": visit.label,
-                "port": visit.port,
-                "source": visit.source,
-                "destination": visit.destination,
-                "asked": visit.named.name,
-                "ech": visit.named.ech,
-                "bytes_out": sent,
-                "bytes_in": received,
-                "seconds": round(self.poller.now - visit.started, 6),
-                "how": how,
-            },
-        )
+        return {"asked": visit.named.name, "ech": visit.named.ech}
 
     def tell_totals(self) -> None:
         """Hosts that are no site any more are told once more, then forgotten: names that wildcards cover come
@@ -442,7 +428,8 @@ class Inspector(Program):
             changes = self.sites.remove_sites(message.sites)
         elif isinstance(message, messages.BindSource):
             self.sites.bind(Link(message.link), message.workspace, message.source4, message.source6)
-        elif isinstance(message, messages.ReadRefused):
+        elif isinstance(message, messages.ReadRefused):  # a proof may be made of what was refused by now
+            self.sites.tell_denied()
             counts = {workspace: dict(reasons) for workspace, reasons in self.sites.counts.items()}
             return messages.RefusedFlows(request=message.request, counts=counts)
         else:

@@ -29,6 +29,7 @@ __all__ = [
     "IsolationError",
     "become",
     "close_other_descriptors",
+    "die_with_parent",
     "drop_bounding",
     "limit_to",
     "no_new_privileges",
@@ -75,6 +76,12 @@ def become(card: Card, *, uid: int, gid: int) -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     _prctl(_PR_SET_DUMPABLE, 0)
     verify(card, uid=uid, gid=gid)
+
+
+def die_with_parent() -> None:
+    """For a worker of the same user: its end is ours, however it comes. The kernel sends the signal when the
+    thread that started us ends; a parent that has ended before is not noticed."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _change_ids(uid: int, gid: int) -> None:

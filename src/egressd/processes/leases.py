@@ -9,15 +9,39 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
+from egressd.ipc import messages
 from egressd.model.errors import Refused
 from egressd.model.identities import Link
 from egressd.model.verdicts import Reason
 from egressd.processes.members import Caller
 from egressd.ruleset.layout import Pools
 
-__all__ = ["Leases", "LinkNumbers", "Sandbox"]
+__all__ = ["ATTEMPTS", "ATTEMPTS_PER_SECOND", "Claims", "Leases", "LinkNumbers", "Sandbox"]
 
+ATTEMPTS_PER_SECOND, ATTEMPTS = 20, 10_000  # of one sandbox, recorded
 _RESERVE = 64  # numbers written ahead, so that one spawn in 64 touches the disk
+
+
+@dataclass(slots=True)
+class Claims:
+    """What its broker says of a sandbox. Recorded as that; believed in nothing."""
+
+    ended: messages.Ended | None = None
+    attempts: int = 0  # recorded
+    unrecorded: int = 0  # too many, or too fast
+    _second: float = 0.0
+    _within: int = 0
+
+    def may_record(self, *, now: float) -> bool:
+        """Count one attempt; whether it is to be recorded. `now` on a monotonic clock."""
+        if now - self._second >= 1.0:
+            self._second, self._within = now, 0
+        if self._within >= ATTEMPTS_PER_SECOND or self.attempts >= ATTEMPTS:
+            self.unrecorded += 1
+            return False
+        self._within += 1
+        self.attempts += 1
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +56,10 @@ class Sandbox:
     address4: IPv4Address
     address6: IPv6Address
     quota: int | None  # bytes
+    digest: str = ""  # of the whole command, as the broker says
+    policy: str = ""  # digest of the policy it was admitted under
+    guard: str = ""
+    claims: Claims = field(default_factory=Claims, compare=False)
 
 
 @dataclass(slots=True)
@@ -71,11 +99,22 @@ class Leases:
     _addresses: set[IPv4Address] = field(default_factory=set)
 
     def open(
-        self, *, workspace: str, caller: Caller, command: str, since: float, quota: int | None
+        self,
+        *,
+        workspace: str,
+        caller: Caller,
+        command: str,
+        since: float,
+        quota: int | None,
+        digest: str = "",
+        policy: str = "",
+        guard: str = "",
     ) -> Sandbox:
         """Enter a new sandbox into the table. Refused when every address is taken."""
         link, address4, address6 = self._free()
-        sandbox = Sandbox(link, workspace, caller, command, since, address4, address6, quota)
+        sandbox = Sandbox(
+            link, workspace, caller, command, since, address4, address6, quota, digest, policy, guard
+        )
         self.by_link[link] = sandbox
         self._addresses.add(address4)
         return sandbox

@@ -28,12 +28,14 @@ class Caller:
     pid: int
     uid: int
     groups: frozenset[int]
+    gid: int | None = None  # the effective one; None: nobody asked
 
 
 def caller_of(sock: socket.socket) -> Caller:
     """The other end of a connected unix socket. OSError if the kernel cannot say."""
     credentials = peer_credentials(sock)
-    return Caller(credentials.pid, credentials.uid, frozenset({credentials.gid, *_peer_groups(sock)}))
+    groups = frozenset({credentials.gid, *_peer_groups(sock)})
+    return Caller(credentials.pid, credentials.uid, groups, credentials.gid)
 
 
 def _peer_groups(sock: socket.socket) -> Iterable[int]:

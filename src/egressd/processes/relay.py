@@ -43,6 +43,8 @@ class Relays(House):
     dial_within: ClassVar[float] = 3.0  # 127.0.0.1 answers at once, unless its backlog is full
     denied_event: ClassVar[str] = "relay-denied"
     failed_event: ClassVar[str] = "relay-failed"
+    closed_event: ClassVar[str] = "relay-closed"
+    label: ClassVar[str] = "service"
 
     def __init__(self, poller: Poller, *, pools: Pools, auditing: ritual.Auditing, limits: Limits) -> None:
         super().__init__(poller, pools=pools, auditing=auditing, limits=limits)
@@ -83,23 +85,6 @@ class Relays(House):
         self.poller.watch(client.fileno(), 0, visit.client_event)
         visit.dial([Target(socket.AF_INET, ("127.0.0.1", relay.port))])
         return None
-
-    def _closed(self, visit: Visit, how: str, sent: int, received: int) -> None:
-        self.auditing.record(
-            "relay-closed",
-            {
-                "link": visit.link.device,
-                "workspace": visit.workspace,
-                "service": visit.label,
-                "port": visit.port,
-                "source": visit.source,
-                "destination": visit.destination,
-                "bytes_out": sent,
-                "bytes_in": received,
-                "seconds": round(self.poller.now - visit.started, 6),
-                "how": how,
-            },
-        )
 
     def _look(self, now: float) -> None:
         """Nothing: local services may be silent for as long as they like."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 from msgspec import Struct
@@ -17,9 +18,11 @@ from msgspec import Struct
 from egressd.ruleset.allocate import Allocation
 from egressd.ruleset.observe import LinkCounts, Tally
 
-__all__ = ["Account", "Remembered", "forget"]
+__all__ = ["Account", "Remembered", "Retiring", "forget"]
 
-_BOOKS, _NUMBERS = "books.json", "numbers.json"
+Retiring = Literal["retired", "dialled", "replies", "opened"]  # fields of Account
+
+_BOOKS, _NUMBERS, _COUNTED = "books.json", "numbers.json", "counted.json"
 
 
 class Account(Struct):
@@ -29,6 +32,8 @@ class Account(Struct):
     ended: LinkCounts = LinkCounts()
     retired: dict[str, Tally] = {}  # by host; names that wildcards covered are counted under the wildcard
     dialled: dict[str, Tally] = {}  # the same, of what the inspector had sent upstream for them
+    replies: dict[str, Tally] = {}  # the same, of what they had sent back to sandboxes
+    opened: dict[str, Tally] = {}  # the same, of connections: as packets
 
     def end(self, last: LinkCounts) -> None:
         self.links += 1
@@ -39,11 +44,9 @@ class Account(Struct):
             other=self.ended.other + last.other,
         )
 
-    def retire(self, host: str, last: Tally) -> None:
-        self.retired[host] = self.retired.get(host, Tally()) + last
-
-    def retire_dialled(self, host: str, last: Tally) -> None:
-        self.dialled[host] = self.dialled.get(host, Tally()) + last
+    def retire(self, kind: Retiring, host: str, last: Tally) -> None:
+        sums: dict[str, Tally] = getattr(self, kind)
+        sums[host] = sums.get(host, Tally()) + last
 
 
 class Remembered:
@@ -53,14 +56,22 @@ class Remembered:
         self._directory = directory
         self.accounts: dict[str, Account] = {}
         self.allocation: Allocation | None = None
+        # workspace -> row -> numbers, of the last snapshot that is in the journal (see snapshots.py)
+        self.counted: dict[str, dict[str, dict[str, int]]] = {}
 
     def load(self) -> None:
         """ValueError for a file that is not ours."""
         books, numbers = self._directory / _BOOKS, self._directory / _NUMBERS
+        counted = self._directory / _COUNTED
         if books.exists():
             self.accounts = msgspec.json.decode(books.read_bytes(), type=dict[str, Account])
         if numbers.exists():
             self.allocation = msgspec.json.decode(numbers.read_bytes(), type=Allocation)
+
+        if counted.exists():
+            self.counted = msgspec.json.decode(
+                counted.read_bytes(), type=dict[str, dict[str, dict[str, int]]]
+            )
 
     def account(self, workspace: str) -> Account:
         return self.accounts.setdefault(workspace, Account())
@@ -71,6 +82,9 @@ class Remembered:
     def save_numbers(self) -> None:
         self._write(_NUMBERS, self.allocation)
 
+    def save_counted(self) -> None:
+        self._write(_COUNTED, self.counted)
+
     def _write(self, name: str, value: object) -> None:
         fresh = self._directory / f"{name}.new"
         fresh.write_bytes(msgspec.json.encode(value))
@@ -79,5 +93,5 @@ class Remembered:
 
 def forget(directory: Path) -> None:
     """The gateway's tables have begun anew."""
-    for name in (_BOOKS, _NUMBERS):
+    for name in (_BOOKS, _NUMBERS, _COUNTED):
         (directory / name).unlink(missing_ok=True)

@@ -11,15 +11,19 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from egressd import __version__
+from egressd.ipc import messages
+from egressd.ipc.peer import PeerGone
 from egressd.model.errors import Problem, Refused, Unfit
+from egressd.model.identities import Link
 from egressd.model.names import canonical, is_pattern
 from egressd.model.verdicts import Reason
-from egressd.policy.compiled import CidrRule, HostRule, LocalRule, Policy, Rule
+from egressd.policy.compiled import CidrRule, Guard, HostRule, LocalRule, Policy, Rule
 from egressd.policy.decide import rule_for
 from egressd.policy.explain import Subject, explain_policy
 from egressd.policy.explain import why as explain
+from egressd.processes import evidence
 from egressd.processes.workspaces import broken_workspaces
-from egressd.ruleset.books import Books, Equation, books, contradictions, equations, sum_tallies
+from egressd.ruleset.books import Books, Difference, Equation, books, contradictions, equations, sum_tallies
 from egressd.ruleset.layout import RESOLVER_BLOCK, UNLISTED_BLOCK, Kind, Mark
 from egressd.ruleset.observe import Counters, ElementCount, LinkCounts, Tally
 
@@ -28,8 +32,19 @@ if TYPE_CHECKING:
     from egressd.processes.grants import Grant
     from egressd.processes.leases import Sandbox
     from egressd.processes.remembered import Account
+    from egressd.processes.snapshots import Refusals
 
-__all__ = ["answer", "read_books", "why", "why_sandbox"]
+__all__ = [
+    "Document",
+    "account",
+    "answer",
+    "journal",
+    "journal_document",
+    "metrics",
+    "read_books",
+    "why",
+    "why_sandbox",
+]
 
 Document = dict[str, Any]
 Visible = Mapping[str, Policy]
@@ -46,14 +61,20 @@ async def answer(controller: Controller, what: str, visible: Visible, *, everyth
 
 
 async def _status(controller: Controller, visible: Visible) -> Document:
-    problems = controller.problems if visible is controller.policies else []
+    (_, found), state = await asyncio.gather(read_books(controller), journal(controller))
+    return _status_of(controller, visible, found, state)
+
+
+def _status_of(controller: Controller, visible: Visible, found: Books, state: Document) -> Document:
+    everything = visible is controller.policies
+    problems = controller.problems if everything else []
     shown = [s for s in controller.leases.by_link.values() if s.workspace in visible]
-    _, found = await read_books(controller)
     return {
         "version": __version__,
         "enforcing": controller.settled.is_set(),
         "since": controller.since,
         "gateway": controller.config.gateway,
+        "state_dir": controller.config.state_dir,
         "processes": [
             {"name": p.name, "pid": p.pid, "state": p.state, "restarts": p.restarts}
             for p in controller.processes
@@ -61,8 +82,49 @@ async def _status(controller: Controller, visible: Visible) -> Document:
         "workspaces": [_workspace(controller, policy, problems) for policy in visible.values()]
         + [_never_good(name, problems) for name in sorted(broken_workspaces(problems) - visible.keys())],
         "sandboxes": [_sandbox(sandbox) for sandbox in shown],
-        "alarms": [{"time": at, "text": text} for at, text in controller.alarms],
+        # Rules and hosts of every workspace stand behind the colon.
+        "alarms": [
+            {"time": at, "text": text if everything else text.partition(":")[0]}
+            for at, text in controller.alarms
+        ],
         "balanced": found.balanced,
+        "drift": controller.drifted if everything else _visible_drift(controller, visible),
+        "drift_read": controller.drift_read,
+        "journal": None if "error" in state else state,
+        "journal_error": state.get("error"),
+    }
+
+
+def _visible_drift(controller: Controller, visible: Visible) -> list[str]:
+    """What concerns these workspaces, or all of them."""
+    # one of them may have been removed since it was asked
+    owns = [evidence.Own.of(controller, name) for name in visible if name in controller.wants]
+    return list(dict.fromkeys(text for own in owns for text in evidence.own_drift(controller.drifted, own)))
+
+
+async def journal(controller: Controller) -> Document:
+    """How the journal is; or {"error": why nobody knows}."""
+    try:
+        return journal_document(await controller.journal())
+    except (Refused, PeerGone) as error:
+        return {"error": str(error)}
+
+
+def journal_document(state: messages.JournalState) -> Document:
+    document: Document = msgspec.to_builtins(state)
+    return {key: value for key, value in document.items() if key not in ("type", "request")}
+
+
+async def metrics(controller: Controller) -> Document:
+    """All that the exporter tells, from one reading of the counters."""
+    refused, state = await asyncio.gather(controller.snapshots.refusals(), journal(controller))
+    counters, found = await read_books(controller)
+    status = _status_of(controller, controller.policies, found, state)
+    return {
+        "status": status,
+        "counters": _counters_of(controller, controller.policies, counters, found, refused),
+        "journal": status["journal"],
+        "drift": None if controller.drift_read is None else controller.drifted,
     }
 
 
@@ -141,17 +203,30 @@ def _equations(controller: Controller, counters: Counters) -> tuple[Equation, ..
 
 async def _counters(controller: Controller, visible: Visible) -> Document:
     counters, found = await read_books(controller)
-    names, flows = await asyncio.gather(controller.refused_names(), controller.refused_flows())
+    return _counters_of(controller, visible, counters, found, await controller.snapshots.refusals())
+
+
+def _counters_of(
+    controller: Controller,
+    visible: Visible,
+    counters: Counters,
+    found: Books,
+    refused: Refusals,
+) -> Document:
     return {
         "time": time.time(),
         "balanced": found.balanced,
-        "differences": [f"{d.what}: {d.packets} packets, {d.bytes} bytes" for d in found.differences],
+        "differences": [
+            f"{d.what}: {d.packets} packets, {d.bytes} bytes"
+            for d in found.differences
+            if visible is controller.policies or _workspace_of(controller, d) in visible
+        ],
         "workspaces": [
             {
-                **_account(controller, counters, found, policy),
-                "names_refused": sum(names.get(name, {}).values()),
-                "names_refused_by": dict(names.get(name, {})),
-                "flows_refused": dict(flows.get(name, {})),
+                **account(controller, counters, found, policy),
+                "names_refused": sum(refused.names.get(name, {}).values()),
+                "names_refused_by": dict(refused.names.get(name, {})),
+                "flows_refused": dict(refused.flows.get(name, {})),
             }
             for name, policy in visible.items()
         ],
@@ -159,7 +234,19 @@ async def _counters(controller: Controller, visible: Visible) -> Document:
     }
 
 
-def _account(controller: Controller, counters: Counters, found: Books, policy: Policy) -> Document:
+def _workspace_of(controller: Controller, difference: Difference) -> str:
+    """Whose equation does not hold (`ruleset.books`): of a link, "eg7: ..."; of a workspace, "acme: ..."; of
+    its links that are gone, "acme, ended: ...". A workspace may be called eg7."""
+    subject, _, equation = difference.what.partition(": ")
+    if not equation.startswith("in = ") or subject.endswith(", ended"):
+        return subject.removesuffix(", ended")
+    link = Link.of_device(subject)
+    sandbox = None if link is None else controller.leases.by_link.get(link)
+    return "" if sandbox is None else sandbox.workspace
+
+
+def account(controller: Controller, counters: Counters, found: Books, policy: Policy) -> Document:
+    """One workspace's counters, in this reading."""
     name = policy.workspace
     links = {
         s.link.number: counters.links.get(s.link.device, LinkCounts())
@@ -183,7 +270,8 @@ def _account(controller: Controller, counters: Counters, found: Books, policy: P
         "links": [{"link": number, **_link(counts)} for number, counts in links.items()],
         "ended": {"links": gone.links, **_link(gone.ended)},
         "balance": {
-            "balanced": found.balanced or not any(name in d.what for d in found.differences),
+            "balanced": found.balanced
+            or not any(_workspace_of(controller, d) == name for d in found.differences),
             **_link(total, admitted="admitted"),
             "elements": _pair(counted),
             "difference": [
@@ -219,7 +307,7 @@ def _hosts(
             addresses = controller.addresses.of(rule) if isinstance(rule, HostRule) else []
             documents.append({**row, "addresses": addresses})
     documents.append(_host(counters, "(resolver)", "resolver", by_block.get(RESOLVER_BLOCK, []), {}))
-    if policy.workspace in counters.unlisted:
+    if policy.guard is not Guard.ENFORCE or any(_pair(counters.unlisted.get(policy.workspace, Tally()))):
         documents.append(_unlisted(controller, counters, policy.workspace))
     return documents
 
@@ -239,6 +327,8 @@ def _gone(host: str, kind: str, account: Account) -> Document:
     dialled = account.dialled.get(host)
     return _row(host, kind) | {
         "out": _pair(account.retired.get(host, Tally())),
+        "in": _pair(account.replies.get(host, Tally())),
+        "connections": account.opened.get(host, Tally()).packets,
         "dialled": None if dialled is None else _pair(dialled),
     }
 
@@ -292,18 +382,21 @@ def _unlisted(controller: Controller, counters: Counters, workspace: str) -> Doc
     marks = [
         m for m in counters.replies if (Mark.of(m).workspace, Mark.of(m).block) == (index, UNLISTED_BLOCK)
     ]
-    return _row("(unlisted)", "unlisted") | {
-        "out": _pair(counters.unlisted[workspace]),
-        "in": _pair(sum_tallies(counters.replies[mark] for mark in marks)),
-        "connections": sum(counters.opened.get(mark, Tally()).packets for mark in marks),
+    row = _gone("(unlisted)", "unlisted", controller.remembered.account(workspace))
+    received = sum_tallies(counters.replies[mark] for mark in marks) + Tally(*row["in"])
+    return row | {
+        "out": _pair(counters.unlisted.get(workspace, Tally())),
+        "in": _pair(received),
+        "connections": row["connections"] + sum(counters.opened.get(m, Tally()).packets for m in marks),
     }
 
 
 def _retired(gone: Account, policy: Policy) -> list[Document]:
     """Hosts that were removed. What counted under a wildcard that is still there stands in its row."""
     patterns = {rule.host for rule in policy.hosts if rule.wildcard}
-    hosts = dict.fromkeys((*gone.retired, *gone.dialled))
-    return [_gone(host, "removed", gone) for host in hosts if host not in patterns]
+    hosts = dict.fromkeys((*gone.retired, *gone.dialled, *gone.replies, *gone.opened))
+    elsewhere = {*patterns, "(unlisted)"}
+    return [_gone(host, "removed", gone) for host in hosts if host not in elsewhere]
 
 
 def _kind(rule: HostRule | CidrRule | LocalRule) -> str:
@@ -460,7 +553,14 @@ def why_sandbox(sandbox: Sandbox, policy: Policy) -> Document:
     }
 
 
+async def _journal(controller: Controller, visible: Visible) -> Document:
+    if not visible and visible is not controller.policies:
+        raise Refused(Reason.MEMBER, "the journal is for root and for members of a workspace")
+    return journal_document(await controller.journal())
+
+
 _DOCUMENTS: dict[str, Callable[[Controller, Visible], Awaitable[Document]]] = {
+    "journal": _journal,
     "status": _status,
     "counters": _counters,
     "ruleset": _ruleset,

@@ -43,6 +43,7 @@ from egressd.ipc.channel import Received
 from egressd.ipc.peer import Peer, PeerGone
 from egressd.model.addresses import Address
 from egressd.model.errors import ProtocolError, Refused
+from egressd.model.identities import Link
 from egressd.model.verdicts import Reason
 from egressd.processes.config import Config
 from egressd.processes.listeners import Datagrams, Streams
@@ -139,8 +140,9 @@ class Resolver:
 
     def _from_controller(self, peer: Peer, received: Received[Any]) -> None:
         message = received.message
-        if isinstance(message, messages.ReadRefused):
+        if isinstance(message, messages.ReadRefused):  # a proof may be made of what was refused by now
             self._fold()
+            self._record(self.tally.drain())
             counts = {name: dict(by_reason) for name, by_reason in self.refused.items()}
             peer.send(messages.RefusedNames(request=message.request, counts=counts))
             return
@@ -178,6 +180,9 @@ class Resolver:
         self.book.began(message.link, message.workspace)
 
     def _unbind(self, link: int) -> None:
+        """What it was denied is told now, so that it precedes what is said of its end in a receipt."""
+        self._fold()
+        self._record(self.tally.ended(link))
         self.sources = {source: s for source, s in self.sources.items() if s.link != link}
         self._cache.unbind()
 
@@ -482,8 +487,8 @@ class Resolver:
 
     def _record(self, over: Iterable[tuple[Happening, int]]) -> None:
         for happening, count in over:
-            fields: dict[str, str | int] = {
-                "link": happening.link,
+            fields: dict[str, str | int | None] = {
+                "link": Link(happening.link).device if happening.link else None,
                 "workspace": happening.workspace,
                 "name": happening.name,
                 "type": happening.type,

@@ -38,6 +38,7 @@ from egressd.model.errors import ProtocolError
 from egressd.model.identities import Link
 from egressd.model.verdicts import Reason
 from egressd.processes import ritual
+from egressd.processes.closings import Closing, Closings, Many
 from egressd.processes.dialing import Race, Target
 from egressd.processes.flows import DESCRIPTORS, Flow, Gate, Poller, make_abrupt, reset
 from egressd.ruleset.layout import Pools
@@ -173,6 +174,8 @@ class House(ABC):
     dial_within: ClassVar[float]  # seconds
     denied_event: ClassVar[str]
     failed_event: ClassVar[str]
+    closed_event: ClassVar[str]
+    label: ClassVar[str]  # what the records call what a visit leads to
 
     def __init__(self, poller: Poller, *, pools: Pools, auditing: ritual.Auditing, limits: Limits) -> None:
         self.poller, self.auditing = poller, auditing
@@ -185,6 +188,7 @@ class House(ABC):
         self._by_link: defaultdict[Link, set[Visit]] = defaultdict(set)
         self._by_workspace: defaultdict[str, int] = defaultdict(int)
         self._denied: Floods[Denied, Mapping[str, Scalar]] = Floods()
+        self._closings = Closings()
         self._reserve = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         self._listeners: list[socket.socket] = []
         self._paused: list[socket.socket] = []
@@ -212,12 +216,15 @@ class House(ABC):
         self._unconfirmed.discard(link)
 
     def unbind(self, link: Link) -> None:
-        """Forget the sandbox and close its flows on both sides."""
+        """Forget the sandbox and close its flows on both sides. What waits to be told is told at once."""
         for text in [text for text, (bound, _) in self._callers.items() if bound == link]:
             del self._callers[text]
         self._unconfirmed.discard(link)
         for visit in list(self._by_link.get(link, ())):
             visit.end("unbound")
+        for flood in self._denied.take(lambda denied: denied.link == link):
+            self._record(flood)
+        self._tell_closed(self._closings.take(lambda closing: closing.link == link))
 
     def new_controller(self) -> None:
         """Whoever is here stays, until `settle`."""
@@ -341,14 +348,26 @@ class House(ABC):
             total.bytes_out += sent
             total.bytes_in += received
             total.told = False
-            self._closed(visit, how, sent, received)
+            seconds = round(self.poller.now - visit.started, 6)
+            closing = Closing(visit.link, visit.workspace, visit.label, visit.port, how)
+            if self._closings.alone(closing, sent=sent, received=received, seconds=seconds):
+                about = _closed(self.label, closing, source=visit.source, destination=visit.destination)
+                carried = _carried(sent, received, seconds, how)
+                self.auditing.record(self.closed_event, {**about, **self._asked(visit), **carried})
         elif visit.race is not None:
             code = visit.race.error if how == "refused" else None
             self.failed(visit, errno.errorcode.get(code or 0, how).lower())
 
-    @abstractmethod
-    def _closed(self, visit: Visit, how: str, sent: int, received: int) -> None:
-        """Record a flow that has ended."""
+    def _asked(self, visit: Visit) -> Mapping[str, Scalar]:
+        """What else is recorded of a flow that has ended, if it is recorded by itself."""
+        return {}
+
+    def _tell_closed(self, closings: Sequence[tuple[Closing, Many]]) -> None:
+        """Flows that ended like others in the same second: where each came from is not told."""
+        for closing, many in closings:
+            carried = _carried(many.bytes_out, many.bytes_in, many.seconds, closing.how)
+            number = {"connections": many.connections}
+            self.auditing.record(self.closed_event, {**_closed(self.label, closing), **number, **carried})
 
     def failed(self, visit: Visit, why: str) -> None:
         """Record a connection that never became a flow."""
@@ -378,6 +397,12 @@ class House(ABC):
         }
         self.auditing.record(denied.event, fields)
 
+    def tell_denied(self) -> None:
+        """Record what would wait for the end of its second."""
+        for flood in self._denied.drain():
+            self._record(flood)
+        self._tell_closed(self._closings.take())
+
     def tick(self) -> None:
         """What time brings: floods that are over, the next attempts, listeners to try again."""
         now = self.poller.now
@@ -386,6 +411,7 @@ class House(ABC):
         self._look_at = now + self.patience / 2
         for flood in self._denied.due(now=now):
             self._record(flood)
+        self._tell_closed(self._closings.due(now=now))
         for visit in list(self.dialing):
             self._step(visit, now)
         self._look(now)
@@ -423,14 +449,30 @@ class House(ABC):
         for listener in self._listeners:
             self.poller.forget(listener.fileno())
             listener.close()
-        for flood in self._denied.drain():
-            self._record(flood)
+        self.tell_denied()
         self.tell_totals()
         os.close(self._reserve)
 
 
 def _about(event: str, visit: Visit, reason: str) -> Denied:
     return Denied(event, visit.link, visit.workspace, visit.source, visit.destination, visit.port, reason)
+
+
+def _closed(
+    label: str, closing: Closing, *, source: str | None = None, destination: str | None = None
+) -> dict[str, Scalar]:
+    ends = {} if source is None else {"source": source, "destination": destination}
+    return {
+        "link": closing.link.device,
+        "workspace": closing.workspace,
+        label: closing.label,
+        "port": closing.port,
+        **ends,
+    }
+
+
+def _carried(sent: int, received: int, seconds: float, how: str) -> dict[str, Scalar]:
+    return {"bytes_out": sent, "bytes_in": received, "seconds": seconds, "how": how}
 
 
 def _place(pools: Pools, text: str) -> int | None:

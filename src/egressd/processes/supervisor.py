@@ -22,9 +22,11 @@ import os
 import selectors
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,26 +47,39 @@ log = logging.getLogger("egressd")
 
 # The order of starting: what denies and records before what grants and answers.
 ORDER = ("auditor", "warden", "relay", "inspector", "resolver", "controller")
+# Started after them, where configured. Nobody waits for it: whether egressd enforces does not hang on it. It
+# has no channel to the others either; it asks at the control socket, as one who may read.
+OPTIONAL = "exporter"
 # Who talks to whom: (asker, its name for the other, the other, its name for the asker).
 RELATIONS = (
     ("controller", "warden", "warden", "controller"),
     ("controller", "resolver", "resolver", "controller"),
     ("controller", "relay", "relay", "controller"),
     ("controller", "inspector", "inspector", "controller"),
+    ("controller", "evidence", "auditor", "evidence"),
     *((name, "audit", "auditor", f"audit-{name}") for name in ORDER if name != "auditor"),
 )
 # Sockets that live as long as the supervisor, so that a restarted process finds them open, queue and all.
 HELD = {
-    "auditor": ("nflog",),
+    "auditor": ("nflog", "flows"),
     "warden": (),
     "relay": ("relay4", "relay6"),
     "inspector": ("inspect4", "inspect6"),
     "resolver": ("udp4", "udp6", "tcp4", "tcp6"),
     "controller": ("control",),
+    OPTIONAL: ("metrics",),
 }
 HUNG_AFTER = 10.0  # seconds without a heartbeat
+_METRICS_BACKLOG = 1024  # connections that wait to be accepted
+_CREDENTIAL = "egressd-journal-key"  # journal_keys.CREDENTIAL, without what that imports
+_CREDENTIAL_BYTES = (1 << 16) + 1  # fits the buffer of a socket; a key has a hundred
 START_WITHIN = 30.0  # seconds for a process to say that it is ready
 _CLONE_NEWNET = 0x4000_0000  # linux/sched.h
+
+
+def order(config: Config) -> tuple[str, ...]:
+    """The processes there are, in the order of starting."""
+    return ORDER if config.metrics is None else (*ORDER, OPTIONAL)
 
 
 @dataclass(slots=True)
@@ -90,13 +105,22 @@ class Child:
 
 
 class Supervisor:
-    def __init__(self, config: Config, sockets: dict[str, socket.socket], gateway: int) -> None:
-        self.config, self.sockets = config, sockets
+    def __init__(
+        self,
+        config: Config,
+        sockets: dict[str, socket.socket],
+        gateway: int,
+        *,
+        credential: bytes | None = None,
+    ) -> None:
+        """`credential`: the auditor's signing key, where the system manager holds it."""
+        self.config, self.sockets, self.credential = config, sockets, credential
         self.accounts = {"root": Account(os.getuid(), os.getgid()), **config.accounts()}
-        self.children = {name: Child(CARDS[name]) for name in ORDER}
+        self.children = {name: Child(CARDS[name]) for name in order(config)}
         self.selector = selectors.DefaultSelector()
         self.auditing = Auditing("supervisor")
         self.stopping = self.announced = False
+        self._untold: deque[tuple[str, dict[str, str | int]]] = deque(maxlen=64)
         self._waiting: dict[tuple[str, str], socket.socket] = {}  # (process, role) -> its end
         self._gateway = _thread_in(gateway)
         self._here = concurrent.futures.ThreadPoolExecutor(1)
@@ -116,6 +140,8 @@ class Supervisor:
         for name in ORDER:
             self.start(self.children[name])
             self._serve_until(lambda name=name: self.children[name].ready or self.stopping)  # type: ignore[misc]
+        if OPTIONAL in self.children and not self.stopping:
+            self.start(self.children[OPTIONAL])
         self._serve_until(lambda: self.stopping)
         self._stop()
 
@@ -133,9 +159,10 @@ class Supervisor:
             allowed = HUNG_AFTER if child.ready else START_WITHIN
             if child.process is not None and now - child.heard > allowed:
                 log.error("%s (pid %d) hangs: killed", child.card.name, child.process.pid)
+                self._record_end("process-hung", child, {"seconds": round(now - child.heard)})
                 child.process.kill()
                 child.heard = now
-        if all(child.ready for child in self.children.values()):
+        if all(self.children[name].ready for name in ORDER):
             self._announce()
 
     def _announce(self) -> None:
@@ -193,6 +220,10 @@ class Supervisor:
         if name == "auditor":
             ends["audit-supervisor"], own = pair()
             self.auditing.connect(own)
+            while self._untold:
+                self.auditing.record(*self._untold.popleft())
+            if self.credential is not None:
+                ends["credential"] = _handed(self.credential)
 
     def _introduce(self, neighbour: str, role: str, sock: socket.socket) -> None:
         """Hand a running neighbour its new end; for one that is down it waits until it starts."""
@@ -230,6 +261,7 @@ class Supervisor:
             return
         except ProtocolError as error:
             log.error("%s said something unexpected: %s", child.card.name, error)  # noqa: TRY400
+            self._record_end("process-killed", child, {"why": str(error)[:512]})
             self._kill(child)
             return
         child.heard = time.monotonic()
@@ -244,9 +276,7 @@ class Supervisor:
         log.log(
             logging.INFO if self.stopping else logging.ERROR, "%s ended, %s", child.card.name, _ending(status)
         )
-        self.auditing.record(
-            "process-ended", {"name": child.card.name, "pid": child.process.pid, "status": status}
-        )
+        self._record_end("process-ended", child, {"status": status})
         self.selector.unregister(child.pidfd)
         os.close(child.pidfd)
         self._forget_channel(child)
@@ -264,6 +294,15 @@ class Supervisor:
     def _kill(self, child: Child) -> None:
         if child.process is not None:
             child.process.kill()
+
+    def _record_end(self, event: str, child: Child, fields: dict[str, str | int]) -> None:
+        """What ends, and what is about to be killed. Of the auditor, its successor is told."""
+        pid = child.process.pid if child.process else 0
+        record = event, {"name": child.card.name, "pid": pid, **fields}
+        if child.card.name == "auditor" and not self.stopping:
+            self._untold.append(record)
+        else:
+            self.auditing.record(*record)
 
     def _tell_states(self) -> None:
         channel = self.children["controller"].channel
@@ -298,8 +337,7 @@ class Supervisor:
         its denial, stays."""
         log.info("stopping; the gateway keeps denying until `egressd --dismantle`")
         _notify("STOPPING=1")
-        for name in reversed(ORDER):
-            child = self.children[name]
+        for child in reversed(self.children.values()):
             if child.process is None:
                 continue
             child.process.terminate()
@@ -404,16 +442,75 @@ def open_control_socket(config: Config) -> socket.socket:
     return control
 
 
+def open_metrics_socket(config: Config) -> socket.socket | None:
+    """None where metrics are not configured. Bound while still root, so that nobody else takes the address
+    first, and a port below 1024 is a port like any other."""
+    where = config.metrics_address
+    if where is None:
+        return None
+    if where.address is None:
+        return _open_metrics_path(Path(where.path), config.accounts()["metrics"])
+    sock = socket.socket(socket.AF_INET if where.address.version == 4 else socket.AF_INET6)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    _bound(sock, (str(where.address), where.port), str(config.metrics))
+    sock.listen(_METRICS_BACKLOG)
+    return sock
+
+
+def _bound(sock: socket.socket, address: tuple[str, int] | str, shown: str) -> None:
+    try:
+        sock.bind(address)
+    except OSError as error:
+        sock.close()
+        raise KernelError(f"metrics cannot be offered at {shown}: {error.strerror}") from error
+
+
+def _open_metrics_path(path: Path, account: Account) -> socket.socket:
+    """For root and the group of the account; whoever is to read joins that group."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise KernelError(f"metrics: {path} is there already and is not a socket; name another path")
+        path.unlink()
+    sock = socket.socket(socket.AF_UNIX)
+    # Before listen(2) nobody can connect: there is no moment with another mode.
+    _bound(sock, str(path), str(path))
+    os.chown(path, 0, account.gid)
+    path.chmod(0o660)
+    sock.listen(_METRICS_BACKLOG)
+    return sock
+
+
 def prepare_state(config: Config) -> None:
     state, journal = Path(config.state_dir), Path(config.state_dir, "journal")
     state.mkdir(mode=0o755, parents=True, exist_ok=True)
     journal.mkdir(mode=0o750, exist_ok=True)
+    keys = state / "keys"
+    keys.mkdir(mode=0o700, exist_ok=True)
     own = Path(config.run_dir, "controller")
     own.mkdir(mode=0o700, exist_ok=True)
     forget(own)
     accounts = config.accounts()
-    os.chown(journal, accounts["audit"].uid, accounts["audit"].gid)
+    for directory in (journal, keys):
+        os.chown(directory, accounts["audit"].uid, accounts["audit"].gid)
     os.chown(own, accounts["daemon"].uid, accounts["daemon"].gid)
+
+
+def read_credential() -> bytes | None:
+    """The signing key, if systemd holds it (systemd.exec(5), LoadCredential=): readable by root alone, and so
+    read before the rights are given up. A restarted auditor is handed it again."""
+    directory = os.environ.get("CREDENTIALS_DIRECTORY")
+    try:
+        return None if directory is None else Path(directory, _CREDENTIAL).read_bytes()[:_CREDENTIAL_BYTES]
+    except FileNotFoundError:
+        return None
+
+
+def _handed(data: bytes) -> socket.socket:
+    """The readable end of a pair that holds `data` and then ends."""
+    mine, its = socket.socketpair()
+    with mine:
+        mine.sendall(data)
+    return its
 
 
 @contextlib.contextmanager
@@ -446,8 +543,11 @@ def serve(config: Config, *, debug: bool = False) -> int:
     _check_accounts(config)
     held, gateway = lay_foundation(config, debug=debug)
     held["control"] = open_control_socket(config)
+    metrics = open_metrics_socket(config)
+    if metrics is not None:
+        held["metrics"] = metrics
     prepare_state(config)
-    supervisor = Supervisor(config, held, gateway)
+    supervisor = Supervisor(config, held, gateway, credential=read_credential())
     _notify("STATUS=starting")
     supervisor.give_up_rights()
     supervisor.run()
@@ -515,6 +615,9 @@ def main(arguments: list[str] | None = None) -> int:
         for problem in error.problems:
             print(f"egressd: {problem}", file=sys.stderr)
     except (EgressdError, isolation.IsolationError, OSError) as error:
+        # the kernel said no to something that has no name: where it was asked is all there is to go by
+        if isinstance(error, OSError) and error.filename is None:
+            log.exception("not started; this is where")
         print(f"egressd: {error}", file=sys.stderr)
     return 1
 
