@@ -8,12 +8,13 @@ _egressctl_workspaces() {
 
 # command -> its verbs or actions; its options; the kinds of its arguments
 declare -gA _egressctl_below=(
-    ["egressctl"]="run status policy why counters ruleset"
+    ["egressctl"]="run status policy why counters ruleset audit watch proof verify key"
     ["egressctl policy"]="check diff apply explain"
+    ["egressctl key"]="show rotate"
 )
 declare -gA _egressctl_options=(
     ["egressctl"]="-h --help --run-dir --json --version"
-    ["egressctl run"]="-h --help --run-dir -w --workspace --files --bind-ro --env --wall --dry-run --debug"
+    ["egressctl run"]="-h --help --run-dir -w --workspace --files --bind-ro --env --wall --receipt --dry-run --debug"
     ["egressctl status"]="-h --help --json --run-dir"
     ["egressctl policy"]="-h --help --json --run-dir"
     ["egressctl policy check"]="-h --help --json --run-dir"
@@ -23,6 +24,13 @@ declare -gA _egressctl_options=(
     ["egressctl why"]="-h --help --json --run-dir -w --workspace"
     ["egressctl counters"]="-h --help --json --run-dir"
     ["egressctl ruleset"]="-h --help --json --run-dir"
+    ["egressctl audit"]="-h --help --run-dir --json -w --workspace --sandbox --host --event --verdict --reason --since --until -n --limit -r --reverse -f --follow --journal"
+    ["egressctl watch"]="-h --help --run-dir --json -w --workspace --interval --once --journal"
+    ["egressctl proof"]="-h --help --json --run-dir -w --workspace --sandbox --since --until --checkpoint -o --output --html"
+    ["egressctl verify"]="-h --help --json --run-dir --journal --key --policy --checkpoint --html"
+    ["egressctl key"]="-h --help --json --run-dir"
+    ["egressctl key show"]="-h --help --json --run-dir --pem"
+    ["egressctl key rotate"]="-h --help --json --run-dir"
 )
 declare -gA _egressctl_arguments=(
     ["egressctl run"]="command"
@@ -30,6 +38,7 @@ declare -gA _egressctl_arguments=(
     ["egressctl policy explain"]="file-or-workspace"
     ["egressctl why"]="none"
     ["egressctl counters"]="workspace"
+    ["egressctl verify"]="file"
 )
 # command and option -> the kind of its value
 declare -gA _egressctl_values=(
@@ -41,6 +50,7 @@ declare -gA _egressctl_values=(
     ["egressctl run --bind-ro"]="directory"
     ["egressctl run --env"]="none"
     ["egressctl run --wall"]="none"
+    ["egressctl run --receipt"]="file"
     ["egressctl status --run-dir"]="directory"
     ["egressctl policy --run-dir"]="directory"
     ["egressctl policy check --run-dir"]="directory"
@@ -52,6 +62,43 @@ declare -gA _egressctl_values=(
     ["egressctl why --workspace"]="workspace"
     ["egressctl counters --run-dir"]="directory"
     ["egressctl ruleset --run-dir"]="directory"
+    ["egressctl audit --run-dir"]="directory"
+    ["egressctl audit -w"]="workspace"
+    ["egressctl audit --workspace"]="workspace"
+    ["egressctl audit --sandbox"]="none"
+    ["egressctl audit --host"]="none"
+    ["egressctl audit --event"]="none"
+    ["egressctl audit --verdict"]="none"
+    ["egressctl audit --reason"]="none"
+    ["egressctl audit --since"]="none"
+    ["egressctl audit --until"]="none"
+    ["egressctl audit -n"]="none"
+    ["egressctl audit --limit"]="none"
+    ["egressctl audit --journal"]="directory"
+    ["egressctl watch --run-dir"]="directory"
+    ["egressctl watch -w"]="workspace"
+    ["egressctl watch --workspace"]="workspace"
+    ["egressctl watch --interval"]="none"
+    ["egressctl watch --journal"]="directory"
+    ["egressctl proof --run-dir"]="directory"
+    ["egressctl proof -w"]="workspace"
+    ["egressctl proof --workspace"]="workspace"
+    ["egressctl proof --sandbox"]="none"
+    ["egressctl proof --since"]="none"
+    ["egressctl proof --until"]="none"
+    ["egressctl proof --checkpoint"]="file"
+    ["egressctl proof -o"]="file"
+    ["egressctl proof --output"]="file"
+    ["egressctl proof --html"]="file"
+    ["egressctl verify --run-dir"]="directory"
+    ["egressctl verify --journal"]="directory"
+    ["egressctl verify --key"]="none"
+    ["egressctl verify --policy"]="none"
+    ["egressctl verify --checkpoint"]="file"
+    ["egressctl verify --html"]="file"
+    ["egressctl key --run-dir"]="directory"
+    ["egressctl key show --run-dir"]="directory"
+    ["egressctl key rotate --run-dir"]="directory"
 )
 
 _egressctl() {

@@ -14,7 +14,7 @@ STATUS: dict[str, Any] = {
     "gateway": "egressd",
     "processes": [
         {"name": "warden", "pid": 812, "state": "running", "restarts": 0},
-        {"name": "resolver", "pid": 0, "state": "down", "restarts": 3},
+        {"name": "resolver", "pid": 813, "state": "running", "restarts": 3},
     ],
     "workspaces": [
         {
@@ -48,6 +48,22 @@ STATUS: dict[str, Any] = {
     ],
     "alarms": [],
     "balanced": True,
+    "drift": [],
+    "drift_read": 1_790_000_000,
+    "journal": {
+        "records": 4711,
+        "octets": 1_000_000,
+        "segments": 2,
+        "queued": 0,
+        "lag": 0.0,
+        "lost": {},
+        "failing": "",
+        "origin": "host.example/egressd/0a1b2c3d",
+        "key": "",
+        "checkpoint_size": 4700,
+        "checkpoint_time": 1_790_000_000,
+    },
+    "journal_error": None,
 }
 
 COUNTERS: dict[str, Any] = {

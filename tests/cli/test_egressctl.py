@@ -292,6 +292,13 @@ def test_books_the_daemon_calls_unbalanced_are_status_1_in_json_too(egressctl: A
     assert "acme: 1 packets, 60 bytes" in egressctl("--run-dir", daemon.run_dir, "counters").out
 
 
+JOURNAL = STATUS["journal"]
+
+
+def process(state: str) -> dict[str, Any]:
+    return {"name": "relay", "pid": 9, "state": state, "restarts": 0}
+
+
 @pytest.mark.parametrize(
     ("change", "status", "says"),
     [
@@ -303,6 +310,25 @@ def test_books_the_daemon_calls_unbalanced_are_status_1_in_json_too(egressctl: A
             0,
             "1970-01-01 00:00:00Z  the",
         ),
+        ({"drift": ["make chain netdev egressd acme_4"]}, 1, "  make chain netdev egressd acme_4"),
+        ({"drift": ["add to x\x1b[31m"]}, 1, "NOT AS COMPILED"),
+        ({"drift": ["more"] * 13}, 1, "and 3 more"),
+        ({"drift_read": None}, 0, "ruleset: not read back yet"),
+        ({}, 0, "ruleset: as compiled, read back"),
+        ({}, 0, "journal: 4711 records, last checkpoint"),
+        ({"journal": None, "journal_error": "it is \x1bgone"}, 1, "journal: not known: it is \\x1bgone"),
+        ({"journal": JOURNAL | {"failing": "No space left"}}, 1, "failing: No space left"),
+        ({"journal": JOURNAL | {"lost": {"queue": 3, "sender": 1}}}, 1, "4 records lost (3 queue, 1 sender)"),
+        ({"journal": JOURNAL | {"lost": {"queue": 0}}}, 0, "none lost"),
+        ({"journal": JOURNAL | {"queued": 5, "lag": 3.0}}, 0, "5 waiting, for 3 s"),
+        (
+            {"journal": JOURNAL | {"queued": 5, "lag": 61.0}},
+            1,
+            "nothing was written for 1 min: the disk hangs",
+        ),
+        ({"journal": JOURNAL | {"checkpoint_time": 0.0}}, 0, "no checkpoint yet"),
+        ({"processes": [process("running"), process("down")]}, 1, "down"),
+        ({"processes": [process("running"), process("starting")]}, 0, "starting"),
         ({"sandboxes": []}, 0, "no sandboxes"),
         ({"workspaces": []}, 0, "no workspaces"),
     ],
@@ -421,6 +447,8 @@ def modules_loaded_by(*words: str) -> set[str]:
         (("run", "--help"), {"pydantic", "publicsuffixlist", "yaml", "pyroute2", "egressd.cli.counters"}),
         (("status",), {"pydantic", "publicsuffixlist", "yaml", "asyncio", "egressd.cli.run"}),
         (("counters",), {"pydantic", "publicsuffixlist", "yaml", "asyncio", "egressd.cli.run"}),
+        (("audit", "--journal", "/nowhere"), {"asyncio", "pydantic", "textual", "egressd.sandbox.control"}),
+        (("watch",), {"asyncio", "pydantic", "textual", "rich", "yaml"}),
         (("policy", "check", "/nowhere.yaml"), {"asyncio", "pyroute2", "egressd.sandbox.control"}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from egressd.cli.main import whole_parser
+from egressd.cli.main import VERBS, whole_parser
 from egressd.processes.config import Config, PoolsConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +33,8 @@ def every_command(
 
 
 COMMANDS = dict(every_command(whole_parser()))
-ENDS = {path: parser for path, parser in COMMANDS.items() if path and path != ("policy",)}
+WITH_ACTIONS = {path[:-1] for path in COMMANDS if path}
+ENDS = {path: parser for path, parser in COMMANDS.items() if path not in WITH_ACTIONS}
 
 
 def options_of(parser: argparse.ArgumentParser) -> set[str]:
@@ -125,7 +126,7 @@ def test_completions_are_what_the_command_line_gives() -> None:
 @pytest.mark.parametrize(
     ("words", "completed"),
     [
-        ([""], ["run", "status", "policy", "why", "counters", "ruleset"]),
+        ([""], list(VERBS)),
         (["st"], ["status"]),
         (["--json", "co"], ["counters"]),
         (["policy", ""], ["check", "diff", "apply", "explain"]),
@@ -137,6 +138,8 @@ def test_completions_are_what_the_command_line_gives() -> None:
         (["why", "-w", "l"], ["lab"]),
         (["run", "-w", "acme", "--", "mandatory-comm"], ["mandatory-command"]),
         (["status", "x"], []),
+        (["audit", "-w", "a"], ["acme"]),
+        (["audit", "--verdict", "denied", "--fo"], ["--follow"]),
     ],
 )
 def test_bash_completes(tmp_path: Path, words: list[str], completed: list[str]) -> None:

@@ -15,10 +15,12 @@ PLAIN = Paint(io.StringIO(), no_color=True)
 STATUS_PAGE = """\
 egressd 0.1.0: enforcing, books balance
 since 2026-09-21 14:13:20Z (2 h 00 min), gateway egressd
+ruleset: as compiled, read back 2 h 00 min ago
+journal: 4711 records, last checkpoint 2 h 00 min ago at 4700, none lost
 
 process   pid  state    restarts
 warden    812  running         0
-resolver    -  down            3
+resolver  813  running         3
 
 workspace  guard    sandboxes   names  policy               problem
 acme       enforce          1  2/1024  sha256:ababababa...  -

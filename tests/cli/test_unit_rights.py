@@ -24,7 +24,9 @@ workspaces_dir: {0}/workspaces
 run_dir: {0}/run
 state_dir: {0}/state
 gateway: egressd-unit
-user: {{daemon: "4101", warden: "4102", audit: "4103", inspect: "4104", resolve: "4105", relay: "4106"}}
+user: {{daemon: "4101", warden: "4102", audit: "4103", inspect: "4104", resolve: "4105", relay: "4106",
+  metrics: "4107"}}
+metrics: unix:{0}/run/metrics.sock
 """
 POLICY = """\
 workspace: acme
@@ -44,6 +46,8 @@ $3 $egressd >"$1/out" 2>"$1/err" & daemon=$!
 trap 'kill -KILL $daemon 2>/dev/null || true' EXIT
 for _ in $(seq 200); do grep -q ready "$1/out" && break; kill -0 $daemon; sleep 0.05; done
 "$2/egressctl" --run-dir "$1/run" status
+scrape="curl -sS --max-time 10 --retry 3 --unix-socket $1/run/metrics.sock http://egressd/metrics"
+$scrape | grep -E '^egressd_(up|enforcing) '
 grep -E 'NoNewPrivs|Seccomp:|CapBnd|CapEff' /proc/$daemon/status
 kill -TERM $daemon
 wait $daemon
@@ -80,6 +84,7 @@ def test_it_enforces_with_the_rights_of_the_unit(place: Path, limiter: str) -> N
     said = done.stdout + done.stderr + (place / "err").read_text()
     assert done.returncode == 0, said
     assert "enforcing, books balance" in done.stdout, said
+    assert "egressd_up 1.0\negressd_enforcing 1.0\n" in done.stdout, said
     assert "left: 0 links, 0 pins" in done.stdout, said
     facts = dict(line.split(":\t") for line in done.stdout.splitlines() if ":\t" in line)
     assert facts["NoNewPrivs"] == "1"

@@ -220,7 +220,7 @@ def test_counters_and_records_tell_what_was_asked(daemon: Any, sender: Sender, i
     directory = daemon.lab.path(f"{daemon.directory}/state/journal")
 
     def told() -> bool:
-        lines = [line for path in directory.iterdir() for line in path.read_text().splitlines()]
+        lines = [line for path in directory.glob("*.jsonl") for line in path.read_text().splitlines()]
         return any("sni-other" in line and OTHER in line for line in lines)
 
     poll(told, what="the record of what was asked")

@@ -177,6 +177,22 @@ def test_switching_the_guard_on_cuts_what_is_not_listed(start_daemon: Any, inter
         assert chatter.failed("tcp4 plain.test 7") is None
 
 
+def test_what_was_let_through_stays_in_the_books(start_daemon: Any, internet: Any) -> None:
+    """Also when the guard is on again, and when it is off once more."""
+    daemon = start_daemon(policies={"acme": policy(guard="off")})
+    sent = []
+    for guard in ("enforce", "observe", "enforce"):
+        probe(daemon, [("tcp", "11.22.33.66", 7, "x"), ("tcp", "2a10:5353::66", 7, "x")])
+        daemon.policy("acme", policy(guard=guard))
+        account = daemon.counters("acme")
+        assert account["balance"]["balanced"], account["balance"]
+        sent += [found["out"] for found in account["hosts"] if found["kind"] == "unlisted"]
+    assert len(sent) == 3
+    assert sent[0][0] > 0 and sent[1] == sent[0], "an enforcing guard lets nothing through"
+    assert sent[2][0] == 2 * sent[0][0]
+    assert not [alarm for alarm in daemon.json("status")["alarms"] if "books" in str(alarm)]
+
+
 def test_the_diff_reads_the_kernel_back(daemon: Any) -> None:
     assert daemon.json("policy", "diff")["drift"] == []
     warden = daemon.pids()["warden"]

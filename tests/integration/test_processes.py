@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -24,12 +25,14 @@ allow:
   - {host: plain.test, ports: [7/tcp], verify: address}
   - local: ollama
 """
-CHILDREN = ["warden", "controller", "resolver", "relay", "inspector", "auditor"]
+CHILDREN = ["warden", "controller", "resolver", "relay", "inspector", "auditor", "exporter"]
 
 
 @pytest.fixture(scope="module")
 def daemon(start_module_daemon: Any) -> Any:
-    return start_module_daemon(policies={"acme": POLICY})
+    found = start_module_daemon(policies={"acme": POLICY}, metrics="127.0.0.1:9464")
+    poll(lambda: running(found), timeout=10, what="the exporter too: nobody waits for it at the start")
+    return found
 
 
 def running(daemon: Any) -> bool:
@@ -140,6 +143,16 @@ def test_a_process_that_hangs_is_replaced(daemon: Any, name: str) -> None:
     daemon.lab.signal(before, signal.SIGSTOP)
     poll(lambda: daemon.pids().get(name, before) != before, timeout=20, what=f"another {name}")
     poll(lambda: running(daemon) and spawns(daemon), timeout=10, what="everything works again")
+    hung, ended = {"name": name, "pid": before}, {"name": name, "pid": before, "status": -signal.SIGKILL}
+    poll(lambda: recorded(daemon, "process-hung", hung), timeout=5, what="the record of it")
+    poll(lambda: recorded(daemon, "process-ended", ended), timeout=5, what="the record of its end")
+
+
+def recorded(daemon: Any, event: str, fields: dict[str, Any]) -> bool:
+    directory = daemon.lab.path(f"{daemon.directory}/state/journal")
+    lines = [line for path in sorted(directory.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    found = [record["fields"] for record in map(json.loads, lines) if record["event"] == event]
+    return any(fields.items() <= record.items() for record in found)
 
 
 # ---- the control socket, attacked

@@ -76,7 +76,7 @@ def refused(daemon: Any, workspace: str = "acme") -> dict[str, int]:
 
 def journal_lines(daemon: Any) -> list[str]:
     directory = daemon.lab.path(f"{daemon.directory}/state/journal")
-    return [line for path in sorted(directory.iterdir()) for line in path.read_text().splitlines()]
+    return [line for path in sorted(directory.glob("*.jsonl")) for line in path.read_text().splitlines()]
 
 
 def journal(daemon: Any, event: str) -> list[dict[str, Any]]:

@@ -32,6 +32,7 @@ ACCOUNTS = {
     "inspect": "4104",
     "resolve": "4105",
     "relay": "4106",
+    "metrics": "4107",
 }
 UPSTREAM = (f"udp://{topology.DNS4}", f"udp://[{topology.DNS6}]")
 START_WITHIN, STOP_WITHIN = 30.0, 20.0  # seconds

@@ -31,6 +31,11 @@ VERBS: Final[dict[str, tuple[str, str]]] = {
     "why": ("why", "why a name, an address or a sandbox is allowed or denied"),
     "counters": ("counters", "bytes and packets per workspace and host; do the books balance"),
     "ruleset": ("ruleset", "the gateway's nftables ruleset, as the kernel lists it"),
+    "audit": ("audit", "what was recorded: denials, flows, grants, sandboxes, changes"),
+    "watch": ("watch", "sandboxes, hosts, rates and denials, live"),
+    "proof": ("proof", "signed evidence of what a workspace sent, to whom, and what was refused"),
+    "verify": ("verify", "check a proof, or a journal, on any machine"),
+    "key": ("key", "the key that signs the journal: show it, or change it"),
 }
 
 _EPILOG = """\
@@ -41,6 +46,10 @@ examples:
   egressctl why -w acme tracker.example        why is this name denied in acme?
   egressctl counters acme                      who was talked to, what was denied, does it add up?
   egressctl ruleset | less                     the kernel's own word
+  egressctl audit --since 1h --verdict denied  what was denied within the hour
+  egressctl watch                              what goes on, live
+  egressctl proof -w acme --since 1d           signed evidence of the last day, into acme.proof
+  egressctl verify acme.proof --key key.pem    does it hold? Needs no daemon and no root
   egressctl --json status                      the same answers for programs
 
 exit status:

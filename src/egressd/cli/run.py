@@ -33,12 +33,14 @@ def add(subparsers: Subparsers) -> None:
         "  egressctl run -w acme --files ./job -- python3 infer.py      ./job is /work, read-only\n"
         "  egressctl run -w acme --bind-ro ~/venv -- ~/venv/bin/python infer.py\n"
         '  egressctl run -w acme --env OPENAI_API_KEY="$KEY" --wall 2m -- python3 infer.py\n'
+        "  egressctl run -w acme --receipt job.proof -- python3 infer.py   signed evidence of this one run\n"
         "  egressctl run -w acme --dry-run -- true                      what would be run, and nothing is",
         json=False,
     )
     parser.usage = (
         "egressctl run -w WORKSPACE [--files DIR] [--bind-ro DIR] [--env NAME=VALUE]\n"
-        "                     [--wall TIME] [--dry-run] [--debug] [--run-dir DIR] [--] CMD ..."
+        "                     [--wall TIME] [--receipt FILE] [--dry-run] [--debug] [--run-dir DIR]\n"
+        "                     [--] CMD ..."
     )
     parser.usage_status = REFUSED  # 2 could be the command's own
     parser.add_argument(
@@ -52,6 +54,10 @@ def add(subparsers: Subparsers) -> None:
         "--env", metavar="NAME=VALUE", action="append", default=[], help="set a variable for CMD"
     )
     parser.add_argument("--wall", metavar="TIME", help="end CMD after TIME (30s, 500ms, 2m)")
+    parser.add_argument(
+        "--receipt", metavar="FILE",
+        help="write a signed proof of this run to FILE; status 125 where it cannot be had and CMD's was 0",
+    )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the sandbox's plan and run nothing")
     parser.add_argument("--debug", action="store_true", help="say on stderr what is done")
     parser.add_argument("command", metavar="CMD", nargs=argparse.REMAINDER, help="command and arguments")
@@ -64,7 +70,9 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         return _fail(str(error))
     try:
-        return _dry_run(wish) if args.dry_run else _run(wish, debug=args.debug)
+        if args.dry_run:
+            return _dry_run(wish)
+        return _run(wish, debug=args.debug) if args.receipt is None else _run_with_receipt(args, wish)
     except EgressdError as error:
         return _failed(error)
     except OSError as error:
@@ -116,6 +124,11 @@ def _is_terminal(number: int) -> bool:
 
 
 def _run(wish: Wish, *, debug: bool) -> int:
+    return _watched(wish, debug=debug)[0]
+
+
+def _watched(wish: Wish, *, debug: bool) -> tuple[int, int]:
+    """The exit status, and the number of the link it had."""
     from egressd.sandbox.launch import start  # noqa: PLC0415
     from egressd.sandbox.signals import SignalDesk  # noqa: PLC0415
 
@@ -124,7 +137,20 @@ def _run(wish: Wish, *, debug: bool) -> int:
         outcome = running.watch(desk=desk)
     if outcome.why:
         complain(outcome.why)
-    return outcome.status
+    return outcome.status, running.link
+
+
+def _run_with_receipt(args: argparse.Namespace, wish: Wish) -> int:
+    """The command's own status counts; a success without the receipt that was asked for is none."""
+    from egressd.cli.receipt import Receipt  # noqa: PLC0415
+
+    receipt = Receipt(args.receipt, wish.run_dir, wish.workspace)
+    receipt.check_writable()  # before anything runs: OSError says what is wrong
+    status, link = _watched(wish, debug=args.debug)
+    trouble = receipt.fetch(link)
+    if trouble:
+        complain(trouble)
+    return status or (REFUSED if trouble else 0)
 
 
 def _dry_run(wish: Wish) -> int:

@@ -18,6 +18,8 @@ __all__ = ["add", "healthy", "moment", "render", "run"]
 
 _COMMAND_WIDTH = 60
 _ALARM_WIDTH = 240  # a flushed ruleset is an alarm of pages
+_DRIFT_LINES = 10
+_LONG_LAG = 15.0  # seconds that a record waits; a disk that refuses says so, one that hangs does not
 _NOT_A_MEMBER = "no workspaces that you are a member of (root sees them all)"
 
 
@@ -27,7 +29,8 @@ def add(subparsers: Subparsers) -> None:
         "status",
         summary="is egressd enforcing; which workspaces, which sandboxes",
         says="Is egressd enforcing, which processes, workspaces and sandboxes are there, what was noticed.\n"
-        "Exit status 1 if it does not enforce, a policy is broken or the books do not balance.",
+        "Exit status 1 if it does not enforce, a policy is broken, the books do not balance, the ruleset is\n"
+        "not as compiled, the journal fails, hangs, has lost records or is not known, or a process is down.",
         examples="  egressctl status           for people\n"
         "  egressctl status --json    for programs\n"
         "  egressctl status >/dev/null || page-somebody",
@@ -45,13 +48,28 @@ def run(args: argparse.Namespace) -> int:
 
 def healthy(document: Document) -> bool:
     broken = any(workspace["problem"] for workspace in document["workspaces"])
-    return bool(document["enforcing"] and document["balanced"] and not broken)
+    down = any(process["state"] == "down" for process in document["processes"])
+    wrong = broken or down or document["drift"] or _journal_problems(document)
+    return bool(document["enforcing"] and document["balanced"] and not wrong)
+
+
+def _journal_problems(document: Document) -> list[str]:
+    """What is wrong with the journal, in words; foreign ones are not escaped."""
+    journal = document["journal"]
+    if journal is None:
+        return [f"not known: {document['journal_error']}"]
+    problems = [f"failing: {journal['failing']}"] if journal["failing"] else []
+    if journal["lag"] > _LONG_LAG:
+        problems.append(f"nothing was written for {duration(journal['lag'])}: the disk hangs")
+    lost = {cause: count for cause, count in journal["lost"].items() if count}
+    causes = ", ".join(f"{count} {cause}" for cause, count in sorted(lost.items()))
+    return problems + ([f"{sum(lost.values())} records lost ({causes})"] if lost else [])
 
 
 def render(document: Document, *, paint: Paint, now: float) -> str:
     """The whole page. `now` is Unix time."""
     parts = [
-        _headline(document, paint, now),
+        "\n".join(part(document, paint, now) for part in (_headline, _ruleset, _journal)),
         _processes(document["processes"], paint),
         _workspaces(document["workspaces"], paint),
         _sandboxes(document["sandboxes"], now, paint),
@@ -70,6 +88,37 @@ def _headline(document: Document, paint: Paint, now: float) -> str:
             f"since {moment(since)} ({duration(now - since)}), gateway {escape(document['gateway'])}",
         ]
     )
+
+
+def _ruleset(document: Document, paint: Paint, now: float) -> str:
+    """Is the kernel's ruleset the compiled one?"""
+    drift, read = document["drift"], document["drift_read"]
+    ago = "not read back yet" if read is None else f"read back {duration(now - read)} ago"
+    if not drift:
+        return f"ruleset: {'as compiled, ' if read is not None else ''}{ago}"
+    lines = [f"ruleset: {paint.bad('NOT AS COMPILED')}, {ago}; to make it so would take"]
+    lines += [f"  {shorten(escape(text), _ALARM_WIDTH)}" for text in drift[:_DRIFT_LINES]]
+    more = len(drift) - _DRIFT_LINES
+    return "\n".join(lines + ([f"  and {more} more (whole with --json)"] if more > 0 else []))
+
+
+def _journal(document: Document, paint: Paint, now: float) -> str:
+    journal, problems = document["journal"], _journal_problems(document)
+    told = [paint.bad(escape(problem)) for problem in problems]
+    if journal is not None:
+        told = [f"{journal['records']} records", _checkpoint(journal, now), *told]
+        if journal["queued"]:
+            told.append(f"{journal['queued']} waiting, for {duration(journal['lag'])}")
+        if not problems:
+            told.append("none lost")
+    return f"journal: {', '.join(told)}"
+
+
+def _checkpoint(journal: dict[str, Any], now: float) -> str:
+    if not journal["checkpoint_time"]:
+        return "no checkpoint yet"
+    age = duration(now - journal["checkpoint_time"])
+    return f"last checkpoint {age} ago at {journal['checkpoint_size']}"
 
 
 def moment(unix: float) -> str:
