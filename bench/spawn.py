@@ -20,7 +20,7 @@ from lab.daemon import Daemon
 from lab.internet import Internet
 from lab.machine import Lab
 
-__all__ = ["measure"]
+__all__ = ["measure", "reach"]
 
 POLICY = """\
 workspace: acme
@@ -50,7 +50,7 @@ def measure(
 
 def _spawner(daemon: Daemon, user: Any, **counts: int) -> dict[str, Any]:
     """Run the measuring program as that user, outside the lab."""
-    with scene.shared_directory() as files, _reach(daemon) as run_dir:
+    with scene.shared_directory() as files, reach(daemon) as run_dir:
         orders = {
             "run_dir": f"/proc/self/fd/{run_dir}",
             "files": str(files),
@@ -77,7 +77,7 @@ def _spawner(daemon: Daemon, user: Any, **counts: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _reach(daemon: Daemon) -> Iterator[int]:
+def reach(daemon: Daemon) -> Iterator[int]:
     """egressd's run directory, from outside the lab's mount namespace: a descriptor leads there."""
     _, (descriptor,) = daemon.lab.ask("open", path=daemon.run_dir, flags=os.O_DIRECTORY)
     try:

@@ -7,6 +7,8 @@ what really happened, and the exit status is 0 only if all of them are.
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import re
 import shlex
@@ -15,6 +17,7 @@ import time
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT / "tests"))
@@ -115,21 +118,37 @@ class Stage:
     uplink: Capture
     daemon: Daemon
 
-    def box(self, program: str, *words: str) -> Result:
+    def box(self, program: str, *words: str, receipt: str | None = None) -> Result:
         """Run one of the clients in a sandbox, showing the command and what it said."""
         argv = [str(VENV / "bin" / "python"), "-B", str(CLIENTS / program), *words]
         shown = shlex.join(words)
-        return self.run(argv, shown=f"python {program} {shown if len(shown) < SHORT else '…'}")
+        return self.run(
+            argv, shown=f"python {program} {shown if len(shown) < SHORT else '…'}", receipt=receipt
+        )
 
-    def run(self, argv: list[str], *, shown: str) -> Result:
-        options = [
+    def run(self, argv: list[str], *, shown: str, receipt: str | None = None) -> Result:
+        options = ["--receipt", self.paper(receipt)] if receipt else []
+        options += [
             "--bind-ro", str(VENV), "--bind-ro", str(CLIENTS), "--bind-ro", self.lab.inside("trust"),
             "--env", f"SSL_CERT_FILE={self.lab.inside('trust/ca.pem')}",
         ]  # fmt: skip
-        self.story.command(f"egressctl run -w acme -- {shown}")
+        extra = f"--receipt {receipt} " if receipt else ""
+        self.story.command(f"egressctl run -w acme {extra}-- {shown}")
         result = self.daemon.sandbox("acme", argv, *options, timeout=60)
         self.story.show(result.out + result.err)
         return result
+
+    def paper(self, name: str) -> str:
+        """Where evidence is put, as it is called in the lab: a directory of the lab's unprivileged user."""
+        return self.lab.inside(f"evidence/{name}")
+
+    def verify(self, name: str) -> Result:
+        """As anybody, without network, daemon or root: the file and the public key are all there is."""
+        argv = [
+            "unshare", "--user", "--net", str(VENV / "bin" / "egressctl"), "--run-dir", "/nowhere", "--json",
+            "verify", self.paper(name), "--key", self.paper("egressd.pem"),
+        ]  # fmt: skip
+        return self.lab.run(argv, uid=self.lab.user)
 
     def quiet(self) -> int:
         """Wait until what ended before has sent its last; the number of frames so far."""
@@ -162,7 +181,8 @@ def allowed(stage: Stage) -> None:
     story = stage.story
     story.step("What the policy lists works, with unmodified programs")
     story.say("The openai SDK, against an HTTPS endpoint on the list:")
-    result = stage.box("ask_openai.py", "https://eu.api.openai.test/v1", "hello, far model")
+    words = "https://eu.api.openai.test/v1", "hello, far model"
+    result = stage.box("ask_openai.py", *words, receipt="inference.proof")
     story.expect(
         held=_said(result, "hello, far model"),
         text="the model answered; TLS is end to end, egressd has read the name",
@@ -235,7 +255,7 @@ def captured(stage: Stage) -> None:
     story.expect(held=frames == 0, text=f"frames on the uplink meanwhile: {frames}")
 
 
-def proof(stage: Stage) -> None:
+def counted(stage: Stage) -> None:
     story, daemon = stage.story, stage.daemon
     story.step("The counters say the same")
     result = daemon.ctl("counters", "acme", uid=None)
@@ -268,6 +288,94 @@ def proof(stage: Stage) -> None:
     result = daemon.ctl("why", "-w", "acme", "evil.test")
     story.show(result.out + result.err)
     story.expect(held="evil.test: denied in" in result.out, text="and a denial has its reason")
+
+
+def proved(stage: Stage) -> None:
+    story, daemon = stage.story, stage.daemon
+    story.step("The same as evidence: one signed file, for somebody who was not there")
+    story.command("egressctl key show --pem > egressd.pem; egressctl proof -w acme -o acme.proof")
+    stage.lab.path("evidence/egressd.pem").write_text(daemon.ctl("key", "show", "--pem").check().out)
+    daemon.ctl("proof", "-w", "acme", "-o", stage.paper("acme.proof"), uid=stage.lab.user).check()
+    story.say("Elsewhere: another user, no network, no egressd, only the file and the public key.")
+    story.command("unshare --user --net egressctl verify acme.proof --key egressd.pem")
+    result = stage.verify("acme.proof")
+    found = json.loads(result.out)
+    story.show("\n".join(f"{check['verdict']}  {check['text']}" for check in found["checks"] if _told(check)))
+    held = result.status == 0 and found["verified"] and found["pinned"]
+    story.expect(held=held, text=f"verified: {len(found['checks'])} checks, none of which asked anybody")
+    told, exact = _told_by_proof(found), _told_by_counters(daemon.counters("acme"))
+    story.expect(
+        held=told == exact, text=f"its {len(told)} rows are the kernel's counters, each packet and byte"
+    )
+    _changed(stage)
+    _receipt(stage)
+
+
+def _told(check: dict[str, str]) -> bool:
+    return check["name"] in ("inclusion", "books", "losses")
+
+
+def _told_by_proof(found: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """What it says left for each host and came back, and what was refused for each reason."""
+    summary = found["statement"]["summary"]
+    counts = {host["host"]: host["counted"] for host in summary["hosts"]}
+    names = ("out_packets", "out_bytes", "in_packets", "in_bytes", "connections")
+    told = {host: tuple(counted[name] for name in names) for host, counted in counts.items()}
+    told |= {f"[{row['reason']}]": (row["packets"], row["bytes"]) for row in summary["denied"]}
+    return {name: numbers for name, numbers in told.items() if any(numbers)}
+
+
+def _told_by_counters(account: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The same from `egressctl counters`."""
+    told: dict[str, tuple[int, ...]] = {
+        row["host"]: (*row["out"], *row["in"], row["connections"]) for row in account["hosts"]
+    }
+    told |= {f"[{reason}]": tuple(count) for reason, count in account["denied"].items()}
+    return {name: numbers for name, numbers in told.items() if any(numbers)}
+
+
+def _changed(stage: Stage) -> None:
+    """One byte of the file is one digit of an address in it: where a packet was refused to."""
+    story, file = stage.story, stage.lab.path("evidence/acme.proof")
+    envelope = json.loads(file.read_bytes())
+    payload = base64.b64decode(envelope["payload"])
+    now = payload.replace(f'\\"destination\\":\\"{topology.EVIL4}'.encode(), _other_evil(), 1)
+    envelope["payload"] = base64.b64encode(now).decode()
+    text = json.dumps(envelope, sort_keys=True, separators=(",", ":")) + "\n"
+    bytes_changed = sum(a != b for a, b in zip(file.read_text(), text, strict=True))
+    stage.lab.path("evidence/changed.proof").write_text(text)
+    story.command("egressctl verify changed.proof --key egressd.pem     # one byte of it was changed")
+    result = stage.verify("changed.proof")
+    checks = json.loads(result.out)["checks"]
+    broken = {check["name"]: check["text"] for check in checks if check["verdict"] == "broken"}
+    named = [broken.get(name, "") for name in ("signature", "inclusion")]
+    story.show("\n".join(f"broken  {text}" for text in named))
+    held = bytes_changed == 1 and result.status == 1 and all(named)
+    story.expect(held=held, text="noticed, and the record is named")
+
+
+def _other_evil() -> bytes:
+    return f'\\"destination\\":\\"{str(topology.EVIL4)[:-1]}7'.encode()
+
+
+def _receipt(stage: Stage) -> None:
+    """Of the first inference above, as it was written when that ended."""
+    story = stage.story
+    story.command("egressctl verify inference.proof --key egressd.pem   # from `run --receipt`, in step 3")
+    result = stage.verify("inference.proof")
+    found = json.loads(result.out)
+    (box,) = found["statement"]["summary"]["sandboxes"]
+    flows = {flow["host"] for flow in found["statement"]["summary"]["flows"]}
+    totals = box["totals"]
+    story.show(
+        f"{box['link']}: in {totals['in_bytes']} = admitted {totals['ok_bytes']}"
+        f" + denied {totals['denied_bytes']} + other {totals['other_bytes']} bytes; exit {box['exit']};"
+        f" talked to {', '.join(sorted(flows))}"
+    )
+    story.expect(
+        held=result.status == 0 and flows == {LISTED} and totals["denied_packets"] == 0,
+        text="that inference alone: one host, nothing refused, and its bytes add up",
+    )
 
 
 def verdict(stage: Stage) -> None:
@@ -313,6 +421,8 @@ def main() -> int:
         story.step("A machine, its uplink and a little internet, in namespaces of their own")
         internet, host = start_internet(lab)
         lab.path("trust").mkdir()
+        lab.path("evidence").mkdir()
+        lab.path("evidence").chmod(0o1777)
         lab.path("trust/ca.pem").write_bytes(internet.root)
         story.say(
             f"Up in {time.monotonic() - began:.1f} s. The real network is not touched; root is not needed."
@@ -324,7 +434,7 @@ def main() -> int:
             story.command("cat workspaces/acme.yaml")
             story.show(lab.path(f"{daemon.directory}/workspaces/acme.yaml").read_text())
             stage = Stage(story, lab, internet, host, uplink, daemon)
-            for part in (allowed, denied, neighbour, wildcard, captured, proof, verdict):
+            for part in (allowed, denied, neighbour, wildcard, captured, counted, proved, verdict):
                 part(stage)
     story.step("Everything is gone again")
     story.say(
