@@ -23,6 +23,17 @@ def test_equal_ones_are_one_with_a_count() -> None:
     assert tally.next_due() is None
 
 
+def test_of_a_link_that_has_ended_nothing_waits() -> None:
+    tally = Tally()
+    tally.add(denied(1, "x.example"), now=0)
+    tally.add(denied(1, "x.example"), now=0.1)
+    tally.add(denied(2, "x.example"), now=0.1)
+    assert tally.ended(1) == [(denied(1, "x.example"), 2)]
+    assert tally.ended(1) == tally.ended(3) == []
+    assert list(tally._open) == [2]
+    assert tally.due(now=2) == [(denied(2, "x.example"), 1)]
+
+
 def test_fresh_names_without_end_are_counted_together_and_nothing_is_lost() -> None:
     tally = Tally(distinct=4)
     over: Counter[tuple[int, str]] = Counter()

@@ -49,6 +49,16 @@ class Tally:
     def due(self, *, now: float) -> list[tuple[Happening, int]]:
         return self._closed(self._floods.due(now=now))
 
+    def ended(self, link: int) -> list[tuple[Happening, int]]:
+        """All of a link that has ended."""
+        if link not in self._open:
+            return []
+        return self._closed(self._floods.take(lambda happening: happening.link == link))
+
+    def drain(self) -> list[tuple[Happening, int]]:
+        """All of them, before their second is over."""
+        return self._closed(self._floods.drain())
+
     def next_due(self) -> float | None:
         return self._floods.next_due()
 
