@@ -41,7 +41,7 @@ from egressd.kernel import sockets, sysctl
 from egressd.kernel.conntrack import Conntrack
 from egressd.kernel.gateway import GATEWAY_SETTINGS
 from egressd.model.identities import Link
-from egressd.processes.auditor import Attribution
+from egressd.processes.denials import Attribution
 from egressd.processes.flow_accounts import FlowLog, Hosts
 from egressd.processes.journal_file import Draft
 from egressd.ruleset.layout import GATEWAY_MAC, RESOLVER4, RESOLVER6, SANDBOX_MAC

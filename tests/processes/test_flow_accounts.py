@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from egressd.model.identities import Link
-from egressd.processes.auditor import Attribution
+from egressd.processes.denials import Attribution
 from egressd.processes.flow_accounts import FlowLog, Hosts
 from egressd.processes.journal_file import Draft
 from egressd.ruleset.layout import RESOLVER_BLOCK, UNLISTED_BLOCK, Kind, Mark, Pools, dial_source
