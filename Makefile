@@ -53,9 +53,11 @@ demo: setup ## A guarded inference, told in a minute
 lab: setup ## A shell in a machine of its own, with egressd running and a little internet
 	@$(BIN)/python -B -m lab shell
 
+# Much of the tests' time is waiting. Each worker has a lab of its own; a file's tests stay together, in order.
+WORKERS ?= 2
 .PHONY: test
 test: setup $(PROMETHEUS) lint ## Lint and every test but the slow ones: minutes
-	$(BIN)/pytest -m 'not slow and not clients and not browser' --durations 10
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m 'not slow and not clients and not browser' --durations 10
 
 # EGRESSD_SCALE: how much of their counts the long forms run, see tests/lab/scale.py.
 .PHONY: test-slow test-slow-short
