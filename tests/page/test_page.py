@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from egressd.journal.markup import Html, element, joined, shown
 from egressd.journal.page import render
-from egressd.journal.page_data import Amount, HostRow, PageData
+from egressd.journal.page_data import Amount, Check, HostRow, PageData
 from egressd.journal.page_style import STYLE
 
 VOID = {"br", "hr", "meta", "col", "wbr"}
@@ -342,3 +342,13 @@ def test_ten_thousand_hosts() -> None:
     assert "Drawn are 15 of 10,000, those that were sent most." in page
     assert "9,994 more hosts" not in page  # the one that was sent nothing is not counted
     assert "9,993 more hosts" in page
+
+
+def test_a_check_that_held_with_a_limit_says_so_and_a_broken_one_says_where() -> None:
+    checks = (
+        Check("losses", True, "12 records were lost.", remark=True),
+        Check("summary", False, "It says 1, the records say 2.", place="predicate.summary.hosts[1]"),
+    )
+    text = render(replace(samples.ordinary(), checks=checks))
+    assert "! held, with a limit" in text and "✓ held<" not in text
+    assert "It says 1, the records say 2. (at predicate.summary.hosts[1])" in text

@@ -709,11 +709,7 @@ def _proved(data: PageData) -> Html:
 
 def _checks(data: PageData) -> Html:
     rows = [
-        (
-            element("strong", "✓ held" if row.held else "✗ failed", class_=None if row.held else "bad"),
-            row.name,
-            row.detail,
-        )
+        (_result(row), row.name, f"{row.detail} (at {row.place})" if row.place else row.detail)
         for row in data.checks
     ]
     return _table(
