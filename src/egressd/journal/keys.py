@@ -96,8 +96,11 @@ class Verifier:
         match = _VERIFIER.fullmatch(text)
         if match is None:
             raise BadKey("neither PEM nor a verifier key (name+hash+base64)")
-        data = strict_base64(match[3])
-        if data is None or data[:1] != _ED25519:
+        try:
+            data = strict_base64(match[3])
+        except ValueError:
+            data = b""
+        if data[:1] != _ED25519:
             raise BadKey("the verifier key is not an Ed25519 key")
         verifier = cls(match[1], PublicKey(data[1:]))
         if int(match[2], 16) != key_hash(verifier.name, verifier.key):
@@ -155,10 +158,15 @@ def key_hash(name: str, public: PublicKey) -> int:
     return int.from_bytes(digest[:4], "big")
 
 
-def strict_base64(text: str) -> bytes | None:
-    """RFC 4648 section 4 in its one spelling: padded, nothing else between, unused bits zero."""
+def strict_base64(text: str) -> bytes:
+    """RFC 4648 section 4 in its one spelling: padded, nothing else between, unused bits zero (section 3.5).
+    ValueError says what is wrong."""
     try:
-        data = base64.b64decode(text.encode("ascii"), validate=True)
-    except (ValueError, binascii.Error):
-        return None
-    return data if base64.b64encode(data).decode("ascii") == text else None
+        data = binascii.a2b_base64(text.encode("ascii"), strict_mode=True)
+    except (binascii.Error, UnicodeEncodeError) as error:
+        raise ValueError(f"not base64: {error}") from error
+    # Strict mode leaves one freedom: the bits of the last character that no byte takes up.
+    last = data[len(data) - (len(data) % 3 or 3) :] if data else b""
+    if base64.b64encode(last).decode("ascii") != text[-4:]:
+        raise ValueError("base64 with bits set that mean nothing")
+    return data

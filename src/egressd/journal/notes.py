@@ -78,7 +78,7 @@ def parse(text: str) -> Checkpoint:
     """The checkpoint in a note's text. Says nothing of who signed it: use `open`."""
     origin, size, root, *more = [*text.split("\n"), "", ""]
     extensions = more[:-3]
-    data = strict_base64(root)
+    data = _decoded(root)
     if more[-3:] != ["", "", ""] or not _SIZE.fullmatch(size) or data is None:
         raise NoteError("the text is not a checkpoint's: origin, size, root, each on its line")
     return Checkpoint(origin, int(size), data, tuple(extensions))
@@ -115,10 +115,17 @@ def signatures(note: str) -> tuple[str, list[Signature]]:
 
 def _signature(line: str) -> Signature:
     name, _, encoded = line.removeprefix(_DASH).partition(" ")
-    data = strict_base64(encoded)
+    data = _decoded(encoded)
     if not line.startswith(_DASH) or not _is_name(name) or data is None or len(data) <= _ID:
         raise NoteError("a signature line is malformed")
     return Signature(name, int.from_bytes(data[:_ID], "big"), data[_ID:])
+
+
+def _decoded(text: str) -> bytes | None:
+    try:
+        return strict_base64(text)
+    except ValueError:
+        return None
 
 
 def _is_name(name: str) -> bool:
