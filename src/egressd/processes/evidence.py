@@ -236,7 +236,7 @@ def facts(controller: Controller, policy: Policy, *, listing: str, drift: Sequen
             "drift": own_drift(drift, own),
         },
         "versions": versions(),
-        "machine": {"boot": boot_id()},
+        "machine": {"boot": controller.boot},
     }
 
 

@@ -32,7 +32,6 @@ from egressd.model.errors import Refused
 from egressd.model.verdicts import Reason
 from egressd.policy.compiled import Policy
 from egressd.processes import reports
-from egressd.processes.evidence import boot_id
 from egressd.processes.remembered import Retiring
 from egressd.ruleset.books import Books
 from egressd.ruleset.observe import Counters, Tally
@@ -149,7 +148,6 @@ class Draft:
 class Snapshots:
     def __init__(self, controller: Controller) -> None:
         self._controller = controller
-        self._boot = boot_id()[:8] or "unknown"
         self._books: dict[str, Book] = {}
         self._released: dict[str, dict[str, Released]] = {}  # by workspace and name
         self._numbers = itertools.count(1)
@@ -188,7 +186,7 @@ class Snapshots:
     def _begin(self, workspace: str, reading: Mapping[str, Row]) -> Book:
         self._began = max(self._began + 1, int(time.time() * 1000))
         base = _base(self._controller.remembered.counted.get(workspace, {}), reading)
-        book = self._books[workspace] = Book(f"{self._boot}-{self._began}", base)
+        book = self._books[workspace] = Book(f"{self._controller.boot[:8] or 'unknown'}-{self._began}", base)
         return book
 
     # ---- taking
