@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from egressd.cli.audit_search import Journal, Tail
 from egressd.journal import merkle, notes, records
 from egressd.journal.keys import PrivateKey, Verifier
 from egressd.journal.notes import Checkpoint
@@ -912,7 +913,8 @@ def test_a_reader_sees_a_sound_journal_at_any_moment(tmp_path: Path) -> None:
     directory = tmp_path / "j"
     writer = Writer(opened(directory, segment_bytes=20_000), say=print, seal_every=0.0)
     writer.barrier().result(5)
-    tail, seen = journal_reader.Tail(directory), []
+    seen = [line for _, line in journal_reader.lines(directory)]
+    tail = Tail(Journal.open(str(directory)))
     for at in range(400):
         writer.submit(ticks(at)[0])
         if at % 20 == 0:
@@ -922,17 +924,17 @@ def test_a_reader_sees_a_sound_journal_at_any_moment(tmp_path: Path) -> None:
             checkpoint = notes.open(note, journal_reader.verifiers(directory))
             assert merkle.root(journal_reader.leaves(directory).first(checkpoint.size)) == checkpoint.root
     assert writer.end()
-    seen += tail.read()
-    assert [index for index, _ in seen] == list(range(len(seen)))
-    assert [line for _, line in seen] == [line for _, line in journal_reader.lines(directory)]
+    seen += all_of(tail)
+    assert [records.decode(line).seq for line in seen] == list(range(len(seen)))
+    assert seen == [line for _, line in journal_reader.lines(directory)]
     assert tail.read() == []
 
 
 def test_an_unfinished_line_is_not_seen_and_then_is(tmp_path: Path) -> None:
     directory = tmp_path / "j"
     journal = written(directory, 2)
-    tail = journal_reader.Tail(directory, first=3)
-    assert [index for index, _ in tail.read()] == [3]
+    tail = Tail(Journal.open(str(directory)))
+    assert [index for index, _ in journal_reader.lines(directory, 3)] == [3]
     line = records.spell(seq=4, time=timestamp(), process="auditor", event="tick", fields={})
     path = directory / "0001.jsonl"
     for cut in (1, 20, len(line) - 1):
@@ -943,38 +945,36 @@ def test_an_unfinished_line_is_not_seen_and_then_is(tmp_path: Path) -> None:
         os.truncate(path, path.stat().st_size - cut)
     with path.open("ab") as file:
         file.write(line)
-    assert tail.read() == [(4, line[:-1])]
+    assert tail.read() == [line[:-1]]
     journal.close()
 
 
 def test_a_reader_follows_into_a_log_that_begins_anew(tmp_path: Path) -> None:
     directory = tmp_path / "j"
     written(directory, 9).close()
-    tail = journal_reader.Tail(directory)
-    assert len(tail.read()) == 11
+    assert len(list(journal_reader.lines(directory))) == 11
+    tail = Tail(Journal.open(str(directory)))
     (directory / "0001.jsonl").write_bytes(b"")
     reopened(directory)
-    assert records.decode(tail.read()[0][1]).event == "journal-truncated"
+    assert records.decode(all_of(tail)[0]).event == "journal-truncated"
 
 
-def test_a_tail_begins_anywhere_in_many_segments(tmp_path: Path) -> None:
+def test_reading_begins_anywhere_in_many_segments_and_goes_on(tmp_path: Path) -> None:
     directory = tmp_path / "j"
     journal = written(directory, *[7] * 12, segment_bytes=1500)
     lines = list(journal_reader.lines(directory))
     for first in (0, 1, 30, 85, 86, 99):
-        tail = journal_reader.Tail(directory, first)
-        assert tail.read() == lines[first:] and tail.read() == []
-    tail = journal_reader.Tail(directory)
-    tail.read()
+        assert list(journal_reader.lines(directory, first)) == lines[first:]
+    tail = Tail(Journal.open(str(directory)))
     for _ in range(40):
         journal.append(ticks(journal.seq, 3))
-    assert tail.read() == list(journal_reader.lines(directory))[len(lines) :]
+    assert all_of(tail) == [line for _, line in journal_reader.lines(directory)][len(lines) :]
     journal.close()
 
 
-def test_follow_ends_when_it_is_told(tmp_path: Path) -> None:
-    written(tmp_path / "j", 3).close()
-    assert len(list(journal_reader.follow(tmp_path / "j", 1, poll=0.0, stop=lambda: True))) == 4
+def all_of(tail: Tail) -> list[bytes]:
+    """A read ends with a segment."""
+    return [line for lines in iter(tail.read, []) for line in lines]
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:

@@ -20,9 +20,8 @@ import contextlib
 import mmap
 import os
 import re
-import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias, overload
@@ -34,7 +33,7 @@ from egressd.journal.notes import Checkpoint, NoteError, Verifier
 from egressd.journal.records import RecordError
 
 __all__ = [
-    "Finding", "JournalReport", "Leaves", "Tail", "check_journal", "checkpoints", "follow", "inspect_journal",
+    "Finding", "JournalReport", "Leaves", "check_journal", "checkpoints", "inspect_journal",
     "latest", "leaves", "lines", "origin", "segment_starts", "verifiers",
 ]  # fmt: skip
 
@@ -228,63 +227,6 @@ def _checkpoints(directory: Path) -> Iterator[tuple[int, str]]:
                 yield offset + taken, note
                 taken += len(note.encode("utf-8", "surrogateescape")) + 1
             offset, rest = offset + taken, rest[taken:]
-
-
-class Tail:
-    """Reads on from where it was. Each `read` gives what became whole since."""
-
-    def __init__(self, directory: Path, first: int = 0) -> None:
-        self._directory, self._next = directory, first
-        self._origin = origin(directory)
-        self._place: tuple[int, int] | None = None  # segment, offset of line `self._next`
-
-    def read(self) -> list[tuple[int, bytes]]:
-        """[(index, line)]. Begins at 0 again when the journal was begun anew."""
-        now = origin(self._directory)
-        if now != self._origin and self._origin:
-            self._place, self._next = None, 0
-        self._origin = now
-        found: list[tuple[int, bytes]] = []
-        for number, first in self._segments():
-            found += self._read(number, first)
-        return found
-
-    def _segments(self) -> list[tuple[int, int]]:
-        """(number, index of its first line) of those still to be read. Once a place is known, the next
-        segment begins where the one before it ended."""
-        if self._place is not None:
-            names = (entry.name for entry in self._directory.iterdir())
-            return [(number, -1) for number in segments.numbers(names) if number >= self._place[0]]
-        starts = segment_starts(self._directory)
-        return [(s.number, s.first) for s in starts if s.count is None or s.first + s.count > self._next]
-
-    def _read(self, number: int, first: int) -> list[tuple[int, bytes]]:
-        here = self._place is not None and self._place[0] == number
-        offset = self._place[1] if here and self._place else 0
-        index = self._next if here or first < 0 else first
-        found = []
-        with contextlib.suppress(FileNotFoundError):
-            for following, line in _whole_lines(self._directory / segments.name(number), offset):
-                offset = following
-                if index >= self._next:
-                    found.append((index, line))
-                index += 1
-            self._place = number, offset
-        self._next = max(self._next, index)
-        return found
-
-
-def follow(
-    directory: Path, first: int = 0, *, poll: float = 0.2, stop: Callable[[], bool] = lambda: False
-) -> Iterator[tuple[int, bytes]]:
-    """`lines`, and then what is written; ends when `stop` says so, which is asked every `poll` seconds."""
-    tail = Tail(directory, first)
-    while True:
-        ending = stop()
-        yield from tail.read()
-        if ending:
-            return
-        time.sleep(poll)
 
 
 # ---- checking
