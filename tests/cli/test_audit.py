@@ -69,7 +69,7 @@ def line(
     seq: int, process: str, event: str, fields: dict[str, Scalar], *, at: datetime | None = None
 ) -> bytes:
     moment = at or START + timedelta(minutes=seq)
-    return records.encode(Record(seq, audit_search.spelled(moment), process, event, fields))
+    return records.encode(Record(seq, records.stamp(moment), process, event, fields))
 
 
 def story() -> list[bytes]:

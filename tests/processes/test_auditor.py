@@ -439,9 +439,10 @@ def test_it_ends_when_the_supervisor_does(auditor: Auditor) -> None:
 def test_killed_while_writing_it_loses_no_whole_line(state: Path) -> None:
     chance = random.Random(1)
     written = 0
-    for _ in range(4):
+    for run in range(1, 5):
         with Auditor(state) as auditor:
-            auditor.ready()
+            auditor.ready().event("begun")
+            auditor.wait_for("begun", run)  # the disk may be busy: what follows is written while it is killed
             end = time.monotonic() + chance.uniform(0.05, 0.3)
             while time.monotonic() < end:
                 auditor.event("noise", text="x" * chance.randrange(900))

@@ -22,17 +22,17 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from ipaddress import ip_address
 from typing import TypeAlias
 
 from egressd.journal import segments
 from egressd.journal.lines import Line, read
-from egressd.journal.records import Fields, RecordError
+from egressd.journal.records import Fields, RecordError, stamp
 from egressd.model.errors import Unfit
 from egressd.model.names import canonical, is_pattern, matches
 
-__all__ = ["Found", "Journal", "Query", "Search", "Tail", "host_of", "spelled"]
+__all__ = ["Found", "Journal", "Query", "Search", "Tail", "host_of"]
 
 Found: TypeAlias = tuple[bytes, Line]
 
@@ -45,11 +45,6 @@ _TAIL = re.compile(rb'"time":"([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8}\.[0-9]{6}Z)"
 _TIME = slice(-29, -2)  # where the time stands in a line without its newline
 _NAMES = ("host", "name", "service", "asked", "wildcard")
 _ADDRESSES = ("destination", "address", "addresses")
-
-
-def spelled(moment: datetime) -> str:
-    """As a record spells it; an instant before 1000 gets its zeros, which strftime leaves out."""
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ").rjust(27, "0")
 
 
 # ---- what is asked
@@ -74,8 +69,8 @@ class Query:
             and (self.workspace is None or fields.get("workspace") == self.workspace)
             and (self.sandbox is None or _device(fields.get("link")) == self.sandbox)
             and (self.reasons is None or fields.get("reason") in self.reasons)
-            and (self.since is None or record.time >= spelled(self.since))
-            and (self.until is None or record.time < spelled(self.until))
+            and (self.since is None or record.time >= stamp(self.since))
+            and (self.until is None or record.time < stamp(self.until))
             and (self.host is None or _names(self.host, fields))
         )
 
@@ -141,8 +136,8 @@ class _Sieve:
         return cls(
             starts=tuple(_EVENT + _json(event) for event in sorted(query.events or ())),
             groups=tuple(groups),
-            since=spelled(query.since).encode() if query.since else b"",
-            until=spelled(query.until).encode() if query.until else b"~",
+            since=stamp(query.since).encode() if query.since else b"",
+            until=stamp(query.until).encode() if query.until else b"~",
         )
 
     def pick(self, lines: list[bytes]) -> list[bytes]:
@@ -292,8 +287,8 @@ class _File:
 
 
 def _narrowed(file: _File, end: int, query: Query) -> Iterator[tuple[int, int]]:
-    since = spelled(query.since - _SLACK).encode() if query.since else None
-    until = spelled(query.until + _SLACK).encode() if query.until else None
+    since = stamp(query.since - _SLACK).encode() if query.since else None
+    until = stamp(query.until + _SLACK).encode() if query.until else None
     for start, stop, ordered in _runs(file, end):
         if not ordered:
             yield start, stop

@@ -13,6 +13,7 @@ from egressd.cli.arguments import Subparsers, verb_parser
 from egressd.cli.checkpoints import kept, size_of
 from egressd.cli.exits import FOUND, OK, REFUSED
 from egressd.cli.screen import complain, paint, print_json
+from egressd.journal.records import stamp
 from egressd.model.errors import EgressdError
 from egressd.model.identities import Link
 from egressd.model.verdicts import Reason
@@ -20,7 +21,7 @@ from egressd.model.verdicts import Reason
 if TYPE_CHECKING:
     from egressd.journal.verification import Report
 
-__all__ = ["add", "fetch", "page_of", "run", "spelled"]
+__all__ = ["add", "fetch", "page_of", "run"]
 
 _BEGINNING, _BOOT = "beginning", "boot"
 
@@ -144,12 +145,7 @@ def _moment(text: str) -> str | None:
     if text == _BEGINNING:
         return None
     if text == _BOOT:
-        return spelled(datetime.now(UTC) - timedelta(seconds=time.clock_gettime(time.CLOCK_BOOTTIME)))
+        return stamp(datetime.now(UTC) - timedelta(seconds=time.clock_gettime(time.CLOCK_BOOTTIME)))
     from egressd.cli.audit import instant  # noqa: PLC0415
 
-    return spelled(instant(text))
-
-
-def spelled(moment: datetime) -> str:
-    """As a record spells a time."""
-    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ").rjust(27, "0")
+    return stamp(instant(text))

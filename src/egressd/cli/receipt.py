@@ -6,8 +6,9 @@ import tempfile
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from egressd.cli.proof import fetch, spelled
+from egressd.cli.proof import fetch
 from egressd.cli.proof_words import write_whole
+from egressd.journal.records import stamp
 from egressd.model.errors import EgressdError, Refused
 from egressd.model.verdicts import Reason
 
@@ -21,7 +22,7 @@ class Receipt:
 
     def __init__(self, name: str, run_dir: str, workspace: str) -> None:
         self._path, self._run_dir, self._workspace = Path(name), run_dir, workspace
-        self._since = spelled(datetime.now(UTC) - _EARLIER)
+        self._since = stamp(datetime.now(UTC) - _EARLIER)
 
     def check_writable(self) -> None:
         """Refused if the receipt could not be put there."""

@@ -24,6 +24,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import count
 from json.encoder import encode_basestring_ascii
 from operator import mod
@@ -33,7 +34,7 @@ import msgspec
 
 __all__ = [
     "MAX_FIELDS", "MAX_LINE", "MAX_TEXT", "Fields", "Record", "RecordError", "Scalar", "bounded", "decode",
-    "encode", "finished", "frame", "spell", "spelled",
+    "encode", "finished", "frame", "spell", "spelled", "stamp",
 ]  # fmt: skip
 
 Scalar: TypeAlias = str | int | float | bool | None
@@ -54,6 +55,11 @@ _PROCESS = re.compile(r"[a-z][a-z0-9-]{0,31}")
 # RFC 3339 section 5.6, in UTC, always with microseconds: one spelling per instant
 _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}Z")
 _TOP = ("event", "fields", "process", "seq", "time")
+
+
+def stamp(moment: datetime) -> str:
+    """An instant as a record spells it; before the year 1000 with the zeros that strftime leaves out."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ").rjust(27, "0")
 
 
 class RecordError(ValueError):

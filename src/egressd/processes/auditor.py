@@ -24,6 +24,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -275,29 +276,36 @@ class Auditor:
 
     # ---- the kernel
 
+    def _received(self, sock: socket.socket, cause: str) -> Iterator[bytes | None]:
+        """What the kernel told, as far as one turn goes. None: nothing more just now. Empty: never again."""
+        for _ in range(_READS):
+            try:
+                datagram = sock.recv(_DATAGRAM)
+            except BlockingIOError:
+                yield None
+                return
+            except OSError as error:
+                # ENOBUFS (netlink(7)): the socket's buffer overflowed. What that cost is seen later: of the
+                # packet log from its numbers, with the next one; of connections in the sums of their links.
+                self._writer.lose(cause=f"{cause}-{_errno_name(error)}", process="kernel", count=1)
+                if error.errno == errno.ENOBUFS:
+                    continue
+                datagram = b""
+            yield datagram
+            if not datagram:
+                return
+
     def _read_nflog(self) -> bool:
         """What the kernel has logged. True: there was no more."""
         empty = self._nflog is None
-        for _ in range(_READS):
-            if self._nflog is None:
-                break
-            try:
-                datagram = self._nflog.recv(_DATAGRAM)
-            except BlockingIOError:
+        for datagram in self._received(self._nflog, "netlink") if self._nflog is not None else ():
+            if datagram:
+                self._submit(self._packets.read(datagram, now=time.monotonic()))
+            elif datagram is None:
                 empty = True
-                break
-            except OSError as error:
-                # ENOBUFS (netlink(7)): the socket's buffer overflowed. How many packets that cost is seen
-                # from their numbers, as soon as the next one arrives.
-                self._writer.lose(cause=f"netlink-{_errno_name(error)}", process="kernel", count=1)
-                if error.errno != errno.ENOBUFS:
-                    self._stop_nflog()
-                    break
-                continue
-            if not datagram:
-                self._stop_nflog()
-                break
-            self._submit(self._packets.read(datagram, now=time.monotonic()))
+            else:
+                self._stopped(self._nflog, "the kernel's packet log")
+                self._nflog = None
         self._report_losses()
         return empty
 
@@ -313,40 +321,23 @@ class Auditor:
         if not self._listening:
             return False
         empty = self._endings is None
-        for _ in range(_READS):
-            if self._endings is None:
-                break
-            try:
-                datagram = self._endings.recv(_DATAGRAM)
-            except BlockingIOError:
+        for datagram in self._received(self._endings, "flows") if self._endings is not None else ():
+            if datagram:
+                self._flows.read(datagram, now=time.monotonic())
+            elif datagram is None:
                 empty = True
-                break
-            except OSError as error:
-                # ENOBUFS: some were lost, and nobody says how many; the sums of their links fall short.
-                self._writer.lose(cause=f"flows-{_errno_name(error)}", process="kernel", count=1)
-                if error.errno != errno.ENOBUFS:
-                    self._stop_flows()
-                    return True
-                continue
-            if not datagram:
-                self._stop_flows()
+            else:
+                self._stopped(self._endings, "the ends of connections")
+                self._endings = None
                 return True
-            self._flows.read(datagram, now=time.monotonic())
         self._flows.settle(now=time.monotonic(), empty=empty)
         self._report_losses()
         return empty
 
-    def _stop_flows(self) -> None:
-        assert self._endings is not None
-        self._loop.remove_reader(self._endings)
-        self._endings = None
-        self._record("auditor", "log-ended", {"text": "the ends of connections can no longer be read"})
-
-    def _stop_nflog(self) -> None:
-        assert self._nflog is not None
-        self._loop.remove_reader(self._nflog)
-        self._nflog = None
-        self._record("auditor", "log-ended", {"text": "the kernel's packet log can no longer be read"})
+    def _stopped(self, sock: socket.socket | None, what: str) -> None:
+        assert sock is not None
+        self._loop.remove_reader(sock)
+        self._record("auditor", "log-ended", {"text": f"{what} can no longer be read"})
 
     def _report_losses(self) -> None:
         for cause, count in (

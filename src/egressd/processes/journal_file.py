@@ -119,7 +119,7 @@ def timestamp(seconds: float | None = None) -> str:
         moment = datetime.fromtimestamp(seconds, UTC)
     except (OverflowError, ValueError, OSError):
         return _now()
-    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ").rjust(27, "0")
+    return records.stamp(moment)
 
 
 _second = (-1, "")  # since 1970, and how it is spelled: a flood has thousands of records in each

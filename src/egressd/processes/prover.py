@@ -34,7 +34,7 @@ from egressd.journal import lines, merkle, notes, statement
 from egressd.journal.keys import BadKey, Verifier
 from egressd.journal.lines import Line, event_of
 from egressd.journal.notes import Checkpoint, NoteError
-from egressd.journal.records import RecordError
+from egressd.journal.records import RecordError, stamp
 from egressd.journal.statement import (
     Attestation,
     Continued,
@@ -240,7 +240,7 @@ def _later(time: str) -> bytes:
     from datetime import datetime, timedelta  # noqa: PLC0415
 
     moment = datetime.strptime(time, "%Y-%m-%dT%H:%M:%S.%f%z") + timedelta(seconds=_LATE)
-    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ").encode()
+    return stamp(moment).encode()
 
 
 def _gather(asked: Asked) -> Gathered:
