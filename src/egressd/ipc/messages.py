@@ -13,7 +13,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from msgspec import Meta, Struct
 
-from egressd.ruleset.wants import Element, NatEntry, WorkspaceName
+from egressd.ruleset.wants import AddressText, Element, MarkValue, NatEntry, WorkspaceName
 
 __all__ = [
     "FROM_CLIENT", "FROM_EVIDENCE", "FROM_INSPECTOR", "FROM_RELAY", "FROM_RESOLVER", "FROM_WARDEN",
@@ -47,8 +47,9 @@ class _Request(_Message, frozen=True, tag=True):
 #   OpenLink        the descriptor must be a network namespace (nsfs magic, NS_GET_NSTYPE), owned through a
 #                   child user namespace by `owner`, neither init's nor the gateway nor leased already.
 #   CloseLink       only ever takes permission away.
+#   CutFlows        the same, for open connections.
 #   Settle          the same: removes links and chains that no message since the last connect named.
-#   ReadCounters, ReadRuleset, ReadDrift   read.
+#   ReadCounters, ReadRuleset, ReadDrift, ReadFlows   read.
 
 
 class SetWorkspaces(_Request, frozen=True, tag=True):
@@ -121,6 +122,22 @@ class ReadDrift(_Request, frozen=True, tag=True):
     wanted. Nothing is changed."""
 
 
+class ReadFlows(_Request, frozen=True, tag=True):
+    """Answered by `Payload`: list[tuple[int, str]], each (mark, real address) to which some connection of a
+    host of this workspace is open now, each once. The mark is of Kind.FORWARD, whoever carries it."""
+
+    workspace: WorkspaceName
+
+
+class CutFlows(_Request, frozen=True, tag=True):
+    """End the open connections of these hosts to these real addresses, on both sides and at once; others of
+    the same host stay. What the inspector carries ends as well. Answered `Done` when no byte goes there any
+    more."""
+
+    workspace: WorkspaceName
+    flows: Annotated[tuple[tuple[MarkValue, AddressText], ...], Meta(min_length=1, max_length=256)]
+
+
 TO_WARDEN: TypeAlias = (
     SetWorkspaces
     | SetNat
@@ -133,6 +150,8 @@ TO_WARDEN: TypeAlias = (
     | ReadCounters
     | ReadRuleset
     | ReadDrift
+    | ReadFlows
+    | CutFlows
 )
 
 
@@ -197,6 +216,13 @@ FROM_WARDEN: TypeAlias = Done | Failed | Payload | LinkClosed | LinkLost | Tampe
 
 # --------------------------------------------------------------------------------------------------
 # controller -> resolver and back
+
+# What the controller holds a name to beside its class of address: opaque to the resolver, which only keeps
+# apart what has other terms. "" for a workspace without a pin; other terms whenever a decision may differ.
+NameTerms = Annotated[str, Meta(max_length=128, pattern=r"^[A-Za-z0-9:,/ -]*$")]
+RefusedAddresses = Annotated[dict[AddressText, Text], Meta(max_length=8)]
+
+
 class SetNames(_Request, frozen=True, tag=True):
     """The names of every workspace; payload: list[dns.table.WorkspaceNames]."""
 
@@ -219,13 +245,14 @@ class UnbindSource(_Request, frozen=True, tag=True):
 class Resolved(_Request, frozen=True, tag=True):
     """resolver -> controller: a name's slots, real address or None, in slot order.
 
-    Answered `Done` once the kernel leads there, `Failed` if it does not. Until then no answer is given.
+    Answered `Admitted` once the kernel leads there, `Failed` if it does not. Until then no answer is given.
     """
 
     host: HostName
     private: bool
     slots4: tuple[IPv4Address | None, IPv4Address | None, IPv4Address | None, IPv4Address | None]
     slots6: tuple[IPv6Address | None, IPv6Address | None, IPv6Address | None, IPv6Address | None]
+    terms: NameTerms = ""
 
 
 class GrantName(_Request, frozen=True, tag=True):
@@ -241,10 +268,18 @@ class GrantName(_Request, frozen=True, tag=True):
     slots6: tuple[IPv6Address | None, IPv6Address | None, IPv6Address | None, IPv6Address | None]
 
 
+class Admitted(_Request, frozen=True, tag=True):
+    """The kernel leads to the slots of `Resolved`, except to addresses that residency refuses: address ->
+    why. The same terms refuse the same address always."""
+
+    refused: RefusedAddresses = {}
+
+
 class Granted(_Request, frozen=True, tag=True):
-    """The name's block of synthetic addresses in that workspace."""
+    """The name's block of synthetic addresses in that workspace; `refused` as in `Admitted`."""
 
     block: Annotated[int, Meta(ge=1, lt=1 << 14)]
+    refused: RefusedAddresses = {}
 
 
 class ReleaseNames(_Request, frozen=True, tag=True):
@@ -264,7 +299,9 @@ class RefusedNames(_Request, frozen=True, tag=True):
     counts: dict[WorkspaceName, dict[Annotated[str, Meta(max_length=32)], int]]
 
 
-TO_RESOLVER: TypeAlias = SetNames | BindSource | UnbindSource | ReadRefused | Granted | Done | Failed
+TO_RESOLVER: TypeAlias = (
+    SetNames | BindSource | UnbindSource | ReadRefused | Admitted | Granted | Done | Failed
+)
 FROM_RESOLVER: TypeAlias = Resolved | GrantName | ReleaseNames | RefusedNames | Done | Failed
 
 
@@ -390,13 +427,31 @@ class Why(_Message, frozen=True, tag=True):
     subject: Annotated[str, Meta(max_length=1024)]
 
 
-class Apply(_Message, frozen=True, tag=True):
-    """Read the policy directory again and apply it as one change. For root and the daemon's user.
+class SelectRoute(_Message, frozen=True, tag=True):
+    """Which provider may serve this route now, and why, or why none? Recorded. Answered `Answer`."""
 
-    With `dry_run`, only answer what would change.
+    workspace: Annotated[str, Meta(max_length=256)]
+    route: Annotated[str, Meta(max_length=256)]
+
+
+class ForUser(_Message, frozen=True, tag=True):
+    """From root or the HTTP API's own account alone: what this connection asks from here on is asked for that
+    user, who sees what a member with this user id and these groups would see. Never answered; said once."""
+
+    uid: UserId
+    gids: Annotated[tuple[UserId, ...], Meta(max_length=1024)]
+
+
+class Apply(_Message, frozen=True, tag=True):
+    """Read the policy directory again, and the catalogue and tables of residency, and apply it as one
+    change. For root and the daemon's user.
+
+    With `dry_run`, only answer what would change. `why` is recorded with the change: what the caller was
+    asked to do ("guard acme enforce").
     """
 
     dry_run: bool = False
+    why: Annotated[str, Meta(max_length=256)] = ""
 
 
 class Prove(_Message, frozen=True, tag=True):
@@ -414,7 +469,9 @@ class ChangeKey(_Message, frozen=True, tag=True):
     """Make a new signing key. For root and the daemon's user. Answered like `Ask(what="journal")`."""
 
 
-FROM_CLIENT: TypeAlias = Enter | Attach | Ended | Attempt | Ask | Why | Apply | Prove | ChangeKey
+FROM_CLIENT: TypeAlias = (
+    Enter | Attach | Ended | Attempt | Ask | Why | SelectRoute | ForUser | Apply | Prove | ChangeKey
+)
 
 
 class LocalService(Struct, frozen=True, forbid_unknown_fields=True):

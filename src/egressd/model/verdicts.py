@@ -27,6 +27,8 @@ class Reason(enum.StrEnum):
     UNLISTED = "unlisted"
     PORT = "port"
     ADDRESS = "address"
+    RESIDENCY = "residency"
+    LOCAL_ONLY = "local-only"
     # decided by the guard at the link, in the kernel (chain names end in these words)
     SOURCE = "source"
     SHAPE = "shape"
@@ -88,6 +90,8 @@ _TEXTS: dict[Reason, str] = {
     Reason.UNLISTED: "no rule of the workspace allows this destination",
     Reason.PORT: "the host is allowed, but not on this port or protocol",
     Reason.ADDRESS: "the address is of a kind that rules may not reach",
+    Reason.RESIDENCY: "it is not known to be where the workspace's residency allows",
+    Reason.LOCAL_ONLY: "external routing is off in this workspace: only local and cidr rules remain",
     Reason.SOURCE: "the packet's source address is not the sandbox's own",
     Reason.SHAPE: "IP fragments, IP options and extension headers are not let through",
     Reason.QUOTA: "the sandbox has used up its egress_bytes",

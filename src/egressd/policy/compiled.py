@@ -10,9 +10,14 @@ from dataclasses import dataclass, replace
 from ipaddress import IPv4Network, IPv6Network
 from typing import TypeAlias
 
+from egressd.model.verdicts import Reason
+from egressd.residency.endpoints import Endpoint
+from egressd.residency.judge import Finding
+from egressd.residency.places import Declared, Pin
+
 __all__ = [
-    "Budget", "Budgets", "CidrRule", "Ech", "Guard", "HostRule", "Limits", "LocalRule", "Member",
-    "MemberKind", "Policy", "Port", "Protocol", "Rule", "Verify",
+    "Barred", "Budget", "Budgets", "CidrRule", "Ech", "Guard", "HostRule", "Limits", "LocalRule", "Member",
+    "MemberKind", "Policy", "Port", "Protocol", "Provider", "Route", "Rule", "Verify",
 ]  # fmt: skip
 
 
@@ -81,6 +86,8 @@ class HostRule:
     private: bool
     line: int
     ech: Ech = Ech.REFUSE
+    vouch: str = ""  # why addresses that no table of prefixes can place may be reached all the same
+    providers: tuple[str, ...] = ()  # profiles through which the host is allowed, sorted; () for a plain rule
 
     def verify_on(self, port: Port) -> Verify:
         """How a connection to this port is checked."""
@@ -103,6 +110,7 @@ class CidrRule:
     network: IPv4Network | IPv6Network
     ports: tuple[Port, ...]
     line: int
+    vouch: str = ""  # as of a HostRule
 
     @property
     def key(self) -> str:
@@ -124,6 +132,39 @@ class LocalRule:
 
 
 Rule: TypeAlias = HostRule | CidrRule | LocalRule
+
+
+@dataclass(frozen=True, slots=True)
+class Barred:
+    """A rule as it is written, and why it takes no part: residency, or external routing is off."""
+
+    rule: Rule
+    reason: Reason  # RESIDENCY or LOCAL_ONLY
+    finding: Finding
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """A profile. `finding` is what residency says of its URL and its declaration, without its addresses."""
+
+    name: str
+    type: str  # a key of the catalogue, or "openai-compatible"
+    base_url: str  # as written
+    endpoint: Endpoint
+    api_key: str  # a reference, "secret://..."; "" for none
+    declared: Declared | None
+    models: tuple[str, ...]
+    finding: Finding
+    line: int
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The first of these profiles that complies is selected."""
+
+    name: str
+    providers: tuple[str, ...]
+    line: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,15 +201,29 @@ class Policy:
     workspace: str
     guard: Guard
     members: tuple[Member, ...]
-    residency: tuple[str, ...]  # jurisdictions, kept for the residency rooms
-    rules: tuple[Rule, ...]
+    residency: tuple[str, ...]  # jurisdictions; () for anywhere
+    rules: tuple[Rule, ...]  # those that take part
     limits: Limits
     wildcards: Budgets
     digest: str  # "sha256:" + hex of the canonical form
+    local_only: bool = False  # external routing is off
+    barred: tuple[Barred, ...] = ()
+    providers: tuple[Provider, ...] = ()
+    routes: tuple[Route, ...] = ()
+
+    @property
+    def pin(self) -> Pin:
+        return Pin(self.residency)
+
+    @property
+    def holding(self) -> Guard:
+        """How strictly kernel and resolver hold to the list: `local_only` leaves nothing unlisted open,
+        whatever `guard` says."""
+        return Guard.ENFORCE if self.local_only else self.guard
 
     def applied(self, rule: HostRule) -> HostRule:
         """The rule as the kernel and the inspector get it: unless the guard enforces, nothing is read."""
-        return rule if self.guard is Guard.ENFORCE else replace(rule, inspected=())
+        return rule if self.holding is Guard.ENFORCE else replace(rule, inspected=())
 
     @property
     def hosts(self) -> tuple[HostRule, ...]:

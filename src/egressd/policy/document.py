@@ -19,7 +19,7 @@ from egressd.model.addresses import Network
 from egressd.model.errors import PolicyError, Problem, Unfit
 from egressd.model.names import quoted
 from egressd.policy import compile as compilation
-from egressd.policy import jurisdictions, values
+from egressd.policy import values
 from egressd.policy.compile import Draft, Drafted
 from egressd.policy.compiled import (
     Budget,
@@ -38,6 +38,7 @@ from egressd.policy.compiled import (
     Verify,
 )
 from egressd.policy.tree import MAX_BYTES, Path, Tree, read
+from egressd.residency import jurisdictions
 
 __all__ = ["KNOWN_SERVICES", "MAX_BYTES", "load"]
 

@@ -17,8 +17,9 @@ from egressd.model.addresses import Network, check_network
 from egressd.model.errors import Unfit
 from egressd.model.identities import check_workspace
 from egressd.model.names import Pattern, canonical, is_pattern, quoted, service_label
-from egressd.policy import jurisdictions, units
+from egressd.policy import units
 from egressd.policy.compiled import Ech, Guard, Member, MemberKind, Port, Protocol, Verify
+from egressd.residency import jurisdictions
 
 # Named by those who compare us with others, and not built.
 _VERIFY_NOT_AVAILABLE = frozenset({"http-host"})

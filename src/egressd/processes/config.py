@@ -107,6 +107,8 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     pools: PoolsConfig = PoolsConfig()
     user: str | dict[_Role, str] = "egressd"
     metrics: str | None = None
+    api: str | None = None
+    residency_dir: str = "/etc/egressd/residency"
     gateway: Annotated[str, Meta(pattern=r"^[a-z][a-z0-9-]{0,31}$")] = layout.GATEWAY
     uplinks: tuple[Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,15}$")], ...] = ()
 
@@ -248,6 +250,7 @@ _CHECKS: dict[str, Callable[[Config], None]] = {
     "workspaces_dir": _absolute("workspaces_dir"),
     "run_dir": _absolute("run_dir"),
     "state_dir": _absolute("state_dir"),
+    "residency_dir": _absolute("residency_dir"),
     "upstream_ca": _absolute("upstream_ca"),
     "hosts": _check_hosts,
     "pools": lambda config: (config.pools.pools(), None)[1],

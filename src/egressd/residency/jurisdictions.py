@@ -1,13 +1,18 @@
-"""The codes a `residency` section may name: EU and EEA as blocs, UK, and ISO 3166-1 alpha-2 countries."""
+"""Jurisdictions: EU and EEA as blocs, UK, and ISO 3166-1 alpha-2 countries, each with one spelling.
+
+A jurisdiction is a set of countries, and nothing else: what is compared is sets. That Switzerland is not in
+the EEA, and Great Britain no longer in either, is the point of writing them down.
+"""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 
 from egressd.model.errors import Unfit
 from egressd.model.names import quoted
 
-__all__ = ["CODES", "jurisdiction"]
+__all__ = ["CODES", "EEA", "EU", "countries", "jurisdiction"]
 
 _COUNTRIES = """
 AD AE AF AG AI AL AM AO AQ AR AS AT AU AW AX AZ BA BB BD BE BF BG BH BI BJ BL BM BN BO BQ BR BS BT BV BW BY
@@ -18,8 +23,23 @@ MM MN MO MP MQ MR MS MT MU MV MW MX MY MZ NA NC NE NF NG NI NL NO NP NR NU NZ OM
 PR PS PT PW PY QA RE RO RS RU RW SA SB SC SD SE SG SH SI SJ SK SL SM SN SO SR SS ST SV SX SY SZ TC TD TF TG
 TH TJ TK TL TM TN TO TR TT TV TW TZ UA UG UM US UY UZ VA VC VE VG VI VN VU WF WS YE YT ZA ZM ZW
 """
+# The member states (Article 52 of the Treaty on European Union; without the United Kingdom since 2020).
+_MEMBERS = "AT BE BG CY CZ DE DK EE ES FI FR GR HR HU IE IT LT LU LV MT NL PL PT RO SE SI SK"
+EU = frozenset(_MEMBERS.split())
+EEA = EU | {"IS", "LI", "NO"}  # Agreement on the European Economic Area
 CODES = frozenset({"EU", "EEA", "UK", *_COUNTRIES.split()})
+_BLOCS = {"EU": EU, "EEA": EEA}
 _OTHERWISE_SPELT = {"GB": "UK", "EL": "GR", "USA": "US"}  # one spelling each, so that sets compare
+
+
+def countries(codes: Iterable[str]) -> frozenset[str]:
+    """The countries of these jurisdictions together. KeyError for what is none of `CODES`."""
+    found: set[str] = set()
+    for code in codes:
+        if code not in CODES:
+            raise KeyError(code)
+        found |= _BLOCS.get(code, {code})
+    return frozenset(found)
 
 
 def jurisdiction(text: str) -> str:

@@ -1,0 +1,57 @@
+"""The catalogue of endpoints and the tables of prefixes together: what a residency decision rests on."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+from egressd.model.addresses import Address
+from egressd.model.errors import Unfit
+from egressd.residency.catalogue import Catalogue
+from egressd.residency.endpoints import Endpoint
+from egressd.residency.judge import Code, Finding, judge_address, judge_endpoint
+from egressd.residency.places import Declared, Observation, Pin, Placement
+from egressd.residency.prefixes import Prefixes
+
+__all__ = ["Registry"]
+
+
+@dataclass(frozen=True, slots=True)
+class Registry:
+    """`broken` says why the files cannot be read: under a pin everything is refused then. The empty one
+    knows no provider and no prefix."""
+
+    catalogue: Catalogue = field(default_factory=Catalogue)
+    prefixes: Prefixes = field(default_factory=Prefixes)
+    broken: str = ""
+
+    @property
+    def digest(self) -> str:
+        """`sha256:` and hex over everything a decision can depend on."""
+        parts = [self.catalogue.digest, *(table.digest for table in self.prefixes.names), self.broken]
+        return "sha256:" + hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def place(self, endpoint: Endpoint) -> Placement:
+        return self.catalogue.place(endpoint)
+
+    def observe(self, address: Address) -> Observation:
+        return self.prefixes.observe(address)
+
+    def judge_name(self, host: str, *, pin: Pin) -> Finding:
+        """Of a plain host rule, or of a name that a wildcard covers."""
+        try:
+            endpoint = Endpoint.of_host(host)
+        except Unfit as error:
+            return Finding(Code.UNJUDGED, error.text)
+        return self.judge_endpoint(endpoint, declared=None, pin=pin)
+
+    def judge_endpoint(self, endpoint: Endpoint, *, declared: Declared | None, pin: Pin) -> Finding:
+        if pin and self.broken:
+            return Finding(Code.BROKEN, self.broken, "correct the file named")
+        return judge_endpoint(self.place(endpoint), declared=declared, pin=pin, name=endpoint.name)
+
+    def judge_address(self, address: Address, *, pin: Pin, vouched: bool) -> tuple[Finding, Observation]:
+        seen = self.observe(address)
+        if pin and self.broken:
+            return Finding(Code.BROKEN, self.broken, "correct the file named"), seen
+        return judge_address(seen, pin=pin, vouched=vouched), seen
