@@ -73,6 +73,8 @@ def _tables(summary: Summary, paint: Paint) -> Iterator[str]:
     yield _titled("What was refused, exactly", _denied(summary, paint))
     yield _titled("What else was tried", _attempts(summary, paint))
     yield _titled("Which programs tried (their broker's word)", _claims(summary, paint))
+    yield _titled("Where its addresses are", _places(summary, paint))
+    yield _titled("Which providers were named for its routes", _routes(summary, paint))
     yield _titled("Sandboxes", _sandboxes(summary, paint))
     yield _titled("Records that were lost", _losses(summary, paint))
 
@@ -142,6 +144,31 @@ def _claims(summary: Summary, paint: Paint) -> str:
     ]  # fmt: skip
     head = ["link", "destination", "port", "protocol", "times", "program", "command"]
     return _table(head, rows, "port,times", paint) if rows else ""
+
+
+def _places(summary: Summary, paint: Paint) -> str:
+    rows = [
+        [
+            escape(p.host), escape(p.address), "admitted" if p.admitted else f"refused: {escape(p.code)}",
+            escape(p.prefix) or "-", escape(f"{p.provider} {p.region}".strip()) or "-",
+            escape(p.table) or "-", escape(p.declared) or "-",
+        ]
+        for p in summary.places
+    ]  # fmt: skip
+    head = ["host", "real address", "verdict", "published prefix", "of", "table", "declared"]
+    return _table(head, rows, "", paint) if rows else ""
+
+
+def _routes(summary: Summary, paint: Paint) -> str:
+    rows = [
+        [
+            escape(r.route), escape(r.provider) or "none", escape(r.host) or "-", escape(r.region) or "-",
+            escape(r.jurisdiction) or "-", escape(r.by) or "-", str(r.times), _moment(r.first),
+        ]
+        for r in summary.routes
+    ]  # fmt: skip
+    head = ["route", "provider", "host", "declared region", "jurisdiction", "asked by", "times", "first"]
+    return _table(head, rows, "times", paint) if rows else ""
 
 
 def _sandboxes(summary: Summary, paint: Paint) -> str:

@@ -29,6 +29,8 @@ from egressd.journal.page_data import (
     Grant,
     HostRow,
     PageData,
+    PlaceRow,
+    RouteRow,
 )
 from egressd.journal.page_reading import from_report
 from egressd.journal.page_style import STYLE
@@ -93,6 +95,7 @@ def _sections(data: PageData) -> list[tuple[str, str, Html]]:
         ("refused", "What was refused", _refused(data)),
         ("sandboxes", "Sandboxes", _sandboxes(data)),
         ("policy", "The policy, and its changes", _policy(data)),
+        *_where(data),
         ("balance", "Do the numbers add up", _balance(data)),
         ("losses", "Losses, restarts and alarms", _losses(data)),
         ("proved", "What is proved, and what is not", _proved(data)),
@@ -100,6 +103,11 @@ def _sections(data: PageData) -> list[tuple[str, str, Html]]:
         ("evidence", "Journal, keys and versions", _evidence(data)),
         ("yourself", "How to check it yourself", _yourself(data)),
     ]
+
+
+def _where(data: PageData) -> list[tuple[str, str, Html]]:
+    told = data.pin or data.places or data.routes
+    return [("residency", "Where it went", _residency(data))] if told else []
 
 
 def _section(anchor: str, title: str, body: Html) -> Html:
@@ -587,6 +595,50 @@ def _grants(grants: Sequence[Grant]) -> Html | None:
     return joined(
         element("h3", "Names granted under wildcards"),
         _table("grants", None, heads, rows, css_of={1: "w", 2: "mid", 4: "w", 5: "mid"}),
+    )
+
+
+def _residency(data: PageData) -> Html:
+    pin = f"Pinned to {data.pin}." if data.pin else "Not pinned to any jurisdiction at the end of the window."
+    return joined(
+        element("p", joined(pin, " External routing was off." if data.local_only else "")),
+        element(
+            "p",
+            "Where an address is, is what its provider publishes: evidence, not a legal guarantee.",
+        ),
+        _table(
+            "places",
+            None,
+            ("Host", "Real address", "Verdict", "Prefix", "Of", "Declared"),
+            (_place(row) for row in data.places),
+            css_of={2: "w", 4: "w", 5: "w"},
+            empty="No address was judged in this window.",
+        ),
+        joined(element("h3", "Vouched for, by the rules' author"), _facts(data.vouched))
+        if data.vouched
+        else None,
+        joined(element("h3", "Tables of published prefixes"), _facts(data.tables)) if data.tables else None,
+        _routes(data.routes),
+    )
+
+
+def _place(row: PlaceRow) -> tuple[Child, ...]:
+    verdict = "let in" if row.admitted else element("strong", "refused")
+    return row.host, row.address, joined(verdict, element("small", row.why)), row.prefix, row.of, row.declared
+
+
+def _routes(routes: Sequence[RouteRow]) -> Html | None:
+    if not routes:
+        return None
+    rows = [
+        (_time(r.first), r.route, r.provider or element("strong", "none: blocked"), r.where, r.why, r.by,
+         str(r.times))
+        for r in routes
+    ]  # fmt: skip
+    heads = ("First", "Route", "Provider", "Where", "Why", "Asked by", "Times")
+    return joined(
+        element("h3", "Providers named for routes"),
+        _table("routes", None, heads, rows, css_of={3: "w", 4: "w", 6: "n"}),
     )
 
 

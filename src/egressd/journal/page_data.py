@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 __all__ = [
     "Amount", "Change", "Check", "Claim", "Equation", "Fact", "FlowRow", "Grant", "Happening", "HostRow",
-    "Moment", "PageData", "Refusal", "SandboxRow", "Tried",
+    "Moment", "PageData", "PlaceRow", "Refusal", "RouteRow", "SandboxRow", "Tried",
 ]  # fmt: skip
 
 
@@ -115,6 +115,33 @@ class Grant:
 
 
 @dataclass(frozen=True, slots=True)
+class PlaceRow:
+    """Where an address of a host is, by which table, and whether it was let in."""
+
+    host: str
+    address: str
+    admitted: bool
+    why: str
+    prefix: str = ""
+    of: str = ""
+    table: str = ""
+    declared: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RouteRow:
+    """`provider` is "" where none complied."""
+
+    route: str
+    provider: str
+    where: str
+    why: str
+    by: str
+    times: int
+    first: str
+
+
+@dataclass(frozen=True, slots=True)
 class SandboxRow:
     link: str
     who: str = ""
@@ -212,6 +239,12 @@ class PageData:
     policy_digest: str = ""
     changes: tuple[Change, ...] = ()
     grants: tuple[Grant, ...] = ()
+    pin: str = ""  # the jurisdictions, where the workspace is pinned
+    local_only: bool = False
+    vouched: tuple[Fact, ...] = ()
+    places: tuple[PlaceRow, ...] = ()
+    tables: tuple[Fact, ...] = ()
+    routes: tuple[RouteRow, ...] = ()
     ruleset_text: str = ""
     ruleset_digest: str = ""
     drift: tuple[str, ...] = ()

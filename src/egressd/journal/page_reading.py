@@ -33,11 +33,14 @@ from egressd.journal.page_data import (
     HostRow,
     Moment,
     PageData,
+    PlaceRow,
     Refusal,
+    RouteRow,
     SandboxRow,
     Tried,
 )
 from egressd.journal.records import RecordError
+from egressd.journal.residency import residency
 from egressd.journal.statement import JournalPart, Predicate
 from egressd.journal.summary import Flow, HostTotal, LinkTotals, Sandbox, Summary
 from egressd.journal.verification import Check as Checked
@@ -128,6 +131,7 @@ class _Reading:
             "grants": tuple(
                 Grant(g.time, g.granted, g.name, g.wildcard, g.link, g.addresses) for g in summary.grants
             ),
+            **_placed(predicate),
             "ruleset_text": predicate.ruleset.text,
             "ruleset_digest": predicate.ruleset.digest,
             "drift": predicate.ruleset.drift,
@@ -481,6 +485,31 @@ def _checkpoint(journal: JournalPart, verifiers: Sequence[Verifier]) -> Iterator
         yield Fact("Checkpoint", f"{end.size:,} records")
         yield Fact("Root", end.root.hex(), exact=True)
     yield Fact("Signed note", journal.end, exact=True)
+
+
+def _placed(predicate: Predicate) -> dict[str, object]:
+    """Residency: the pin, what was found of each address, and which tables that rests on."""
+    found, summary = residency(predicate), predicate.summary
+    return {
+        "pin": ", ".join(found.pin),
+        "local_only": found.local_only,
+        "vouched": tuple(Fact(each.key, each.reason) for each in found.vouched),
+        "tables": tuple(Fact(name, digest, exact=True) for name, digest in found.tables),
+        "places": tuple(
+            PlaceRow(
+                p.host, p.address, p.admitted, p.text, p.prefix, f"{p.provider} {p.region}".strip(), p.table,
+                p.declared,
+            )
+            for p in summary.places
+        ),
+        "routes": tuple(
+            RouteRow(
+                r.route, r.provider, f"{r.host} {r.region} {r.jurisdiction}".strip(), r.text, r.by, r.times,
+                r.first,
+            )
+            for r in summary.routes
+        ),
+    }  # fmt: skip
 
 
 def _pretty(text: str) -> str:

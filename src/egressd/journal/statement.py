@@ -38,12 +38,18 @@ SHARED: Final = frozenset(
         "clock-stepped", "journal-damaged", "journal-opened", "journal-torn",
         "journal-truncated", "key-created", "key-rotated", "log-ended", "lost", "peer-broken", "peer-ended",
         "process-ended", "process-hung", "process-killed", "process-started", "record-refused",
+        "registry-changed",
     }
 )  # fmt: skip
 # Records of the machine whose text may name another workspace's hosts or objects: counted, not shown.
 WITHHELD: Final = frozenset({"books-balanced", "books-restarted", "books-unbalanced", "drift", "tampered"})
 # Records of a workspace that a receipt of one of its sandboxes holds as well.
-_OF_ALL_LINKS: Final = frozenset({"policy-changed", "policy-refused", "workspace-removed"})
+_OF_ALL_LINKS: Final = frozenset(
+    {
+        "flows-cut", "policy-changed", "policy-refused", "residency-admitted", "residency-refused",
+        "workspace-removed",
+    }
+)  # fmt: skip
 
 
 class StatementError(ValueError):

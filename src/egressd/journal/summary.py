@@ -27,8 +27,9 @@ from egressd.journal.snapshots import (
 
 __all__ = [
     "LATE", "MAX_ATTEMPTS", "MAX_FLOWS", "SAYERS", "Attempt", "Claim", "Counts", "DeniedCount", "Epoch",
-    "Equation", "Flow", "FlowBooks", "Grant", "HostCount", "HostTotal", "LinkTotals", "Loss", "PolicyChange",
-    "Restart", "Sandbox", "Summary", "device", "speaks_for_itself", "summarise",
+    "Equation", "Flow", "FlowBooks", "Grant", "HostCount", "HostTotal", "LinkTotals", "Loss", "Place",
+    "PolicyChange", "Restart", "RouteChoice", "Sandbox", "Summary", "device", "speaks_for_itself",
+    "summarise",
 ]  # fmt: skip
 
 # Rows that are listed one by one; of the rest there is the number, and the sum.
@@ -55,8 +56,9 @@ _ATTEMPTS: Final = {
 SAYERS: Final = {
     **dict.fromkeys(
         (
-            "attempt", "counted", "name-granted", "name-released", "policy-changed", "sandbox-closed",
-            "sandbox-lost", "sandbox-opening", "snapshot",
+            "attempt", "counted", "flows-cut", "name-granted", "name-released", "policy-changed",
+            "registry-changed", "residency-admitted", "residency-refused", "route-refused", "route-selected",
+            "sandbox-closed", "sandbox-lost", "sandbox-opening", "snapshot",
         ),
         "controller",
     ),
@@ -213,6 +215,42 @@ class PolicyChange(_Part, frozen=True):
     policy_before: str
 
 
+class Place(_Part, frozen=True):
+    """Where an address of a host was found to be, and whether the workspace's residency let it be reached.
+    Equal findings together. `table`: the published prefixes it rests on, `registry` all there were."""
+
+    host: str
+    address: str
+    admitted: bool
+    code: str
+    text: str
+    declared: str
+    provider: str
+    region: str
+    prefix: str
+    table: str
+    table_digest: str
+    registry: str
+    times: int
+    first: str
+    last: str
+
+
+class RouteChoice(_Part, frozen=True):
+    """Which provider was named for a route, to whom; `provider` is "" where none complied."""
+
+    route: str
+    provider: str
+    host: str
+    region: str
+    jurisdiction: str
+    text: str
+    by: str
+    times: int
+    first: str
+    last: str
+
+
 class Loss(_Part, frozen=True):
     """Records that were lost: of this machine, so perhaps of this workspace."""
 
@@ -249,6 +287,8 @@ class Summary(_Part, frozen=True):
     sandboxes: tuple[Sandbox, ...]
     grants: tuple[Grant, ...]
     policy_changes: tuple[PolicyChange, ...]
+    places: tuple[Place, ...]
+    routes: tuple[RouteChoice, ...]
     losses: tuple[Loss, ...]
     restarts: tuple[Restart, ...]
     equations: int  # how many were checked
@@ -284,6 +324,8 @@ class _Reading:
         self._sandboxes: dict[str, dict[str, Any]] = {}
         self._grants: list[Grant] = []
         self._changes: list[PolicyChange] = []
+        self._places: dict[tuple[Any, ...], list[Any]] = {}
+        self._routes: dict[tuple[Any, ...], list[Any]] = {}
         self._losses: dict[tuple[str, str], list[Any]] = {}
         self._restarts: dict[str, list[Any]] = {}
         self._unequal: list[Equation] = []
@@ -302,6 +344,10 @@ class _Reading:
             "name-granted": self._granted,
             "name-released": self._granted,
             "policy-changed": self._changed,
+            "residency-admitted": self._placed,
+            "residency-refused": self._placed,
+            "route-selected": self._routed,
+            "route-refused": self._routed,
             "lost": self._lost,
             "process-started": self._restarted,
             "process-ended": self._restarted,
@@ -416,6 +462,16 @@ class _Reading:
         after, before = _text(fields, "policy"), _text(fields, "policy_before")
         self._changes.append(PolicyChange(line.time, change, fields.get("widens") is True, by, after, before))
 
+    def _placed(self, line: Line, fields: Fields) -> None:
+        admitted = line.event == "residency-admitted"
+        host, address = _text(fields, "host"), _text(fields, "address")
+        key = (host, address, admitted, *(_text(fields, name) for name in _PLACED))
+        _again(self._places, key, line.time, 1)
+
+    def _routed(self, line: Line, fields: Fields) -> None:
+        key = tuple(_text(fields, name) for name in _ROUTED)
+        _again(self._routes, key, line.time, number(fields, "count") or 1)
+
     def _lost(self, line: Line, fields: Fields) -> None:
         key = _text(fields, "cause"), _text(fields, "from")
         found = self._losses.setdefault(key, [0, line.time, line.time])
@@ -452,6 +508,8 @@ class _Reading:
             sandboxes=tuple(self._sandbox_rows()),
             grants=tuple(self._grants),
             policy_changes=tuple(self._changes),
+            places=tuple(Place(*key, *found) for key, found in sorted(self._places.items())),
+            routes=tuple(RouteChoice(*key, *found) for key, found in sorted(self._routes.items())),
             losses=tuple(Loss(*key, *found) for key, found in sorted(self._losses.items())),
             restarts=tuple(Restart(name, *found) for name, found in sorted(self._restarts.items())),
             equations=self._equations + self._snapshots.equations,
@@ -495,6 +553,10 @@ class _Reading:
         return LinkTotals(**{n: sum(getattr(p, n) for p in parts) for n in LinkTotals.__struct_fields__})
 
 
+_PLACED: Final = (
+    "code", "text", "declared", "provider", "region", "prefix", "table", "table_digest", "registry",
+)  # fmt: skip
+_ROUTED: Final = ("route", "provider", "host", "declared_region", "jurisdiction", "text", "by")
 _TERMS: Final = ("ok", "denied", "other")
 _UNKNOWN: Final[dict[str, Any]] = {
     "opened": None, "closed": None, "lost": False, "uid": None, "pid": None, "command": "",
@@ -520,6 +582,12 @@ def _known(fields: Fields) -> dict[str, Any]:
         if isinstance(fields.get(name), str):
             found[name] = fields[name]
     return found
+
+
+def _again(rows: dict[Any, list[Any]], key: tuple[Any, ...], time: str, times: int) -> None:
+    found = rows.setdefault(key, [0, time, time])
+    found[0] += times
+    found[2] = time
 
 
 def device(fields: Fields) -> str:

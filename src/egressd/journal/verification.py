@@ -28,8 +28,9 @@ from egressd.journal.lines import Line
 from egressd.journal.merkle import MerkleError
 from egressd.journal.notes import Checkpoint, NoteError
 from egressd.journal.records import RecordError
+from egressd.journal.residency import CLAIM, Unproved, residency
 from egressd.journal.statement import MARK, JournalPart, Predicate, Statement, StatementError
-from egressd.journal.summary import LATE, FlowBooks, speaks_for_itself, summarise
+from egressd.journal.summary import LATE, FlowBooks, Place, speaks_for_itself, summarise
 
 __all__ = ["LIMITS", "MAX_FILE", "REPORT_DATA", "Check", "Report", "Verdict", "verify"]
 
@@ -124,6 +125,7 @@ def verify(
         signers=inquiry.signers,
         pinned=inquiry.pinned,
         digest=f"sha256:{hashlib.sha256(data).hexdigest()}",
+        limits=inquiry.limits,
     )
 
 
@@ -143,6 +145,7 @@ class _Inquiry:
     end: Checkpoint | None = None
     leaves: dict[int, bytes] = field(default_factory=dict)
     lines: list[Line] = field(default_factory=list)
+    limits: tuple[str, ...] = LIMITS
 
     def run(self, data: bytes) -> None:
         signed = self._opened(data)
@@ -160,7 +163,8 @@ class _Inquiry:
         self._statement(self.statement)
         steps: tuple[Callable[[Predicate], None], ...] = (
             self._start, self._kept, self._rotations, self._read, self._included, self._scope,
-            self._speakers, self._window, self._policy, self._ruleset, self._summary, self._sandboxes,
+            self._speakers, self._window, self._policy, self._residency, self._ruleset, self._summary,
+            self._sandboxes,
             self._books, self._flows, self._attempts, self._losses, self._remarks, self._attestation,
         )  # fmt: skip
         for step in steps:
@@ -597,6 +601,32 @@ class _Inquiry:
             if left and left != policy.digest:
                 self._note("policy-changes", f"At the window's end another policy was in force: {left}.")
 
+    def _residency(self, predicate: Predicate) -> None:
+        """The addresses that were reached, against what was found of them before they were led to."""
+        found = residency(predicate)
+        if found.local_only:
+            self._note("residency", "External routing was off at the end: only local and cidr rules remain.")
+        if not found.pin:
+            if found.refused:
+                text = f"{_counted(found.refused, 'address')} were refused under a pin that has gone since."
+                self._note("residency", text)
+            return
+        self.limits = (*LIMITS, CLAIM)
+        pin = ", ".join(found.pin)
+        for rule in found.vouched:
+            self._note("residency", f'{rule.key} is vouched for, by its rule\'s author: "{rule.reason}"')
+        if found.unproved:
+            first, count = found.unproved[0], _counted(found.unproved, "address")
+            text = (
+                f"{count} of hosts have no record here of where they are, the first {first.address} of"
+                f" {first.host}: reached before the pin, or placed before the window."
+            )
+            self._note("residency", text)
+            return
+        judged, refused = (_counted(each, "address") for each in (found.admitted, found.refused))
+        text = f"Residency was pinned to {pin}: each of {judged} was judged first, {refused} refused."
+        self._holds("residency", text)
+
     def _ruleset(self, predicate: Predicate) -> None:
         ruleset = predicate.ruleset
         if f"sha256:{statement.sha256_hex(ruleset.text.encode())}" != ruleset.text_digest:
@@ -807,6 +837,12 @@ def _meaning(text: str) -> Mapping[str, Any]:
     except (msgspec.DecodeError, UnicodeError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _counted(places: Sequence[Place | Unproved], what: str) -> str:
+    """Each address once, whatever was found of it and how often."""
+    count = len({(each.host, each.address) for each in places})
+    return f"{count} {what if count == 1 else what + 'es'}"
 
 
 def _apart(earlier: str, later: str) -> bool:

@@ -277,7 +277,8 @@ class Auditor:
     # ---- the kernel
 
     def _received(self, sock: socket.socket, cause: str) -> Iterator[bytes | None]:
-        """What the kernel told, as far as one turn goes. None: nothing more just now. Empty: never again."""
+        """What the kernel told, as far as one turn goes. None: nothing more just now. Empty: never again.
+        `cause`: how a loss is called, with an errno's name in it."""
         for _ in range(_READS):
             try:
                 datagram = sock.recv(_DATAGRAM)
@@ -287,7 +288,7 @@ class Auditor:
             except OSError as error:
                 # ENOBUFS (netlink(7)): the socket's buffer overflowed. What that cost is seen later: of the
                 # packet log from its numbers, with the next one; of connections in the sums of their links.
-                self._writer.lose(cause=f"{cause}-{_errno_name(error)}", process="kernel", count=1)
+                self._writer.lose(cause=cause.format(_errno_name(error)), process="kernel", count=1)
                 if error.errno == errno.ENOBUFS:
                     continue
                 datagram = b""
@@ -298,7 +299,7 @@ class Auditor:
     def _read_nflog(self) -> bool:
         """What the kernel has logged. True: there was no more."""
         empty = self._nflog is None
-        for datagram in self._received(self._nflog, "netlink") if self._nflog is not None else ():
+        for datagram in self._received(self._nflog, "netlink-{}") if self._nflog is not None else ():
             if datagram:
                 self._submit(self._packets.read(datagram, now=time.monotonic()))
             elif datagram is None:
@@ -321,7 +322,7 @@ class Auditor:
         if not self._listening:
             return False
         empty = self._endings is None
-        for datagram in self._received(self._endings, "flows") if self._endings is not None else ():
+        for datagram in self._received(self._endings, "flows-{}") if self._endings is not None else ():
             if datagram:
                 self._flows.read(datagram, now=time.monotonic())
             elif datagram is None:
