@@ -34,6 +34,22 @@ allow:
     verify: address
     private: true
 """
+# Of this one alone is told where its hosts may be.
+PINNED = """\
+workspace: nordic
+guard: enforce
+members: [user:infer]
+residency: {jurisdictions: [EEA, CH]}
+allow:
+  - host: eu.api.openai.com
+    vouch: "contract 4711: processed in the EEA and Switzerland"
+  - host: db.internal.example
+    ports: [5432/tcp]
+    verify: address
+    private: true
+    vouch: "our own machine room in Oslo"
+"""
+_TEXTS = {"nordic": PINNED}
 NOON = datetime(2026, 9, 21, 12, 0, tzinfo=UTC)
 EPOCH = "5f3c0a1b-1790000000000"
 OPENAI, DB = "eu.api.openai.com", "db.internal.example"
@@ -250,7 +266,7 @@ def policy_of(workspace: str) -> Policy:
     if workspace not in _policies:
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / f"{workspace}.yaml"
-            path.write_text(POLICY.replace("acme", workspace))
+            path.write_text(_TEXTS.get(workspace, POLICY.replace("acme", workspace)))
             _policies[workspace] = read_policy_file(path)
     return _policies[workspace]
 

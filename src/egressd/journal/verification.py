@@ -618,8 +618,8 @@ class _Inquiry:
         if found.unproved:
             first, count = found.unproved[0], _counted(found.unproved, "address")
             text = (
-                f"{count} of hosts have no record here of where they are, the first {first.address} of"
-                f" {first.host}: reached before the pin, or placed before the window."
+                f"No record here says where it is: {count} of hosts, the first {first.address} of"
+                f" {first.host}. It was reached before the pin, or placed before the window."
             )
             self._note("residency", text)
             return
