@@ -84,10 +84,10 @@ lint: setup ## Style, types, import contracts, completions, spelling, man pages
 	codespell --ignore-words-list $(WORDS) $(CODE) docs systemd README.md Makefile
 	mandoc -T lint -W warning docs/man/*.[1-9]
 
-.PHONY: bench bench-short bench-spawn bench-datapath bench-dns bench-inspector bench-journal
-bench: setup $(STAMPS)/bench-packages ## Every benchmark: ratios against peers, measured in the same run
+.PHONY: bench bench-short bench-spawn bench-datapath bench-dns bench-inspector bench-journal bench-residency
+bench: setup $(STAMPS)/bench-packages $(STAMPS)/bench-python ## Every benchmark: ratios against peers, measured in the same run
 	$(BIN)/python -m bench
-bench-short: setup $(STAMPS)/bench-packages ## Whether they still measure; a minute, and figures of no worth
+bench-short: setup $(STAMPS)/bench-packages $(STAMPS)/bench-python ## Whether they still measure; a minute, and figures of no worth
 	$(BIN)/python -m bench --short
 bench-spawn: setup $(STAMPS)/bench-packages ## How long a sandbox takes to start
 	$(BIN)/python -m bench spawn
@@ -99,6 +99,8 @@ bench-inspector: setup $(STAMPS)/bench-packages ## What it costs that names are 
 	$(BIN)/python -m bench inspector
 bench-journal: setup $(STAMPS)/bench-packages ## Records per second, against journald; what a storm of denials costs others
 	$(BIN)/python -m bench journal
+bench-residency: setup $(STAMPS)/bench-python ## Finding the prefix of an address among 100,000, against tries in C
+	$(BIN)/python -m bench residency
 
 .PHONY: clean
 clean: ## Everything these targets made, but distribution packages
@@ -112,6 +114,11 @@ $(STAMPS)/packages: Makefile
 	@$(call need,$(PACKAGES))
 $(STAMPS)/bench-packages: Makefile
 	@$(call need,$(BENCH_PACKAGES))
+# Peers from PyPI. One is compiled here: without a compiler the benchmark measures against the other.
+$(STAMPS)/bench-python: pyproject.toml | $(INSTALLED)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[bench]' || \
+	  $(BIN)/pip install --quiet --disable-pip-version-check py-radix
+	@touch $@
 $(STAMPS)/client-packages: Makefile
 	@$(call need,$(CLIENT_PACKAGES))
 $(STAMPS)/browser-packages: Makefile

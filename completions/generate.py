@@ -21,6 +21,7 @@ FILES = {"bash": "egressctl.bash", "zsh": "_egressctl", "fish": "egressctl.fish"
 KINDS = {
     "DIR": "directory",
     "FILE": "file",
+    "FILE|DIRECTORY": "file",
     "WORKSPACE": "workspace",
     "FILE|WORKSPACE": "file-or-workspace",
     "CMD": "command",

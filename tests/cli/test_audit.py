@@ -17,13 +17,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from egressd.cli import audit, audit_search, audit_words
-from egressd.cli.audit_search import Journal, Query, Search, Tail
+from egressd.cli import audit, audit_words
 from egressd.cli.text import Paint
 from egressd.journal import records, segments
 from egressd.journal.records import Record, Scalar
 from egressd.model.verdicts import Reason
+from egressd.processes import journal_search as audit_search
 from egressd.processes.journal_file import Draft, JournalFile, timestamp
+from egressd.processes.journal_search import Journal, Query, Search, Tail
 
 START = datetime(2026, 11, 21, 10, 0, tzinfo=UTC)
 DENIED4 = {"link": "eg7", "workspace": "acme", "reason": "unlisted", "protocol": "tcp",

@@ -46,7 +46,7 @@ def test_every_command_explains_itself_with_examples(egressctl: Any, path: tuple
 def test_the_help_lists_every_verb_and_every_exit_status(egressctl: Any) -> None:
     told = egressctl("--help").out
     for verb, (_, summary) in VERBS.items():
-        assert f"  {verb:<10}{summary}\n" in told
+        assert f"  {verb:<12}{summary}\n" in told
     for status in ("0 ", "1 ", "2 ", "125 "):
         assert status in told.split("exit status:")[1]
 
@@ -61,7 +61,7 @@ def test_the_table_of_verbs_is_what_the_parser_knows() -> None:
         (["conters"], "there is no verb 'conters': did you mean 'counters'?"),
         (["polcy", "check"], "did you mean 'policy'?"),
         (["--json", "Status"], "did you mean 'status'?"),
-        (["xyzzy"], "the verbs are run, status, policy, why, counters, ruleset"),
+        (["xyzzy"], "the verbs are run, status, policy, guard, residency, local-only"),
         (["\x1b[2Jboo"], r"there is no verb '\x1b[2Jboo'"),
         (["policy", "chek"], "invalid choice: 'chek'"),
         (["policy"], "required: ACTION"),

@@ -44,7 +44,7 @@ def options_of(parser: argparse.ArgumentParser) -> set[str]:
 def options_in(text: str) -> set[str]:
     """The options that `.It Fl` lines of mdoc describe."""
     words = re.findall(
-        r"\bFl (-?)([a-z][a-z-]*)", "\n".join(re.findall(r"^\.It (Fl .*)$", text, re.MULTILINE))
+        r"\bFl (-?)([a-z][a-z0-9-]*)", "\n".join(re.findall(r"^\.It (Fl .*)$", text, re.MULTILINE))
     )
     return {f"-{dash}{name}" for dash, name in words}
 
@@ -62,7 +62,7 @@ def blocks() -> dict[tuple[str, ...], str]:
     parts = re.split(r"^\.It Cm (.*)$", verbs_section(), flags=re.MULTILINE)[1:]
     found = {}
     for heading, text in zip(parts[::2], parts[1::2], strict=True):
-        path = tuple(re.match(r"[a-z ]+", heading)[0].split())  # type: ignore[index]
+        path = tuple(re.match(r"[a-z -]+", heading)[0].split())  # type: ignore[index]
         found[path] = text
     return found
 
@@ -129,7 +129,7 @@ def test_completions_are_what_the_command_line_gives() -> None:
         ([""], list(VERBS)),
         (["st"], ["status"]),
         (["--json", "co"], ["counters"]),
-        (["policy", ""], ["check", "diff", "apply", "explain"]),
+        (["policy", ""], ["check", "lint", "diff", "apply", "explain"]),
         (["policy", "apply", "--d"], ["--dry-run"]),
         (["counters", ""], ["acme", "lab"]),
         (["counters", "a"], ["acme"]),

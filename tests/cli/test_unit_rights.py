@@ -25,8 +25,9 @@ run_dir: {0}/run
 state_dir: {0}/state
 gateway: egressd-unit
 user: {{daemon: "4101", warden: "4102", audit: "4103", inspect: "4104", resolve: "4105", relay: "4106",
-  metrics: "4107"}}
+  metrics: "4107", api: "4108"}}
 metrics: unix:{0}/run/metrics.sock
+api: 127.0.0.1:8000
 """
 POLICY = """\
 workspace: acme
@@ -48,6 +49,9 @@ for _ in $(seq 200); do grep -q ready "$1/out" && break; kill -0 $daemon; sleep 
 "$2/egressctl" --run-dir "$1/run" status
 scrape="curl -sS --max-time 10 --retry 3 --unix-socket $1/run/metrics.sock http://egressd/metrics"
 $scrape | grep -E '^egressd_(up|enforcing) '
+ask="curl -sS --max-time 10 --retry 3 --retry-connrefused http://localhost:8000"
+$ask/v1/audit?event=process-started | grep -o '"name":"api"'
+$ask/v1/counters | grep -o '"balanced":true' | head -1
 grep -E 'NoNewPrivs|Seccomp:|CapBnd|CapEff' /proc/$daemon/status
 kill -TERM $daemon
 wait $daemon
@@ -85,6 +89,7 @@ def test_it_enforces_with_the_rights_of_the_unit(place: Path, limiter: str) -> N
     assert done.returncode == 0, said
     assert "enforcing, books balance" in done.stdout, said
     assert "egressd_up 1.0\negressd_enforcing 1.0\n" in done.stdout, said
+    assert '"name":"api"\n"balanced":true\n' in done.stdout, said
     assert "left: 0 links, 0 pins" in done.stdout, said
     facts = dict(line.split(":\t") for line in done.stdout.splitlines() if ":\t" in line)
     assert facts["NoNewPrivs"] == "1"

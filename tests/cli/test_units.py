@@ -81,7 +81,7 @@ def test_accounts_and_directories_are_those_of_the_default_configuration(tmp_pat
     user = Config().user
     assert accounts == {
         user,
-        *(f"{user}-{role}" for role in ("warden", "resolve", "relay", "inspect", "audit", "metrics")),
+        *(f"{user}-{role}" for role in ("warden", "resolve", "relay", "inspect", "audit", "metrics", "api")),
     }
     tmpfiles = [tool("systemd-tmpfiles"), root, "--create", ROOT / "systemd" / "egressd.tmpfiles"]
     done = subprocess.run(tmpfiles, capture_output=True, text=True, check=False)

@@ -7,7 +7,9 @@
     sandboxes:   link -> workspace
     upstream:    name -> NXDOMAIN | NODATA | SERVFAIL | {A: [...], AAAA: [...], ttl: 60}; others: NXDOMAIN
     steps:       one or several of, in this order:
-      workspaces, upstream   merged into the above from now on
+      upstream               merged into the above from now on
+      refuses: {address: why}  what the controller leads nowhere from now on, whatever the name
+      workspaces             merged into the above from now on
       kernel: false          the controller refuses everything from now on; true: no more
       begin: {link: workspace};  end: link;  after: seconds
       ask: NAME [TYPE], from: link (1), times: how often
@@ -40,6 +42,7 @@ from egressd.dns.exchange import Question
 from egressd.dns.keeper import Finding
 from egressd.dns.replies import Extended, Failure, Reply, failure
 from egressd.dns.table import Denied, Wait, WorkspaceNames
+from egressd.model.addresses import Address
 from egressd.ruleset.layout import Pools
 
 __all__ = ["FILES", "FIRST_BLOCK", "Heard", "PureStage", "Scenario", "Stage", "load", "play", "records"]
@@ -90,6 +93,7 @@ class Stage(Protocol):
     def names(self, listed: list[WorkspaceNames]) -> None: ...
     def script(self, upstream: dict[str, Any]) -> None: ...
     def kernel(self, good: bool) -> None: ...
+    def refuses(self, refused: dict[str, str]) -> None: ...
     def begin(self, link: int, workspace: str) -> None: ...
     def end(self, link: int) -> None: ...
     def after(self, seconds: float) -> None: ...
@@ -117,6 +121,8 @@ def play(scenario: Scenario, stage: Stage) -> None:
         if "upstream" in step:
             upstream |= step["upstream"]
             stage.script(upstream)
+        if "refuses" in step:
+            stage.refuses(step["refuses"])
         if "workspaces" in step:
             workspaces |= step["workspaces"]
             stage.names(_listed({w: n for w, n in workspaces.items() if n is not None}, stage))
@@ -131,6 +137,7 @@ def play(scenario: Scenario, stage: Stage) -> None:
 _KEYS = {
     "workspaces", "upstream", "kernel", "begin", "end", "after", "ask", "from", "times", "rcode", "addresses",
     "pointer", "ede", "text", "ttl", "tc", "asks", "grants", "releases", "denied", "why",
+    "refuses",
 }  # fmt: skip
 
 
@@ -211,6 +218,7 @@ class PureStage:
         self.now = 1000.0
         self._script: dict[str, Any] = {}
         self._good = True
+        self._refuses: dict[Address, str] = {}
         self._blocks: dict[tuple[str, str], int] = {}
         self._held: dict[str, dict[str, tuple[int, bool]]] = collections.defaultdict(dict)
         self._free = itertools.count(FIRST_BLOCK)
@@ -227,6 +235,9 @@ class PureStage:
 
     def kernel(self, good: bool) -> None:
         self._good = good
+
+    def refuses(self, refused: dict[str, str]) -> None:
+        self._refuses = {ip_address(address): why for address, why in refused.items()}
 
     def begin(self, link: int, workspace: str) -> None:
         self.book.began(link, workspace)
@@ -282,8 +293,8 @@ class PureStage:
         match command:
             case keeper.Ask(target):
                 return self.book.found(target, self._look(target.host), now=self.now)
-            case keeper.Admit(target, serial=serial) if self._good:
-                return self.book.admitted(target, serial)
+            case keeper.Admit(target, slots4, slots6, serial) if self._good:
+                return self.book.admitted(target, serial, refused=self._against(*slots4, *slots6))
             case keeper.Admit(target, serial=serial):
                 return self.book.withheld(target, serial, "no kernel", now=self.now)
             case wildcards.Ask():
@@ -306,11 +317,18 @@ class PureStage:
         if not self._good:
             return self.book.refused(grant, "no kernel", now=self.now)
         assert self.book.links.get(grant.link) == grant.workspace
+        shown = {a for a in (*grant.standing.v4.slots, *grant.standing.v6.slots) if a is not None}
+        refused = self._against(*shown)
+        if shown == refused.keys():
+            return self.book.barred(grant, next(iter(refused.values())), now=self.now)
         key = grant.workspace, grant.host
         block = self._blocks[key] if key in self._blocks else self._blocks.setdefault(key, next(self._free))
         self._held[grant.workspace][grant.host] = (block, False)
         self._caused["grants"].append(grant.host)
-        return self.book.granted(grant, block, now=self.now)
+        return self.book.granted(grant, block, now=self.now, refused=refused)
+
+    def _against(self, *shown: Address | None) -> dict[Address, str]:
+        return {a: self._refuses[a] for a in shown if a is not None and a in self._refuses}
 
 
 def scenarios() -> Iterator[tuple[str, Scenario]]:

@@ -25,6 +25,7 @@ from egressd.dns.keeper import (
 from egressd.dns.replies import Failure
 from egressd.dns.slots import EMPTY
 from egressd.model.addresses import Address
+from egressd.model.verdicts import Reason
 
 API, DB = Target("api.example.com", False), Target("db.example", True)
 ACME, ZETA = User("acme", 5), User("zeta", 9)
@@ -54,8 +55,8 @@ class Talk:
     def found(self, target: Target, v4: Finding, v6: Finding) -> list[Command]:
         return self._heard(self.keeper.found(target, (v4, v6), now=self.now))
 
-    def admitted(self, target: Target = API) -> list[Command]:
-        return self._heard(self.keeper.admitted(target, self.serial))
+    def admitted(self, target: Target = API, *, refused: dict[Address, str] | None = None) -> list[Command]:
+        return self._heard(self.keeper.admitted(target, self.serial, refused=refused or {}))
 
     def withheld(self, target: Target = API) -> list[Command]:
         return self._heard(self.keeper.withheld(target, self.serial, "no kernel", now=self.now))
@@ -489,3 +490,179 @@ def test_judging_keeps_nothing() -> None:
     assert standing.v6.slots == before.v6.slots  # the last good ones
     assert talk.keeper.standing(API) == before
     assert talk.keeper.next_due() == talk.now + 90
+
+
+# ---- the controller refuses addresses
+
+US, USA = "it is in us-east-1 (US)", "it is in us-west-2 (US)"
+THREE, FOUR, FIVE = (ip_address(f"93.184.215.{n}") for n in (16, 17, 18))
+SEVEN, EIGHT = ip_address("2606:2800::7"), ip_address("2606:2800::8")
+
+
+def blocked(why: str) -> Failure:
+    return Failure(15, f"every address of api.example.com is refused: {why}", Reason.RESIDENCY)
+
+
+def test_what_is_refused_is_left_out_and_the_others_take_its_slots() -> None:
+    talk = Talk()
+    talk.use({API: {ACME}})
+    talk.found(API, found(ONE, TWO), found(SIX, SEVEN))
+    done, admit = talk.admitted(refused={ONE: US, SEVEN: US})
+    assert done == Settled(API)
+    # nothing is answered that the kernel does not lead to
+    known = talk.keeper.standing(API)
+    assert (known.v4.slots, known.v6.slots) == ((None, TWO, None, TWO), (SIX, None, SIX, None))
+    assert admit == Admit(API, (TWO,) * 4, (SIX,) * 4, 2)
+    assert talk.admitted() == [Settled(API)]
+    assert talk.known() == (State.KNOWN, TWO, SIX, {"acme"})
+
+
+def test_of_more_addresses_than_slots_each_gets_its_turn() -> None:
+    talk = Talk()
+    talk.use({API: {ACME}})
+    (admit,) = talk.found(API, found(ONE, TWO, THREE, FOUR, FIVE, ip_address("93.184.215.19")), NONE)
+    assert isinstance(admit, Admit) and admit.slots4 == (ONE, TWO, THREE, FOUR)
+    _, admit = talk.admitted(refused=dict.fromkeys((ONE, TWO, THREE, FOUR), US))
+    assert talk.known() == (State.PENDING, None, None, {"acme"})  # who asks waits a moment longer
+    assert isinstance(admit, Admit) and set(admit.slots4) == {FIVE, ip_address("93.184.215.19")}
+    _, admit = talk.admitted(refused={FIVE: USA})
+    assert isinstance(admit, Admit) and set(admit.slots4) == {ip_address("93.184.215.19")}
+    talk.admitted()
+    assert talk.known()[:2] == (State.KNOWN, ip_address("93.184.215.19"))
+
+
+@pytest.mark.parametrize(("v4", "v6"), [((ONE,), ()), ((), (SIX,)), ((ONE,), (SIX,))])
+def test_with_none_left_the_reason_is_what_is_answered(
+    v4: tuple[Address, ...], v6: tuple[Address, ...]
+) -> None:
+    talk = Talk()
+    talk.use({API: {ACME}})
+    talk.found(API, found(*v4), found(*v6))
+    commands = talk.admitted(refused=dict.fromkeys((*v4, *v6), US))
+    assert kinds(commands) == [Settled, Settled]  # no address, so nothing more for the kernel
+    standing = talk.keeper.standing(API)
+    assert (standing.state, standing.failure) == (State.FAILED, blocked(US))
+    assert (standing.v4.slots, standing.v6.slots) == (EMPTY, EMPTY)
+
+
+@pytest.mark.parametrize("family", [0, 1])
+def test_each_family_is_refused_for_itself(family: int) -> None:
+    talk = Talk()
+    talk.use({API: {ACME}})
+    talk.found(API, found(ONE), found(SIX))
+    talk.admitted(refused={(ONE, SIX)[family]: US})
+    standing = talk.keeper.standing(API)
+    refused, led = (standing.v4, standing.v6) if family == 0 else (standing.v6, standing.v4)
+    assert standing.state is State.KNOWN
+    assert (refused.slots, refused.failure) == (EMPTY, blocked(US))
+    assert (led.slots[0], led.failure) == ((SIX, ONE)[family], None)
+
+
+def test_a_record_that_moves_out_takes_the_way_away_within_one_refresh() -> None:
+    talk = settled()
+    talk.after(90)
+    talk.found(API, found(TWO), found(SEVEN))
+    assert talk.known()[1:3] == (ONE, SIX)  # until the kernel leads elsewhere
+    talk.admitted(refused={TWO: US, SEVEN: US})
+    standing = talk.keeper.standing(API)
+    assert (standing.state, standing.failure) == (State.FAILED, blocked(US))
+    assert talk.keeper.next_due() == talk.now + 90  # and is looked at again as ever
+
+
+def test_and_back() -> None:
+    talk = settled()
+    talk.after(90)
+    talk.found(API, found(TWO), NONE)
+    talk.admitted(refused={TWO: US})
+    talk.after(90)
+    assert talk.found(API, found(TWO), NONE) == []  # known to be refused: nobody is asked again
+    talk.after(90)
+    (admit,) = talk.found(API, found(TWO, ONE), NONE)
+    assert isinstance(admit, Admit) and set(admit.slots4) == {ONE}
+    talk.admitted()
+    assert talk.known()[:2] == (State.KNOWN, ONE)
+
+
+def test_only_what_is_found_is_remembered_as_refused() -> None:
+    talk = settled()
+    for n in range(100):
+        talk.after(90)
+        talk.found(API, found(ip_address(f"93.184.216.{n}")), NONE)
+        talk.admitted(refused={ip_address(f"93.184.216.{n}"): US})
+    assert len(talk.keeper._entries[API].refused) == 1
+    talk.after(90)
+    assert kinds(talk.found(API, found(ip_address("93.184.216.0")), NONE)) == [Admit]  # shown once more
+
+
+def test_a_refusal_of_what_was_not_proposed_changes_nothing() -> None:
+    talk = settled()
+    talk.after(90)
+    talk.found(API, found(TWO), found(SIX))
+    assert talk.admitted(refused={THREE: US}) == [Settled(API)]
+    assert talk.known() == (State.KNOWN, TWO, SIX, {"acme"})
+
+
+def test_withheld_after_a_refusal_is_no_eternal_wait() -> None:
+    talk = Talk()
+    talk.use({API: {ACME}})
+    talk.found(API, found(ONE, TWO, THREE, FOUR, FIVE), NONE)
+    talk.admitted(refused=dict.fromkeys((ONE, TWO, THREE, FOUR), US))
+    assert talk.known()[0] is State.PENDING
+    talk.withheld()
+    assert talk.known()[0] is State.FAILED
+    assert talk.after(1) == [Ask(API)]
+
+
+def test_what_upstream_fails_to_say_leaves_refused_what_was() -> None:
+    talk = Talk()
+    talk.use({API: {ACME}})
+    talk.found(API, found(ONE, TWO), NONE)
+    talk.admitted(refused={ONE: US})
+    talk.admitted()
+    talk.after(90)
+    assert talk.found(API, LOST, LOST) == []
+    assert talk.known()[:2] == (State.KNOWN, TWO)
+
+
+def test_other_terms_are_another_target() -> None:
+    talk = settled()
+    pinned, moved = Target(API.host, False, "EU 01"), Target(API.host, False, "EU 02")
+    commands = talk.use({API: {ZETA}, pinned: {ACME}})
+    assert [type(c) for c in commands] == [Admit, Ask] and commands[1] == Ask(pinned)
+    talk.found(pinned, found(ONE), NONE)
+    talk.admitted(pinned, refused={ONE: US})
+    assert talk.known(pinned)[0] is State.FAILED
+    assert talk.known(API) == (State.KNOWN, ONE, SIX, set())  # zeta has yet to be admitted
+    commands = talk.use({API: {ZETA}, moved: {ACME}})
+    assert [c for c in commands if not isinstance(c, Admit)] == [Settled(pinned), Ask(moved)]
+    assert talk.known(moved)[0] is State.PENDING
+    talk.found(moved, found(ONE), NONE)
+    talk.admitted(moved)
+    assert talk.known(moved)[:2] == (State.KNOWN, ONE)
+
+
+def test_a_new_controller_judges_again_what_the_old_one_refused() -> None:
+    talk = Talk()
+    talk.use({API: {ACME}})
+    talk.found(API, found(ONE), NONE)
+    talk.admitted(refused={ONE: US})
+    (admit,) = talk._heard(talk.keeper.readmit())
+    assert isinstance(admit, Admit) and admit.slots4 == (ONE,) * 4
+    assert talk.known()[0] is State.FAILED  # until it has
+    talk.admitted(refused={ONE: USA})
+    assert talk.keeper.standing(API).failure == blocked(USA)
+    talk.keeper.readmit()
+    talk.serial += 1
+    talk.admitted()
+    assert talk.known()[:2] == (State.KNOWN, ONE)
+
+
+def test_a_name_of_a_wildcard_is_adopted_without_what_was_refused_of_it() -> None:
+    talk = Talk()
+    standing, _ = talk.keeper.judge(API, (found(ONE, TWO, THREE, FOUR, FIVE), found(SIX)), now=talk.now)
+    (admit,) = talk._heard(talk.keeper.adopt(API, ACME, standing, seen=talk.now, refused={ONE: US, SIX: US}))
+    known = talk.keeper.standing(API)
+    assert (known.v4.slots, known.v6.slots) == ((None, TWO, THREE, FOUR), EMPTY)
+    assert isinstance(admit, Admit) and admit.slots4 == (FIVE, TWO, THREE, FOUR)
+    talk.admitted()
+    assert talk.keeper.standing(API).v6.failure == blocked(US)

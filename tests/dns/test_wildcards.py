@@ -172,6 +172,23 @@ def kinds(commands: list[Any]) -> list[type]:
     return [type(c) for c in commands]
 
 
+@pytest.mark.parametrize("way", ["withheld", "barred"])
+def test_what_was_granted_and_then_refused_because_it_was_asked_again_is_given_back(way: str) -> None:
+    talk = Talk()
+    talk.ask(A)
+    talk.looked(A)
+    talk.list()
+    assert kinds(talk.granted(A)) == [Grant], "which list was that about?"
+    serial = talk.serials[A]
+    if way == "withheld":
+        commands = talk.withheld(A)[1:]
+    else:
+        commands = talk.machine.barred("acme", A, serial, "it is in us-east-1 (US)", now=talk.now)
+    assert commands == [Release("acme", (A,)), settled(A)]
+    assert talk.machine.released("acme", [A]) == [settled(A)]
+    assert talk.machine.sizes("acme")["held"] == 0
+
+
 def test_from_question_to_answer() -> None:
     talk = Talk()
     assert talk.ask(A) == (Pending("acme", A), [Ask("acme", A, False, 1)])
@@ -180,7 +197,7 @@ def test_from_question_to_answer() -> None:
     assert talk.machine.granted_in("acme") == {}
     assert talk.ask(A, link=3) == (Pending("acme", A), [])
     assert talk.granted(A) == [Admitted("acme", A, 7, False, GOOD, 1000.0), settled(A)]
-    assert talk.machine.granted_in("acme") == {A: (7, False)}
+    assert talk.machine.granted_in("acme") == {A: (7, False, "")}
 
 
 @pytest.mark.parametrize(
@@ -339,7 +356,7 @@ def test_a_list_that_says_the_same_changes_nothing() -> None:
     talk = Talk()
     talk.get(A)
     assert talk.list(granted={A: (7, False)}) == []
-    assert talk.machine.granted_in("acme") == {A: (7, False)}
+    assert talk.machine.granted_in("acme") == {A: (7, False, "")}
 
 
 @pytest.mark.parametrize(
@@ -365,7 +382,7 @@ def test_another_block_is_another_grant() -> None:
     talk = Talk()
     talk.get(A)
     assert talk.list(granted={A: (9, False)}) == [Dropped("acme", A, 7, False), settled(A), settled(A)]
-    assert talk.machine.granted_in("acme") == {A: (9, False)}
+    assert talk.machine.granted_in("acme") == {A: (9, False, "")}
 
 
 def test_the_list_changes_while_upstream_is_asked() -> None:
@@ -411,7 +428,7 @@ def test_what_is_remembered_goes_with_the_wildcards_it_was_found_by() -> None:
 
 def test_a_new_process_learns_what_is_granted_and_keeps_it_for_a_day() -> None:
     talk = Talk(granted={A: (7, False), "x.other.example": (8, False), B: (9, True)})
-    assert talk.machine.granted_in("acme") == {A: (7, False)}  # others no wildcard here covers
+    assert talk.machine.granted_in("acme") == {A: (7, False, "")}  # others no wildcard here covers
     assert talk.machine.next_due() == talk.now + INHERITED
     talk.machine.used("acme", 1, A)
     talk.machine.ended(1, now=talk.now)
@@ -451,7 +468,7 @@ def test_one_workspace_cannot_push_out_anothers() -> None:
         _, commands = machine.asked("zeta", 9, host, Cover("*.example.com", False, 3), now=talk.now)
         (ask,) = [c for c in commands if isinstance(c, Ask)]
         machine.looked("zeta", host, ask.serial, GONE, now=talk.now)
-    assert machine.granted_in("acme") == {A: (7, False)}
+    assert machine.granted_in("acme") == {A: (7, False, "")}
 
 
 def test_a_sandbox_that_ended_while_it_waited_asks_for_nothing() -> None:
@@ -617,7 +634,7 @@ class Game(RuleBasedStateMachine):
         if "acme" in self.book.tables:
             table = self.book.tables["acme"]
             assert table.granted == self.book.wildcards.granted_in("acme")
-            assert set(table.by_block) == {block for block, _ in table.granted.values()}
+            assert set(table.by_block) == {block for block, *_ in table.granted.values()}
             assert len(self.book.keeper) == len(table.granted)
 
     def teardown(self) -> None:

@@ -100,6 +100,39 @@ def test_a_refusal_is_no_record_that_it_was_let_in(story: scene.Story) -> None:
     assert any("203.0.113.9 of eu.api.openai.com" in text for text in said[Verdict.NOTE])
 
 
+def test_what_was_found_before_the_window_is_in_front_of_it(story: scene.Story) -> None:
+    story.snapshot(workspace="nordic")
+    all_placed(story)
+    placed(story, OPENAI, "203.0.113.9")
+    placed(story, OPENAI, "203.0.113.9", admitted=False)
+    story.snapshot(openai=3, workspace="nordic")
+    story.clock += 600
+    story.snapshot(openai=9, db=2, workspace="nordic")
+    report, said = reports(story, since=scene.at(story.clock - 300))
+    assert report.verified
+    assert said[Verdict.HOLDS] == [
+        "Residency was pinned to CH, EEA: each of 3 addresses was judged first, 0 addresses refused."
+    ]
+
+
+def test_another_workspaces_place_may_not_be_in_front_of_it(story: scene.Story) -> None:
+    story.snapshot(workspace="nordic")
+    all_placed(story)
+    story.snapshot(openai=3, workspace="nordic")
+    story.clock += 600
+    story.snapshot(openai=9, workspace="nordic")
+    proof = story.proof(workspace="nordic", since=scene.at(story.clock - 300))
+
+    def rename(found: dict[str, Any]) -> None:
+        records = found["predicate"]["journal"]["records"]["lines"]
+        for place, line in enumerate(records):
+            if "residency-admitted" in line:
+                records[place] = line.replace("nordic", "rivals")
+
+    report = verify(scene.altered(proof, rename, story.key), key=story.key.public)
+    assert any(check.name == "scope" and "rivals" not in check.text for check in report.broken)
+
+
 def test_a_host_that_was_sent_nothing_needs_no_place(story: scene.Story) -> None:
     story.snapshot(workspace="nordic")
     _, said = reports(story)

@@ -25,13 +25,13 @@ allow:
   - {host: plain.test, ports: [7/tcp], verify: address}
   - local: ollama
 """
-CHILDREN = ["warden", "controller", "resolver", "relay", "inspector", "auditor", "exporter"]
+CHILDREN = ["warden", "controller", "resolver", "relay", "inspector", "auditor", "exporter", "api"]
 
 
 @pytest.fixture(scope="module")
 def daemon(start_module_daemon: Any) -> Any:
-    found = start_module_daemon(policies={"acme": POLICY}, metrics="127.0.0.1:9464")
-    poll(lambda: running(found), timeout=10, what="the exporter too: nobody waits for it at the start")
+    found = start_module_daemon(policies={"acme": POLICY}, metrics="127.0.0.1:9464", api="127.0.0.1:8000")
+    poll(lambda: running(found), timeout=10, what="exporter and api too: nobody waits for them at the start")
     return found
 
 

@@ -21,6 +21,7 @@ import pytest
 from egressd.kernel.conntrack import Conntrack
 from egressd.kernel.nft import Nft
 from egressd.model.errors import KernelError
+from egressd.ruleset import observe
 
 pytestmark = pytest.mark.kernel
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -393,6 +394,15 @@ def test_a_mask_is_read_only_at_the_beginning_of_a_concatenation(nft: Nft) -> No
         nft.run(["add rule inet t c meta mark set ip saddr . ip daddr & 255.255.255.252 map @m"])
     nft.run(["add rule inet t c meta mark set ip saddr . (ip daddr & 255.255.255.252) map @m"])
     assert "set ip saddr . ip daddr & 255.255.255.252 map @m" in nft.list_text()
+
+
+def test_a_mask_of_upper_bits_is_listed_as_a_prefix(nft: Nft) -> None:
+    """Hence our rules compare such marks with two bounds; and what reads a listing must not take the number
+    for an address."""
+    nft.run(["add chain inet t c", "add rule inet t c ct mark & 0xf0000000 == 0x10000000 accept"])
+    [rule] = [item["rule"] for item in nft.list_json()["nftables"] if "rule" in item]
+    assert rule["expr"][0]["match"]["right"] == {"prefix": {"addr": 0x1000_0000, "len": 4}}
+    assert observe.render(rule["expr"]).startswith("foreign ")
 
 
 def ip(netns: str, command: str) -> str:

@@ -33,6 +33,7 @@ ACCOUNTS = {
     "resolve": "4105",
     "relay": "4106",
     "metrics": "4107",
+    "api": "4108",
 }
 UPSTREAM = (f"udp://{topology.DNS4}", f"udp://[{topology.DNS6}]")
 START_WITHIN, STOP_WITHIN = 30.0, 20.0  # seconds

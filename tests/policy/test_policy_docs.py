@@ -7,17 +7,20 @@ from ipaddress import ip_network
 from pathlib import Path
 
 import pytest
-from policy_texts import allowing, policy, problems
+from policy_texts import BROKEN, KNOWN, NO_TABLES, allowing, pinned, policy, problems
+from test_policy_barring import ROUTED
 from test_policy_document import REFUSED as BAD_DOCUMENTS
 from test_policy_document import hosts as many_hosts
+from test_policy_profiles import CONTRADICTED, TOGETHER, TWO
+from test_policy_profiles import REFUSED as BAD_PROFILES
 from test_policy_tree import REFUSED as BAD_FILES
 
-from egressd.policy import document, values
+from egressd.model.tree import read
+from egressd.policy import document, profiles, values
 from egressd.policy.compile import MAX_RULES
 from egressd.policy.compiled import Budgets, Limits, Policy
 from egressd.policy.decide import rule_for
 from egressd.policy.remarks import remarks
-from egressd.policy.tree import read
 from egressd.policy.units import duration_text, size_text
 from egressd.processes.inspector import IDLE
 
@@ -49,12 +52,24 @@ def test_there_are_examples() -> None:
 
 @pytest.mark.parametrize("text", EXAMPLES, ids=range(len(EXAMPLES)))
 def test_examples_load(text: str) -> None:
-    assert isinstance(policy(text, name=None), Policy)
+    assert isinstance(policy(text, name=None, registry=KNOWN), Policy)
+
+
+def test_what_an_example_says_is_barred_is_barred_and_nothing_else() -> None:
+    said = 0
+    for text in EXAMPLES:
+        barred = {one.rule.key for one in policy(text, name=None, registry=KNOWN).barred}
+        assert barred == set(re.findall(r"host: (\S+) +# barred", text))
+        said += len(barred)
+    assert said == 3
 
 
 def test_every_message_is_on_the_page_and_every_row_is_a_message() -> None:
     table = rows("What is refused, and what to do")
     found = [problem for text, *_ in BAD_DOCUMENTS for problem in problems(text)]
+    found += [problem for text, *_ in BAD_PROFILES for problem in problems(text, registry=KNOWN)]
+    found += [problem for text, *_ in TOGETHER for problem in problems(TWO + text)]
+    found += problems(CONTRADICTED, registry=KNOWN)
     found += [problem for data, *_ in BAD_FILES for problem in read(data, source="f").problems]
     found += [problem for text in MORE for problem in problems(text)]
     found += problems(many_hosts(15_358) + b"- host: '*.a.example'\n")
@@ -79,8 +94,17 @@ def test_every_remark_is_on_the_page_and_every_row_is_a_remark() -> None:
         ),
         allowing("{host: '**.a.example', ech: allow}", "{host: b.a.example, ports: [22]}"),
         allowing("host: '*.storage.googleapis.com'"),
+        allowing("{host: a.example, vouch: contract 4711}", more="local_only: true\n"),
+        allowing("{host: a.example, vouch: contract 4711}", more=ROUTED.replace("https", "http")),
+        pinned("{host: a.example, vouch: contract 4711}", "host: api.openai.com", "host: b.example"),
+        pinned("host: '*.a.example'", guard="off"),
     )
-    texts = {remark.text for text in documents for remark in remarks(policy(text))}
+    texts = {
+        remark.text
+        for text in documents
+        for registry in (KNOWN, NO_TABLES, BROKEN)
+        for remark in remarks(policy(text, registry=registry), registry=registry)
+    }
     assert not [text for text in texts if not any(row.fullmatch(text) for row in table.values())]
     assert not [cell for cell, row in table.items() if not any(row.fullmatch(text) for text in texts)]
 
@@ -88,12 +112,15 @@ def test_every_remark_is_on_the_page_and_every_row_is_a_remark() -> None:
 def test_every_key_and_bound_is_on_the_page() -> None:
     parts = (
         document._RootPart, document._HostPart, document._CidrPart, document._LocalPart,
-        document._WildcardsPart, document._BudgetPart,
+        document._ProviderRulePart, document._WildcardsPart, document._BudgetPart,
+        profiles.ProviderPart, profiles.DeclaredPart, profiles.RoutePart,
     )  # fmt: skip
     for part in parts:
         assert all(f"`{key}`" in PAGE for key in part.model_fields)
     assert all(f"| `{name}` |" in PAGE for name in Limits.__slots__)
     for bound in (f"{MAX_RULES:,}", document.MAX_PORTS, document.MAX_MEMBERS, values.MAX_PROCESSES,
+                  profiles.MAX_PROVIDERS, profiles.MAX_ROUTES, profiles.MAX_MODELS,
+                  f"{values.MIN_REASON} to {values.MAX_REASON} characters",
                   values.MAX_NAMES, values.MAX_RATE, duration_text(values.MAX_IDLE)):  # fmt: skip
         assert str(bound) in PAGE
 

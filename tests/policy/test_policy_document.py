@@ -58,8 +58,10 @@ allow:
     ports: [8000]
   - cidr: 10.20.0.0/16
     ports: [5432/tcp]
+    vouch: our own machines, in Bonn
   - cidr: 2001:db8:1::/48
     ports: [443]
+    vouch: our own machines, in Bonn
 limits: {wall: 120s, memory: 4GiB, processes: 128, egress_bytes: 50MiB, connections: 200, idle: 10m}
 wildcards:
   sandbox: {names: 16, bytes: 1KiB, rate: 2}
@@ -90,9 +92,10 @@ def test_the_whole_grammar() -> None:
         ),
         LocalRule("ollama", (Port(11434, TCP),), 15),
         LocalRule("vllm", (Port(8000, TCP),), 16),
-        CidrRule(ip_network("10.20.0.0/16"), (Port(5432, TCP),), 18),
-        CidrRule(ip_network("2001:db8:1::/48"), (Port(443, TCP),), 20),
+        CidrRule(ip_network("10.20.0.0/16"), (Port(5432, TCP),), 18, "our own machines, in Bonn"),
+        CidrRule(ip_network("2001:db8:1::/48"), (Port(443, TCP),), 21, "our own machines, in Bonn"),
     )
+    assert (made.barred, made.providers, made.routes, made.local_only) == ((), (), (), False)
     assert made.limits == Limits(120.0, 4 << 30, 128, 50 << 20, 200, 600.0)
     assert made.wildcards == Budgets(Budget(16, 1 << 10, 2.0), Budget(512, 64 << 10, 10.0))
     assert made.digest.startswith("sha256:") and len(made.digest) == 71
@@ -175,8 +178,8 @@ def test_the_digest_is_of_the_meaning() -> None:
 limits: {connections: 200, egress_bytes: 51200KiB, idle: 600s, processes: 128, memory: 4096MiB, wall: 2m}
 wildcards: {workspace: {rate: 10, names: 512, bytes: 65536B}, sandbox: {names: 16, rate: 2, bytes: 1024B}}
 allow:
-  - {cidr: 2001:db8:1::/48, ports: [443/tcp]}
-  - {cidr: 10.20.0.0/16, ports: [5432]}
+  - {cidr: 2001:db8:1::/48, ports: [443/tcp], vouch: "our own machines, in Bonn"}
+  - {cidr: 10.20.0.0/16, ports: [5432], vouch: "our own machines, in Bonn "}
   - {local: vllm, ports: [8000/tcp]}
   - {local: ollama, ports: [11434]}
   - {host: "**.Search.example.com", ports: [8443], verify: sni, ech: allow}
@@ -292,8 +295,8 @@ REFUSED = [
     (
         allowing("{provider: bedrock, region: eu-central-1}"),
         4,
-        "provider rules are not available",
-        "host rules",
+        "there is no provider 'bedrock'",
+        "define it under providers:",
     ),
     # hosts
     (allowing("{host: }"), 4, "this is empty", "a host name"),
@@ -816,6 +819,8 @@ WORDS = st.sampled_from(
      "443/tcp", "10.0.0.0/8", "a.example", "*.a.example", "members", "user:a", "limits", "wall", "2m",
      "private", "true", "null", "residency", "jurisdictions", "EEA", "verify", "provider", "443", "-1",
      "sni", "address", "ech", "443/tls", "443/udp", "wildcards", "sandbox", "names", "**.a.example", "idle",
+     "providers", "routes", "default", "vouch", "local_only", "base_url", "api_key", "type", "secret://env/K",
+     "openai-compatible", "https://a.example/v1", "http://localhost:8000", "region", "jurisdiction", "models",
      "''", "\u00fc", "'\0'"]
 )  # fmt: skip
 VALUES = st.recursive(

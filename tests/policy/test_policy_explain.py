@@ -19,7 +19,7 @@ TEXT = allowing(
     "host: api.example.com",
     "{host: db.internal.example, ports: [5432], private: true}",
     "local: ollama",
-    "{cidr: 10.20.0.0/16, ports: [5432]}",
+    "{cidr: 10.20.0.0/16, ports: [5432], vouch: our own machines}",
     more="""\
 members: [user:infer, group:research]
 residency: {jurisdictions: [EEA, CH]}
@@ -33,7 +33,7 @@ def test_a_policy_in_words() -> None:
     assert explain_policy(POLICY).splitlines()[1:] == [
         "guard: enforce: only what is listed is reachable",
         "members: group:research, user:infer",
-        "residency: CH, EEA",
+        "residency: CH, EEA (31 countries)",
         "limit: wall 90s",
         "limit: memory 4GiB",
         "limit: processes 128",
@@ -43,7 +43,7 @@ def test_a_policy_in_words() -> None:
         "allowed: host api.example.com on 443/tcp, verified by SNI (line 4)",
         "allowed: host db.internal.example on 5432/tcp, also in private ranges (line 5)",
         "allowed: local service ollama on 11434/tcp of this machine's loopback (line 6)",
-        "allowed: cidr 10.20.0.0/16 on 5432/tcp (line 7)",
+        'allowed: cidr 10.20.0.0/16 on 5432/tcp, vouched for: "our own machines" (line 7)',
     ]
     assert explain_policy(POLICY).startswith(f"workspace acme ({POLICY.digest[:19]})\n")
 
@@ -216,8 +216,8 @@ def test_a_near_miss_among_many_is_found_quickly() -> None:
 
 def test_a_complete_policy_earns_one_remark() -> None:
     (remark,) = remarks(POLICY, source="acme.yaml")
-    assert (remark.source, remark.where) == ("acme.yaml", "residency")
-    assert "not enforced in this version" in remark.text
+    assert (remark.source, remark.line) == ("acme.yaml", 7)
+    assert "10.20.0.0/16 is vouched for" in remark.text
 
 
 def test_the_emptiest_policy_is_told_what_it_means() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from egressd.policy.tree import MAX_BYTES, MAX_DEPTH, read, spelt
+from egressd.model.tree import MAX_BYTES, MAX_DEPTH, read, spelt
 
 SCALARS = [
     ("true", True),

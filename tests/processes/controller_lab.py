@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from egressd.processes.controller import Controller
 from egressd.processes.leases import Sandbox
 from egressd.processes.members import Caller
 from egressd.processes.ritual import Auditing, Start
+from egressd.residency.prefixes import Group, Source, Table
 from egressd.ruleset.observe import Counters
 from egressd.ruleset.wants import WorkspaceWant
 
@@ -66,6 +69,25 @@ class Journal(Auditing):
         elif not self.full:
             self.record(message.event, message.fields)
         return not self.full
+
+
+def published(name: str, prefixes: Mapping[str, str]) -> Table:
+    groups = tuple(
+        Group(
+            region="" if code == "anycast" else f"{code.lower()}-test-1",
+            services=(),
+            prefixes=tuple(text.split()),
+            anycast=code == "anycast",
+            countries=() if code == "anycast" else (code,),
+        )
+        for code, text in prefixes.items()
+    )
+    digest = hashlib.sha256(repr(prefixes).encode()).hexdigest()
+    source = Source(name=f"{name}.txt", digest=f"sha256:{digest}", bytes=1)
+    day = date(2026, 11, 1)
+    return Table(
+        name=name, provider="lab", format="cidr", source=source, published=day, imported=day, groups=groups
+    )
 
 
 class Client:
@@ -117,13 +139,20 @@ class World:
         (directory / "controller").mkdir()
         for name, text in policies.items():
             self.write(name, text)
-        config = Config(workspaces_dir=str(self.workspaces), run_dir=str(directory))
+        self.tables = directory / "residency" / "tables"
+        self.tables.mkdir(parents=True)
+        config = Config(
+            workspaces_dir=str(self.workspaces),
+            run_dir=str(directory),
+            residency_dir=str(directory / "residency"),
+        )
         self._unused, self._audit = pair()
         self._listener: socket.socket | None = None
         self.controller = Controller(Start(CARDS["controller"], config, {"audit": self._unused}))
         self.told: list[tuple[str, Any, Any]] = []
         self.refusing: set[type] = set()
         self.silent: set[str] = set()
+        self.slow: set[type] = set()  # what is not answered by itself
         self.peers: dict[str, Peer] = {}
         self.journal = Journal("controller", told=self.told)
         self.controller.auditing = self.journal
@@ -131,6 +160,7 @@ class World:
         self.counters = NOTHING
         self.drift: list[str] = []
         self.ruleset = ""
+        self.flows: dict[str, list[tuple[int, str]]] = {}  # by workspace: (mark, real address)
         self.state = STATE
         self.refused: dict[str, dict[str, dict[str, int]]] = {}  # by who refused, workspace and reason
         self.last_counters: dict[str, tuple[int, int]] = {}  # of links that are closed
@@ -153,6 +183,10 @@ class World:
     def write(self, workspace: str, text: str) -> None:
         (self.workspaces / f"{workspace}.yaml").write_text(f"workspace: {workspace}\n{text}")
 
+    def table(self, name: str, **prefixes: str) -> None:
+        """A table of published prefixes: code of the country, or `anycast`, -> prefixes."""
+        (self.tables / f"{name}.json").write_bytes(published(name, prefixes).encode())
+
     def close(self) -> None:
         if self._listener is not None:
             asyncio.get_running_loop().remove_reader(self._listener)
@@ -166,7 +200,11 @@ class World:
         ours, theirs = pair()
         self.controller.connect(name, ours)
         receives = RECEIVES.get(name, messages.TO_RESOLVER)
-        replies = (messages.Granted, messages.Done, messages.Failed) if name == "resolver" else ()
+        replies = (
+            (messages.Granted, messages.Admitted, messages.Done, messages.Failed)
+            if name == "resolver"
+            else ()
+        )
         handler = self._requested if name == "resolver" else self._heard
         self.peers[name] = Peer(
             theirs, receives, handler=lambda peer, received: handler(name, peer, received), replies=replies
@@ -186,7 +224,7 @@ class World:
             payload = msgspec.json.decode(received.payload(), type=PAYLOADS[type(message)])
         received.close()
         self.told.append((name, message, payload))
-        if name in self.silent:
+        if name in self.silent or type(message) in self.slow:
             return
         if type(message) in self.refusing:
             peer.send(messages.Failed(request=message.request, reason="unavailable", text="no"))
@@ -194,6 +232,9 @@ class World:
             peer.send(
                 messages.LinkClosed(request=message.request, link=message.link, counters=self.last_counters)
             )
+        elif isinstance(message, messages.ReadFlows):
+            value = msgspec.json.encode(self.flows.get(message.workspace, []))
+            peer.send_payload(messages.Payload(request=message.request, payload_length=len(value)), value)
         elif isinstance(message, messages.RotateKey):
             peer.send(msgspec.structs.replace(self.state, request=message.request))
         elif isinstance(message, messages.MakeProof):

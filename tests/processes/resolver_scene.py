@@ -237,12 +237,14 @@ class Controller:
         self.channel: Channel[Any] = Channel(sock, messages.FROM_RESOLVER)
         self.resolved: list[messages.Resolved] = []
         self.grants: list[messages.GrantName] = []
+        self.admitted: list[str] = []  # hosts of those that were answered `Granted`
         self.releases: list[str] = []
         self.granted: dict[tuple[str, str], int] = {}
         self._blocks: dict[tuple[str, str], int] = {}
         self.held: list[Judged] = []
         self.replies: queue.Queue[Any] = queue.Queue()
         self.verdict: Callable[[Any], bool | None] = lambda _: True
+        self.refuses: dict[str, str] = {}  # addresses that are led nowhere, and why
         self._numbers = itertools.count(1)
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -275,15 +277,25 @@ class Controller:
         self.channel.send(self._good(message) if good else _failed(message))
 
     def _good(self, message: Judged) -> Any:
+        against = self._against(message)
         if isinstance(message, messages.GrantName):
+            if against and len(against) == len(_shown(message)):
+                text = next(iter(against.values()))
+                return messages.Failed(request=message.request, reason="residency", text=text)
             key = message.workspace, message.host
             block = self._blocks.setdefault(key, FIRST_BLOCK + len(self._blocks))
             self.granted[key] = block
-            return messages.Granted(request=message.request, block=block)
+            self.admitted.append(message.host)
+            return messages.Granted(request=message.request, block=block, refused=against)
+        if isinstance(message, messages.Resolved):
+            return messages.Admitted(request=message.request, refused=against)
         if isinstance(message, messages.ReleaseNames):
             for host in message.hosts:
                 self.granted.pop((message.workspace, host), None)
         return messages.Done(request=message.request)
+
+    def _against(self, message: Judged) -> dict[str, str]:
+        return {a: self.refuses[a] for a in _shown(message) if a in self.refuses}
 
     def release(self) -> None:
         self.verdict = lambda _: True
@@ -320,6 +332,12 @@ class Controller:
 
     def unbind(self, link: int = 1) -> Any:
         return self.ask(messages.UnbindSource(request=next(self._numbers), link=link))
+
+
+def _shown(message: Judged) -> set[str]:
+    if isinstance(message, messages.ReleaseNames):
+        return set()
+    return {str(address) for address in (*message.slots4, *message.slots6) if address is not None}
 
 
 def _failed(message: Judged) -> messages.Failed:

@@ -9,7 +9,7 @@ import pytest
 
 from egressd.model.errors import PolicyError
 from egressd.processes import supervisor
-from egressd.processes.config import Account, Config, MetricsAddress, load
+from egressd.processes.config import Account, Config, ListenAddress, load
 
 GOOD = """
 workspaces_dir: /etc/egressd/workspaces
@@ -80,6 +80,14 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         (f"metrics: unix:/{'x' * 107}\n", 1, "107 bytes"),
         (GOOD + "metrics: 127.0.0.1:9464\n", 7, "metrics: '906'"),
         ("metrics: 127.0.0.1:9464\nuser: daemon\n", 2, "systemd-sysusers"),
+        ("api: 0.0.0.0:8000\n", 1, "come in by ssh"),
+        ("api: 192.0.2.7:8000\n", 1, "come in by ssh"),
+        ("api: '[::]:8000'\n", 1, "come in by ssh"),
+        ("api: localhost:8000\n", 1, "127.0.0.1:8000"),
+        ("api: unix:api.sock\n", 1, "/run/egressd/api.sock"),
+        (GOOD + "api: 127.0.0.1:8000\n", 7, "api: '907'"),
+        ("api: 127.0.0.1:8000\nuser: daemon\n", 2, "systemd-sysusers"),
+        ("residency_dir: here\n", 1, "absolute path"),
         ("- a\n- b\n", 1, "not a mapping"),
         ("a: [\n", 2, "not YAML"),
         ("run_dir: /a\nrun_dir: /b\n", 2, "again"),
@@ -108,20 +116,29 @@ def test_a_missing_and_a_huge_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "where"),
     [
-        ("127.0.0.1:9464", MetricsAddress(IPv4Address("127.0.0.1"), 9464, "")),
-        ("127.8.9.1:65535", MetricsAddress(IPv4Address("127.8.9.1"), 65535, "")),
-        ("[::1]:9464", MetricsAddress(IPv6Address("::1"), 9464, "")),
-        ("unix:/run/egressd/metrics.sock", MetricsAddress(None, 0, "/run/egressd/metrics.sock")),
+        ("127.0.0.1:9464", ListenAddress(IPv4Address("127.0.0.1"), 9464, "")),
+        ("127.8.9.1:65535", ListenAddress(IPv4Address("127.8.9.1"), 65535, "")),
+        ("[::1]:9464", ListenAddress(IPv6Address("::1"), 9464, "")),
+        ("unix:/run/egressd/metrics.sock", ListenAddress(None, 0, "/run/egressd/metrics.sock")),
     ],
 )
 def test_metrics_are_read_at_the_loopback_or_a_socket(
-    tmp_path: Path, text: str, where: MetricsAddress
+    tmp_path: Path, text: str, where: ListenAddress
 ) -> None:
     user = GOOD.replace("}\n", ", metrics: '906'}\n").replace("[10.20.0.5], metrics: '906'}", "[10.20.0.5]}")
     config = load(written(tmp_path, f"{user}metrics: '{text}'\n"))
     assert config.metrics_address == where
     assert config.accounts()["metrics"] == Account(906, 906)
     assert supervisor.order(config) == (*supervisor.ORDER, "exporter")
+
+
+def test_the_api_answers_at_the_loopback_or_a_socket(tmp_path: Path) -> None:
+    user = GOOD.replace("}\n", ", api: '907'}\n").replace("[10.20.0.5], api: '907'}", "[10.20.0.5]}")
+    for text, path in (("127.0.0.1:8000", ""), ("[::1]:8000", ""), ("unix:/run/egressd/a", "/run/egressd/a")):
+        config = load(written(tmp_path, f"{user}api: '{text}'\n"))
+        assert config.api_address is not None and config.api_address.path == path
+        assert config.accounts()["api"] == Account(907, 907)
+        assert supervisor.order(config) == (*supervisor.ORDER, "api")
 
 
 def test_without_metrics_their_account_is_not_asked_for(tmp_path: Path) -> None:

@@ -358,7 +358,7 @@ def test_only_root_changes_the_key(tmp_path: Path, callers: list[int]) -> None:
 def test_metrics_are_for_root_and_the_exporter(
     tmp_path: Path, callers: list[int], monkeypatch: pytest.MonkeyPatch, uid: int, may: bool
 ) -> None:
-    monkeypatch.setattr(control, "_exporter", lambda _: 906)
+    monkeypatch.setattr(control, "_uid_of", lambda _, role: {"metrics": 906}.get(role))
 
     async def dialogue(w: World) -> None:
         callers.append(uid)

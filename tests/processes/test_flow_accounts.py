@@ -11,7 +11,16 @@ from egressd.model.identities import Link
 from egressd.processes.denials import Attribution
 from egressd.processes.flow_accounts import FlowLog, Hosts
 from egressd.processes.journal_file import Draft
-from egressd.ruleset.layout import RESOLVER_BLOCK, UNLISTED_BLOCK, Kind, Mark, Pools, dial_source
+from egressd.ruleset.layout import (
+    CUT,
+    RESOLVER_BLOCK,
+    TOLD,
+    UNLISTED_BLOCK,
+    Kind,
+    Mark,
+    Pools,
+    dial_source,
+)
 from packets.conntrack_datagrams import ICMP, UDP, ended
 
 POOLS = Pools()
@@ -102,6 +111,19 @@ def test_what_the_inspector_dials_belongs_to_no_link(scene: Scene, family: int) 
     assert (flow["kind"], flow["link"], flow["workspace"], flow["host"]) == (
         "dialled", None, "acme", "api.test",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("told", [0, TOLD])
+def test_a_connection_that_was_cut_is_recorded_as_what_it_was(scene: Scene, told: int) -> None:
+    cut = CUT | told | mark(Kind.FORWARD) & 0x07FF_FFFF
+    scene.ends(S4, synthetic(4), 443, mark=cut, real=R4)
+    flow = scene.flow()
+    assert (flow["kind"], flow["workspace"], flow["host"], flow["address"]) == (
+        "host",
+        "acme",
+        "api.test",
+        R4,
+    )
 
 
 def test_icmp_and_datagrams(scene: Scene) -> None:

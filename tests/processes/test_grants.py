@@ -238,7 +238,7 @@ def test_refreshes_of_a_granted_name_reach_the_kernel(tmp_path: Path) -> None:
                 slots6=slots(SIX),
             )
         )
-        assert isinstance(done, messages.Done)
+        assert isinstance(done, messages.Admitted)
         (said,) = w.of(messages.SetNat)
         assert {(Mark.of(e.mark).block, e.real) for e in said.entries} == {(answer.block, str(moved))}
 

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from egressd.cli.audit_search import Journal, Tail
 from egressd.journal import merkle, notes, records
 from egressd.journal.keys import PrivateKey, Verifier
 from egressd.journal.notes import Checkpoint
@@ -29,6 +28,7 @@ from egressd.processes.journal_file import (
 )
 from egressd.processes.journal_keys import KeyProblem, Keys, open_keys
 from egressd.processes.journal_reader import check_journal, inspect_journal
+from egressd.processes.journal_search import Journal, Tail
 
 KEY, OTHER = PrivateKey.from_seed(bytes(31) + b"\x01"), PrivateKey.from_seed(bytes(31) + b"\x02")
 

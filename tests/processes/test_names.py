@@ -12,7 +12,7 @@ from egressd.ipc import messages
 from egressd.model.errors import Refused
 from egressd.model.verdicts import Reason
 from egressd.policy.compiled import Budgets, Ech, Guard, HostRule, Limits, Policy, Port, Protocol, Verify
-from egressd.processes.names import Addresses, Admitting, sites_of
+from egressd.processes.names import Addresses, Admitting, Use, sites_of
 from egressd.ruleset.layout import Kind, Mark, Pools
 from egressd.ruleset.wants import NatEntry
 
@@ -39,7 +39,7 @@ def test_a_name_nobody_uses_changes_nothing() -> None:
 
 def test_each_user_of_a_name_gets_its_own_ways() -> None:
     addresses = Addresses(Pools())
-    addresses.use([(1, 5, rule("a.example")), (2, 9, rule("a.example"))])
+    addresses.use([Use(1, 5, rule("a.example")), Use(2, 9, rule("a.example"))])
     entries = addresses.learn(resolved("a.example", ONE))
     assert len(entries) == 2 * 2 * 4
     assert ways(entries)[1, "198.18.0.20"] == ways(entries)[2, "198.18.0.36"] == "192.0.2.1"
@@ -48,7 +48,7 @@ def test_each_user_of_a_name_gets_its_own_ways() -> None:
 
 def test_what_the_kernel_knows_is_not_said_again() -> None:
     addresses = Addresses(Pools())
-    addresses.use([(1, 5, rule("a.example"))])
+    addresses.use([Use(1, 5, rule("a.example"))])
     addresses.acknowledged(addresses.learn(resolved("a.example", ONE)))
     assert addresses.learn(resolved("a.example", ONE)) == ()
     changed = addresses.learn(resolved("a.example", ONE, TWO))
@@ -57,14 +57,14 @@ def test_what_the_kernel_knows_is_not_said_again() -> None:
 
 def test_what_was_not_acknowledged_is_said_again() -> None:
     addresses = Addresses(Pools())
-    addresses.use([(1, 5, rule("a.example"))])
+    addresses.use([Use(1, 5, rule("a.example"))])
     first = addresses.learn(resolved("a.example", ONE))
     assert addresses.learn(resolved("a.example", ONE)) == first
 
 
 def test_a_family_without_addresses_has_no_way() -> None:
     addresses = Addresses(Pools())
-    addresses.use([(1, 5, rule("a.example"))])
+    addresses.use([Use(1, 5, rule("a.example"))])
     entries = addresses.learn(resolved("a.example", ONE, six=None))
     assert all(":" not in e.synthetic for e in entries)
     addresses.acknowledged(entries)
@@ -73,10 +73,10 @@ def test_a_family_without_addresses_has_no_way() -> None:
 
 def test_a_rule_that_goes_takes_its_ways_and_only_those() -> None:
     addresses = Addresses(Pools())
-    addresses.use([(1, 5, rule("a.example")), (1, 6, rule("b.example"))])
+    addresses.use([Use(1, 5, rule("a.example")), Use(1, 6, rule("b.example"))])
     for name in ("a.example", "b.example"):
         addresses.acknowledged(addresses.learn(resolved(name, ONE)))
-    gone = addresses.use([(1, 6, rule("b.example"))])
+    gone = addresses.use([Use(1, 6, rule("b.example"))])
     assert {e.real for e in gone} == {None} and len(gone) == 8
     assert all(Mark.of(e.mark).block == 5 for e in gone)
     addresses.acknowledged(gone)
@@ -85,15 +85,15 @@ def test_a_rule_that_goes_takes_its_ways_and_only_those() -> None:
 
 def test_a_rule_that_comes_for_a_known_name_gets_its_ways_at_once() -> None:
     addresses = Addresses(Pools())
-    addresses.use([(1, 5, rule("a.example"))])
+    addresses.use([Use(1, 5, rule("a.example"))])
     addresses.acknowledged(addresses.learn(resolved("a.example", ONE)))
-    fresh = addresses.use([(1, 5, rule("a.example")), (2, 7, rule("a.example"))])
+    fresh = addresses.use([Use(1, 5, rule("a.example")), Use(2, 7, rule("a.example"))])
     assert {Mark.of(e.mark).workspace for e in fresh} == {2} and len(fresh) == 8
 
 
 def test_private_and_public_rules_of_one_name_do_not_mix() -> None:
     addresses = Addresses(Pools())
-    addresses.use([(1, 5, rule("a.example", private=True))])
+    addresses.use([Use(1, 5, rule("a.example", private=True))])
     assert addresses.learn(resolved("a.example", ONE)) == ()
 
 
@@ -114,7 +114,7 @@ def test_a_name_joins_with_its_addresses_and_leaves_with_all_its_ways() -> None:
 
 def test_who_shares_a_name_follows_whoever_looked_last() -> None:
     addresses = Addresses(Pools())
-    addresses.use([(1, 5, rule("a.search.test"))])
+    addresses.use([Use(1, 5, rule("a.search.test"))])
     addresses.acknowledged(addresses.learn(resolved("a.search.test", ONE)))
     own, others = addresses.join((2, 9), rule("a.search.test"), ((TWO,) * 4, (SIX,) * 4))
     assert {Mark.of(e.mark).workspace for e in own} == {2} and len(own) == 8

@@ -68,6 +68,9 @@ class ProcessStage:
     def kernel(self, good: bool) -> None:
         self.scene.controller.verdict = lambda _: good
 
+    def refuses(self, refused: dict[str, str]) -> None:
+        self.scene.controller.refuses = {str(ip_address(address)): why for address, why in refused.items()}
+
     def begin(self, link: int, workspace: str) -> None:
         assert isinstance(self.scene.controller.bind(link, workspace), messages.Done)
 
@@ -110,7 +113,7 @@ class ProcessStage:
 
     def _list(self, kind: str) -> list[str]:
         if kind == "grants":
-            return [grant.host for grant in self.scene.controller.grants]
+            return self.scene.controller.admitted
         if kind == "releases":
             return self.scene.controller.releases
         asked = self.authority.asked if self.authority else []

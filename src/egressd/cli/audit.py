@@ -11,7 +11,7 @@ import re
 import select
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from itertools import islice
 from time import time
 from typing import TYPE_CHECKING, Final
@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Final
 from egressd.cli.arguments import Subparsers, verb_parser
 from egressd.cli.exits import FOUND, OK, REFUSED
 from egressd.cli.screen import complain, paint, print_json
+from egressd.journal.moments import moment
 from egressd.model.errors import Refused
 from egressd.model.verdicts import Reason
 
 if TYPE_CHECKING:
-    from egressd.cli.audit_search import Found, Journal, Query, Search, Tail
+    from egressd.processes.journal_search import Found, Journal, Query, Search, Tail
 
 __all__ = ["add", "instant", "journal_directory", "run"]
 
@@ -32,7 +33,6 @@ _STATE_DIR: Final = "/var/lib/egressd"
 _LOOK: Final = 0.25  # seconds between two looks at a journal that is followed
 _AT_ONCE: Final = 256  # records per write
 _BEFORE: Final = 10  # records shown before those that are waited for
-_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _VERDICTS: Final = ("denied", "observed", "allowed", "granted", "refused")
 
 
@@ -84,21 +84,10 @@ def add(subparsers: Subparsers) -> None:
 
 def instant(text: str, *, now: float | None = None) -> datetime:
     """`30m` ago, `today`, `yesterday`, `now`, a date, or a date with a time; in UTC if it does not say."""
-    moment = datetime.fromtimestamp(time() if now is None else now, UTC)
-    midnight = moment.replace(hour=0, minute=0, second=0, microsecond=0)
-    named = {"now": moment, "today": midnight, "yesterday": midnight - timedelta(days=1)}
-    if text in named:
-        return named[text]
     try:
-        ago = re.fullmatch(r"([0-9]{1,9})([smhdw])", text)
-        if ago:
-            return moment - timedelta(seconds=int(ago[1]) * _UNITS[ago[2]])
-        found = datetime.fromisoformat(text)
-        return (found if found.tzinfo else found.replace(tzinfo=UTC)).astimezone(UTC)
-    except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no time: write 30m, 2h, 7d, today, yesterday or 2026-11-21T10:00"
-        ) from None
+        return moment(text, now=datetime.fromtimestamp(time() if now is None else now, UTC))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _sandbox(text: str) -> str:
@@ -184,7 +173,7 @@ def _told(run_dir: str) -> str:
 def _configured() -> str | None:
     """By the configuration file; None if there is none that can be read. Only this key is looked at: the
     journal must be readable though something else in the file is wrong."""
-    from egressd.policy import tree  # noqa: PLC0415
+    from egressd.model import tree  # noqa: PLC0415
 
     try:
         with open(_CONFIG, "rb") as stream:  # noqa: PTH123 - pathlib is slow to import
@@ -208,7 +197,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _read(args: argparse.Namespace, directory: str) -> int:
-    from egressd.cli.audit_search import Journal, Search, Tail  # noqa: PLC0415
+    from egressd.processes.journal_search import Journal, Search, Tail  # noqa: PLC0415
 
     try:
         journal = Journal.open(directory)
@@ -235,8 +224,8 @@ def _read(args: argparse.Namespace, directory: str) -> int:
 
 
 def _query(args: argparse.Namespace) -> Query:
-    from egressd.cli.audit_search import Query, host_of  # noqa: PLC0415
     from egressd.cli.audit_words import VERDICTS  # noqa: PLC0415
+    from egressd.processes.journal_search import Query, host_of  # noqa: PLC0415
 
     events = args.event
     if args.verdict is not None:

@@ -140,6 +140,7 @@ def _workspace(workspace: Mapping[str, Any], paint: Paint, *, moving: bool) -> s
         _denied(workspace["denied"], paint),
         _refused("questions refused by the resolver", workspace["names_refused_by"], paint),
         _refused("connections refused by the inspector", workspace["flows_refused"], paint),
+        _addresses(workspace.get("addresses_refused", {})),
         _links(workspace["links"], workspace["ended"], paint),
         _balance(workspace["balance"], paint, moving=moving),
     ]
@@ -189,6 +190,12 @@ def _refused(title: str, counts: Mapping[str, int], paint: Paint) -> str:
     what they asked for was refused there."""
     rows = [[escape(reason), str(count)] for reason, count in sorted(counts.items()) if count]
     return table([title, "count"], rows, right="count", indent="  ", columns=paint.columns) if rows else ""
+
+
+def _addresses(refused: Mapping[str, int]) -> str:
+    """`addresses refused by residency: 5 of six.example, 1 of *.search.example`"""
+    told = ", ".join(f"{count} of {escape(host)}" for host, count in refused.items() if count)
+    return f"  addresses refused by residency: {told}" if told else ""
 
 
 def _links(links: list[dict[str, Any]], ended: Mapping[str, Any], paint: Paint) -> str:

@@ -27,7 +27,11 @@ DEFAULT_RUN_DIR: Final = "/run/egressd"
 VERBS: Final[dict[str, tuple[str, str]]] = {
     "run": ("run", "run a command in a sandbox of a workspace"),
     "status": ("status", "is egressd enforcing; which workspaces, which sandboxes"),
-    "policy": ("policy", "check, compare, apply or explain policies"),
+    "policy": ("policy", "check, lint, compare, apply or explain policies"),
+    "guard": ("guard", "is what is not listed refused: on, observe or off"),
+    "residency": ("residency", "where providers' addresses are; to where a workspace is pinned"),
+    "local-only": ("local_only", "is external routing off: on or off"),
+    "route": ("route", "which provider serves a route, and why; or why none"),
     "why": ("why", "why a name, an address or a sandbox is allowed or denied"),
     "counters": ("counters", "bytes and packets per workspace and host; do the books balance"),
     "ruleset": ("ruleset", "the gateway's nftables ruleset, as the kernel lists it"),
@@ -44,6 +48,8 @@ examples:
   egressctl policy check acme.yaml             every problem of a policy; needs no daemon and no root
   egressctl policy diff                        what `policy apply` would change
   egressctl why -w acme tracker.example        why is this name denied in acme?
+  egressctl guard acme on                      from now on, refuse what is not listed
+  egressctl route -w acme default              which provider serves this route, and why
   egressctl counters acme                      who was talked to, what was denied, does it add up?
   egressctl ruleset | less                     the kernel's own word
   egressctl audit --since 1h --verdict denied  what was denied within the hour
@@ -53,7 +59,8 @@ examples:
   egressctl --json status                      the same answers for programs
 
 exit status:
-  0    done, and nothing is wrong        1    problems were found, or the books do not balance
+  0    done, and nothing is wrong        1    problems were found, the books do not balance,
+                                              or no provider complies
   2    the command line is wrong         125  egressd refused, or cannot be reached
   `run` returns the status of its command, and 125 for everything that is wrong before it begins.
 
@@ -149,7 +156,7 @@ def _verb_of(words: Sequence[str]) -> str | None:
 
 
 def _verb_lines() -> str:
-    return "\n".join(f"  {verb:<10}{summary}" for verb, (_, summary) in VERBS.items())
+    return "\n".join(f"  {verb:<12}{summary}" for verb, (_, summary) in VERBS.items())
 
 
 def _load(verb: str) -> VerbModule:

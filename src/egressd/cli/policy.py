@@ -1,4 +1,4 @@
-"""`egressctl policy`: check, diff, apply, explain. Each action's work is in a file of its own."""
+"""`egressctl policy`: check, lint, diff, apply, explain. Each action's work is in a file of its own."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import Final
 
 from egressd.cli.arguments import Subparsers, verb_parser
 
-__all__ = ["ACTIONS", "add", "run"]
+__all__ = ["ACTIONS", "RESIDENCY_DIR", "add", "run"]
 
-# action -> module of egressd.cli; `check` and `explain` load the policy grammar, the others do not
+RESIDENCY_DIR: Final = "/etc/egressd/residency"  # what processes/config.py has where nothing is written
+
+# action -> module of egressd.cli; `check`, `lint` and `explain` load the policy grammar, the others do not
 ACTIONS: Final[dict[str, str]] = {
     "check": "policy_check",
+    "lint": "policy_lint",
     "diff": "policy_changes",
     "apply": "policy_changes",
     "explain": "policy_explain",
@@ -23,7 +26,7 @@ def add(subparsers: Subparsers) -> None:
     parser = verb_parser(
         subparsers,
         "policy",
-        summary="check, compare, apply or explain policies",
+        summary="check, lint, compare, apply or explain policies",
         says="A policy is one file per workspace, WORKSPACE.yaml. A file with anything wrong in it is\n"
         "refused whole, with every problem listed; the last good policy of that workspace stays.",
         examples="  egressctl policy check /etc/egressd/workspaces\n"
@@ -34,6 +37,7 @@ def add(subparsers: Subparsers) -> None:
         dest="action", metavar="ACTION", required=True, title="actions", prog="egressctl policy"
     )
     _add_check(actions)
+    _add_lint(actions)
     _add_diff(actions)
     _add_apply(actions)
     _add_explain(actions)
@@ -57,6 +61,36 @@ def _add_check(actions: Subparsers) -> None:
         "  egressctl policy check --json *.yaml                for an editor or a CI job",
     )
     parser.add_argument("paths", metavar="FILE", nargs="+", help="a policy file, or a directory of them")
+    _add_residency_dir(parser)
+
+
+def _add_lint(actions: Subparsers) -> None:
+    parser = verb_parser(
+        actions,
+        "lint",
+        summary="what a policy's author should know about regions and secrets; needs no daemon and no root",
+        says="Look at policy files for what egressd would take and their author may not mean: declared\n"
+        "regions against URLs, global endpoints, profiles that spread requests over regions, old tables of\n"
+        "prefixes, secrets in clear. What cannot be known from the file is told at the end.\n"
+        "Exit status 1 if there is an error, with --strict also for a warning. docs/lint.md has the rules.",
+        examples="  egressctl policy lint acme.yaml\n"
+        "  egressctl policy lint --pin EU /etc/egressd/workspaces    what would an EU pin bar?\n"
+        "  egressctl policy lint --format sarif --strict *.yaml      for code scanning",
+    )
+    parser.add_argument(
+        "paths", metavar="FILE|DIRECTORY", nargs="+", help="a policy file, or a directory of them"
+    )
+    parser.add_argument(
+        "--format", choices=("text", "json", "sarif"), help="lines, one JSON document, or SARIF 2.1.0"
+    )
+    _add_residency_dir(parser)
+    parser.add_argument(
+        "--pin", metavar="CODES", help="look as if the workspace were pinned so: EU, or EEA,CH"
+    )
+    parser.add_argument("--strict", action="store_true", help="exit status 1 also for a warning")
+    parser.add_argument(
+        "--disable", metavar="RULE", action="append", default=[], help="leave a rule out; may be repeated"
+    )
 
 
 def _add_diff(actions: Subparsers) -> None:
@@ -100,3 +134,11 @@ def _add_explain(actions: Subparsers) -> None:
         "  egressctl policy explain ./acme.yaml      as written in the file",
     )
     parser.add_argument("subject", metavar="FILE|WORKSPACE", help="a path if it has a slash or ends in .yaml")
+    _add_residency_dir(parser)
+
+
+def _add_residency_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--residency-dir", metavar="DIR", default=RESIDENCY_DIR,
+        help="the catalogue's additions and the tables of prefixes (%(default)s)",
+    )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 
 from egressd.cli.daemon import Document, answer
 from egressd.cli.exits import FOUND, OK
@@ -10,7 +11,7 @@ from egressd.cli.screen import paint
 from egressd.cli.text import Paint, escape
 from egressd.sandbox.control import Control
 
-__all__ = ["render", "run"]
+__all__ = ["change_lines", "render", "run"]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,12 +35,16 @@ def _diff(control: Control) -> Document:
     return document
 
 
-def render(document: Document, *, paint: Paint) -> str:
-    lines = [
+def change_lines(changes: Iterable[Document], paint: Paint) -> list[str]:
+    return [
         f"{escape(change['workspace'])}: {escape(change['text'])}"
         + (paint.bad("  (gives more)") if change["widens"] else "")
-        for change in document["changes"]
+        for change in changes
     ]
+
+
+def render(document: Document, *, paint: Paint) -> str:
+    lines = change_lines(document["changes"], paint)
     lines += [f"{paint.bad('problem')}: {escape(problem)}" for problem in document["problems"]]
     lines += [f"{paint.bad('kernel')}: {escape(drift)}" for drift in document.get("drift", ())]
     return "\n".join([*lines, _conclusion(document)])

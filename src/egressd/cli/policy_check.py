@@ -15,7 +15,9 @@ from egressd.cli.text import escape
 from egressd.model.errors import PolicyError, Problem
 from egressd.policy.compiled import Policy
 from egressd.policy.remarks import remarks
+from egressd.processes.registry_files import read_registry
 from egressd.processes.workspaces import SUFFIX, read_policy_file, read_workspaces
+from egressd.residency.registry import Registry
 
 __all__ = ["Findings", "check", "run"]
 
@@ -28,13 +30,13 @@ class Findings:
     problems: list[Problem] = field(default_factory=list)
     remarks: list[Problem] = field(default_factory=list)
 
-    def keep(self, policy: Policy, source: Path) -> None:
+    def keep(self, policy: Policy, source: Path, registry: Registry) -> None:
         self.policies.append(policy)
-        self.remarks += remarks(policy, source=str(source))
+        self.remarks += remarks(policy, source=str(source), registry=registry)
 
 
 def run(args: argparse.Namespace) -> int:
-    findings = check([Path(path) for path in args.paths])
+    findings = check([Path(path) for path in args.paths], read_registry(Path(args.residency_dir)))
     if args.json:
         print_json(_document(findings))
     else:
@@ -42,18 +44,18 @@ def run(args: argparse.Namespace) -> int:
     return FOUND if findings.problems else OK
 
 
-def check(paths: Sequence[Path]) -> Findings:
-    """Read each file, and each file of each directory."""
+def check(paths: Sequence[Path], registry: Registry) -> Findings:
+    """Read each file, and each file of each directory, with what is known of providers and prefixes."""
     findings = Findings()
     for path in paths:
         try:
             if path.is_dir() and not path.is_symlink():
-                policies, problems = read_workspaces(path)
+                policies, problems = read_workspaces(path, registry=registry)
                 findings.problems += problems
                 for name, policy in policies.items():
-                    findings.keep(policy, path / f"{name}{SUFFIX}")
+                    findings.keep(policy, path / f"{name}{SUFFIX}", registry)
             else:
-                findings.keep(read_policy_file(path), path)
+                findings.keep(read_policy_file(path, registry=registry), path, registry)
         except PolicyError as error:
             findings.problems += error.problems
     return findings

@@ -24,10 +24,11 @@ def _explain_file(args: argparse.Namespace) -> int:
 
     from egressd.model.errors import PolicyError  # noqa: PLC0415
     from egressd.policy.explain import explain_policy  # noqa: PLC0415
+    from egressd.processes.registry_files import read_registry  # noqa: PLC0415
     from egressd.processes.workspaces import read_policy_file  # noqa: PLC0415
 
     try:
-        policy = read_policy_file(Path(args.subject))
+        policy = read_policy_file(Path(args.subject), registry=read_registry(Path(args.residency_dir)))
     except PolicyError as error:
         if args.json:
             print_json({"ok": False, "problems": [asdict(problem) for problem in error.problems]})

@@ -72,6 +72,7 @@ def render(document: Document, *, paint: Paint, now: float) -> str:
         "\n".join(part(document, paint, now) for part in (_headline, _ruleset, _journal)),
         _processes(document["processes"], paint),
         _workspaces(document["workspaces"], paint),
+        _residency(document["workspaces"], paint),
         _sandboxes(document["sandboxes"], now, paint),
         _alarms(document["alarms"]),
     ]
@@ -140,7 +141,7 @@ def _workspaces(workspaces: list[dict[str, Any]], paint: Paint) -> str:
     rows = [
         [
             escape(w["workspace"]),
-            escape(w["guard"] or "-"),
+            escape(w["guard"] or "-") + (" local-only" if w.get("local_only") else ""),
             str(w["sandboxes"]),
             _names(w["names"]),
             shorten(escape(w["policy"] or "-"), 19),  # "sha256:" and 9 digits, for the eye
@@ -150,6 +151,30 @@ def _workspaces(workspaces: list[dict[str, Any]], paint: Paint) -> str:
     ]
     head = ["workspace", "guard", "sandboxes", "names", "policy", "problem"]
     return table(head, rows, right="sandboxes,names", columns=paint.columns)
+
+
+def _residency(workspaces: list[dict[str, Any]], paint: Paint) -> str:
+    """Of those that are pinned: where to, what is kept out by that, and what the judgement rests on."""
+    rows = [
+        [
+            escape(w["workspace"]),
+            escape(", ".join(found["jurisdictions"])),
+            str(found["barred"]),
+            str(found["addresses_refused"]),
+            shorten(escape(found["registry"]), 19),
+            _tables(found, paint),
+        ]
+        for w in workspaces
+        if (found := w.get("residency")) is not None
+    ]
+    head = ["workspace", "residency", "rules barred", "addresses refused", "registry", "tables"]
+    return table(head, rows, right="rules barred,addresses refused", columns=paint.columns) if rows else ""
+
+
+def _tables(found: dict[str, Any], paint: Paint) -> str:
+    if found["broken"]:
+        return paint.bad(f"BROKEN: {escape(found['broken'])}")
+    return escape(", ".join(each.partition("@")[0] for each in found["tables"])) or "none imported"
 
 
 def _names(names: dict[str, int] | None) -> str:

@@ -19,7 +19,7 @@ from egressd.model.verdicts import Reason
 from egressd.sandbox.control import Control
 
 if TYPE_CHECKING:
-    from egressd.cli.audit_search import Found, Search, Tail
+    from egressd.processes.journal_search import Found, Search, Tail
 
 __all__ = ["Source", "add", "run"]
 
@@ -158,8 +158,8 @@ class _Log:
         from itertools import islice  # noqa: PLC0415
 
         from egressd.cli.audit import instant  # noqa: PLC0415
-        from egressd.cli.audit_search import Journal, Query, Search, Tail  # noqa: PLC0415
         from egressd.cli.audit_words import VERDICTS  # noqa: PLC0415
+        from egressd.processes.journal_search import Journal, Query, Search, Tail  # noqa: PLC0415
 
         directory = args.journal or f"{status.get('state_dir') or '/var/lib/egressd'}/journal"
         events = VERDICTS["denied"] | VERDICTS["refused"] | VERDICTS["observed"]

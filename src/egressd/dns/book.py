@@ -5,7 +5,7 @@ inside (keeper.py, wildcards.py) as far as somebody else must act:
 
     keeper.Ask, wildcards.Ask       look both families up, then `found` or `looked`
     keeper.Admit                    record, tell the controller, then `admitted` or `withheld`
-    wildcards.Grant                 record, ask the controller, then `granted` or `refused`
+    wildcards.Grant                 record, ask the controller, then `granted`, `refused` or `barred`
     wildcards.Release               tell the controller, then `released` or `kept`
     keeper.Settled                  forget what is cached about the target; who waits for it may ask again
     wildcards.Settled               who waits for it may ask again
@@ -32,6 +32,7 @@ from egressd.dns.table import (
     Wait,
     WorkspaceNames,
     answer,
+    failed,
     unlisted,
     users_of,
 )
@@ -43,6 +44,7 @@ from egressd.policy.compiled import Guard
 __all__ = ["Book", "Command"]
 
 _MAX_NEGATIVE_TTL = 60.0  # seconds
+_NONE: Mapping[Address, str] = {}
 Command: TypeAlias = (
     keeper.Ask
     | keeper.Admit
@@ -88,8 +90,8 @@ class Book:
             commands += self._list_wildcards(table, now)
         self.tables = tables
         for workspace, table in tables.items():
-            for host, (block, private) in self.wildcards.granted_in(workspace).items():
-                table.grant(host, block, private=private)
+            for host, (block, private, terms) in self.wildcards.granted_in(workspace).items():
+                table.grant(host, block, private=private, terms=terms)
         return [*commands, *self.keeper.set_users(users_of(tables), now=now)]
 
     def _list_wildcards(self, table: Table, now: float) -> list[Command]:
@@ -99,8 +101,9 @@ class Book:
             wildcards=names.wildcards,
             budgets=names.budgets,
             granted=names.granted,
-            exact=frozenset(names.hosts) | frozenset(names.services),
+            exact=frozenset(names.hosts) | frozenset(names.services) | frozenset(names.barred),
             now=now,
+            terms=names.terms,
         )
         return self._carry_out(commands, now)
 
@@ -116,14 +119,24 @@ class Book:
         self.links.pop(link, None)
         return self._carry_out(self.wildcards.ended(link, now=now), now)
 
-    def admitted(self, target: Target, serial: int) -> list[Command]:
-        return [*self.keeper.admitted(target, serial)]
+    def admitted(
+        self, target: Target, serial: int, *, refused: Mapping[Address, str] = _NONE
+    ) -> list[Command]:
+        return [*self.keeper.admitted(target, serial, refused=refused)]
 
     def withheld(self, target: Target, serial: int, text: str, *, now: float) -> list[Command]:
         return [*self.keeper.withheld(target, serial, text, now=now)]
 
-    def granted(self, grant: wildcards.Grant, block: int, *, now: float) -> list[Command]:
-        found = self.wildcards.granted(grant.workspace, grant.host, grant.serial, block, now=now)
+    def granted(
+        self, grant: wildcards.Grant, block: int, *, now: float, refused: Mapping[Address, str] = _NONE
+    ) -> list[Command]:
+        found = self.wildcards.granted(
+            grant.workspace, grant.host, grant.serial, block, now=now, refused=refused
+        )
+        return self._carry_out(found, now)
+
+    def barred(self, grant: wildcards.Grant, text: str, *, now: float) -> list[Command]:
+        found = self.wildcards.barred(grant.workspace, grant.host, grant.serial, text, now=now)
         return self._carry_out(found, now)
 
     def refused(self, grant: wildcards.Grant, text: str, *, now: float) -> list[Command]:
@@ -145,7 +158,7 @@ class Book:
         return [*self.keeper.found(target, findings, now=now)]
 
     def looked(self, ask: wildcards.Ask, findings: Findings, *, now: float) -> list[Command]:
-        standing, notes = self.keeper.judge(Target(ask.host, ask.private), findings, now=now)
+        standing, notes = self.keeper.judge(_target(ask), findings, now=now)
         found = self.wildcards.looked(ask.workspace, ask.host, ask.serial, standing, now=now)
         return [*notes, *self._carry_out(found, now)]
 
@@ -183,7 +196,7 @@ class Book:
             case Spent():
                 return _refused(table, query, verdict), commands
             case _:
-                return _not_there(verdict), commands
+                return _failed_or_absent(table, verdict), commands
 
     def _of_other_type(self, workspace: str, name: str, reply: Reply, now: float) -> Reply:
         known = self.wildcards.recall(workspace, name, now=now)
@@ -210,21 +223,23 @@ class Book:
         table = self.tables.get(admitted.workspace)
         if table is None:
             return []
-        table.grant(admitted.host, admitted.block, private=admitted.private)
+        table.grant(admitted.host, admitted.block, private=admitted.private, terms=admitted.terms)
         user = User(admitted.workspace, admitted.block)
-        target = Target(admitted.host, admitted.private)
-        return [*self.keeper.adopt(target, user, admitted.standing, seen=admitted.seen)]
+        found = self.keeper.adopt(
+            _target(admitted), user, admitted.standing, seen=admitted.seen, refused=admitted.refused
+        )
+        return [*found]
 
     def _drop(self, dropped: wildcards.Dropped) -> list[Command]:
         table = self.tables.get(dropped.workspace)
         if table is not None:
             table.release(dropped.host)
         user = User(dropped.workspace, dropped.block)
-        return [*self.keeper.leave(Target(dropped.host, dropped.private), user)]
+        return [*self.keeper.leave(_target(dropped), user)]
 
     def _ask(self, ask: wildcards.Ask, now: float) -> list[Command]:
         """Upstream is asked only for what nobody here knows."""
-        known = self.keeper.shortcut(Target(ask.host, ask.private), now=now)
+        known = self.keeper.shortcut(_target(ask), now=now)
         if known is None:
             return [ask]
         found = self.wildcards.looked(ask.workspace, ask.host, ask.serial, known, now=now)
@@ -237,6 +252,16 @@ def _refused(table: Table, query: Query, spent: Spent) -> Decision:
         decision = unlisted(table, query)
         return replace(decision, reason=spent.reason) if isinstance(decision, Forward) else decision
     return Denied(replace(replies.blocked(f"{query.name}: {spent.text}"), shared=False), spent.reason)
+
+
+def _target(name: wildcards.Ask | wildcards.Admitted | wildcards.Dropped) -> Target:
+    return Target(name.host, name.private, name.terms)
+
+
+def _failed_or_absent(table: Table, verdict: Absent | Failed) -> Decision:
+    if isinstance(verdict, Failed) and verdict.failure.reason is not None:
+        return failed(table, verdict.failure)
+    return _not_there(verdict)
 
 
 def _not_there(outcome: Absent | Failed) -> Reply:

@@ -1,10 +1,10 @@
 """Every listed name: what is known of it, what the kernel has acknowledged, and what to do next.
 
-Theory of operation. A *target* is a host name and whether it may resolve into private ranges; several
-workspaces may share one. The owner of this machine tells it what happens (`set_users`, `found`,
-`admitted`, `withheld`, `tick`) and does what it returns: `Ask` upstream, `Admit` to the kernel, `Settled`
-(forget cached answers, wake who waits), `Note` (record). Nothing else has an effect, so a test is a
-dialogue with a clock of its own.
+Theory of operation. A *target* is a host name, whether it may resolve into private ranges, and the terms
+the controller holds it to, which mean nothing here; several workspaces may share one. The owner of this
+machine tells it what happens (`set_users`, `found`, `admitted`, `withheld`, `tick`) and does what it returns:
+`Ask` upstream, `Admit` to the kernel, `Settled` (forget cached answers, wake who waits), `Note` (record).
+Nothing else has an effect, so a test is a dialogue with a clock of its own.
 
 The order is a rule: record, then admit, then answer. `standing` is what may be answered from; it changes
 only in `admitted` and `withheld`, never when upstream answers. A refresh that the kernel does not take
@@ -12,7 +12,12 @@ leaves the old standing, which the kernel still has; a first resolution it does 
 
     idle --tick--> asking --found--> (slots unchanged) idle
                                 \\--> admitting --admitted--> idle, new standing
-                                              \\--withheld--> idle, old standing; tried again later
+                                    ^         \\--withheld--> idle, old standing; tried again later
+                                    \\--admitted, but some addresses refused: the same without them
+
+What the controller refuses of a proposal the kernel does not lead to. It is left out from then on, for as
+long as upstream goes on naming it, and the others that were found take its slots: a name may have more
+addresses than slots. Each round refuses one at least of at most 64 addresses (see wire.py), so they end.
 
 A user that joins while the kernel is asked is not covered by that acknowledgement: it causes another.
 A name that only a wildcard covers comes here once it has been granted (`adopt`), and is then kept alike.
@@ -32,6 +37,7 @@ from egressd.dns.replies import Extended, Failure
 from egressd.dns.sift import sift
 from egressd.dns.slots import EMPTY, Slots, assign
 from egressd.model.addresses import Address, AddressClass, Network
+from egressd.model.verdicts import Reason
 
 __all__ = [
     "Admit", "Ask", "Command", "Family", "Finding", "Findings", "Keeper", "Note", "Settled",
@@ -43,6 +49,7 @@ __all__ = [
 class Target:
     host: str
     private: bool
+    terms: str = ""  # what the controller holds it to beside that; other terms, another target
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -69,11 +76,13 @@ Findings: TypeAlias = tuple[Finding, Finding]  # IPv4, IPv6
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One address family of a target as acknowledged: where its slots lead, or why nowhere."""
+    """One address family of a target as acknowledged: where its slots lead, or why nowhere. `found` are the
+    usable addresses there were, also those beyond the slots and those the controller refuses."""
 
     slots: Slots[Any] = EMPTY
     failure: Failure | None = None
     stale: bool = False  # older than their TTL, because upstream fails (RFC 8767)
+    found: tuple[Address, ...] = field(default=(), compare=False)  # their order often changes, and no answer
 
 
 class State(enum.Enum):
@@ -135,6 +144,8 @@ Command: TypeAlias = Ask | Admit | Settled | Note
 
 # ---- the machine
 
+_NONE: Mapping[Address, str] = {}
+
 
 @dataclass(slots=True)
 class _Entry:
@@ -149,6 +160,7 @@ class _Entry:
     latest: Standing | None = None  # as upstream last had it, whatever the kernel thinks of it
     proposed: Standing | None = None  # with the kernel
     serial: int = 0
+    refused: dict[Address, str] = field(default_factory=dict)  # by the controller, and why; of those found
 
 
 class Keeper:
@@ -211,21 +223,33 @@ class Keeper:
         entry = _Entry(target, frozenset())
         if kept is not None:
             entry.latest, entry.good_at, entry.ttls = kept.latest, list(kept.good_at), list(kept.ttls)
+            entry.refused = dict(kept.refused)
         return self._learn(entry, findings, now)
 
-    def adopt(self, target: Target, user: User, standing: Standing, *, seen: float) -> list[Command]:
-        """The kernel leads to the slots of this standing, found at `seen`, for this user: a name that a
-        wildcard covers was granted. From now on it is kept like any other."""
+    def adopt(
+        self,
+        target: Target,
+        user: User,
+        standing: Standing,
+        *,
+        seen: float,
+        refused: Mapping[Address, str] = _NONE,
+    ) -> list[Command]:
+        """The kernel leads to the slots of this standing, found at `seen`, for this user, but for addresses
+        that are `refused`: a name that a wildcard covers was granted. From now on it is kept like others."""
         entry = self._entries.get(target)
         if entry is None:
-            return self._adopt_new(target, user, standing, seen)
+            return self._adopt_new(target, user, standing, seen, refused)
         entry.users |= {user}
+        entry.refused.update(refused)
         # For others it was known before. What differs meanwhile is asked anew, of the kernel alone.
-        if entry.proposed is None and _same_way(entry.standing, standing):
+        led = _without(standing, entry.refused)
+        if entry.proposed is None and not refused and _same_way(entry.standing, led):
             entry.standing = replace(entry.standing, users=entry.standing.users | {user})
             return []
         if entry.latest is None or entry.latest.state is not State.KNOWN:
             entry.latest = standing  # the others' luck
+        entry.latest = _reassigned(entry, entry.latest)
         return self._apply(entry, entry.latest)
 
     def leave(self, target: Target, user: User) -> list[Command]:
@@ -240,11 +264,14 @@ class Keeper:
         return [Settled(target)]
 
     def readmit(self) -> list[Command]:
-        """The controller is a new one, which knows of no slots: tell it all of them again. Answers
-        continue meanwhile, because the kernel still leads where it did."""
+        """The controller is a new one, which knows of no slots: tell it all of them again, and have it judge
+        again what the old one refused. Answers continue meanwhile, because the kernel still leads where it
+        did."""
         commands: list[Command] = []
         for entry in self._entries.values():
             if entry.latest is not None:
+                entry.refused.clear()
+                entry.latest = _reassigned(entry, entry.latest)
                 commands += self._propose(entry, entry.latest)
         return commands
 
@@ -267,13 +294,22 @@ class Keeper:
         self._reschedule(entry, findings, now)
         return [*notes, *self._apply(entry, entry.latest)]
 
-    def admitted(self, target: Target, serial: int) -> list[Command]:
-        """The kernel leads where the `Admit` of that serial said."""
+    def admitted(
+        self, target: Target, serial: int, *, refused: Mapping[Address, str] = _NONE
+    ) -> list[Command]:
+        """The kernel leads where the `Admit` of that serial said, but for addresses that are refused for as
+        long as the target has these terms: address -> why."""
         entry = self._entries.get(target)
         if entry is None or entry.proposed is None or entry.serial != serial:
             return []
-        entry.standing, entry.proposed = entry.proposed, None
-        return [Settled(target), *self._apply(entry, entry.latest or entry.standing)]
+        proposed, entry.proposed = entry.proposed, None
+        against = {a: why for a, why in refused.items() if a in _ways(proposed)}
+        entry.standing = _without(proposed, against)
+        latest = entry.latest or proposed
+        if against:
+            entry.refused.update(against)
+            latest = entry.latest = _reassigned(entry, latest)
+        return [Settled(target), *self._apply(entry, latest)]
 
     def withheld(self, target: Target, serial: int, text: str, *, now: float) -> list[Command]:
         """The kernel does not lead there. Nothing is answered that was not before, and it is tried again."""
@@ -282,7 +318,7 @@ class Keeper:
             return []
         entry.proposed = None
         entry.failures += 1
-        if not entry.standing.users & entry.users:
+        if not entry.standing.users & entry.users or entry.standing.state is State.PENDING:
             failure = Failure(Extended.NOT_READY, f"{target.host} is not admitted: {text}")
             entry.standing = Standing(State.FAILED, failure=failure)
         if not entry.asking:
@@ -311,16 +347,19 @@ class Keeper:
         if entry.proposed is not None:
             entry.proposed = replace(entry.proposed, users=entry.proposed.users & users)
 
-    def _adopt_new(self, target: Target, user: User, standing: Standing, seen: float) -> list[Command]:
+    def _adopt_new(
+        self, target: Target, user: User, standing: Standing, seen: float, refused: Mapping[Address, str]
+    ) -> list[Command]:
         users = frozenset({user})
-        entry = self._entries[target] = _Entry(target, users)
-        entry.standing, entry.latest = replace(standing, users=users), standing
+        entry = self._entries[target] = _Entry(target, users, refused=dict(refused))
+        entry.standing = replace(_without(standing, refused), users=users)
+        entry.latest = _reassigned(entry, standing)
         families = (standing.v4, standing.v6)
         entry.good_at = [seen if family.failure is None else None for family in families]
         entry.ttls = [standing.ttl, standing.ttl]
         entry.failures = int(None in entry.good_at)
         self._pace(entry, standing.ttl, seen)
-        return []
+        return self._apply(entry, entry.latest)
 
     def _look(self, entry: _Entry, now: float) -> list[Command]:
         entry.due = None
@@ -343,6 +382,8 @@ class Keeper:
         before = entry.latest or Standing()
         v4, notes4 = self._family(entry, 0, findings[0], before.v4, now)
         v6, notes6 = self._family(entry, 1, findings[1], before.v6, now)
+        there = {*v4.found, *v6.found}
+        entry.refused = {address: why for address, why in entry.refused.items() if address in there}
         return _standing(v4, v6, findings, exists=before.exists), [*notes4, *notes6]
 
     def _family(
@@ -358,11 +399,11 @@ class Keeper:
         host = entry.target.host
         good, refused = sift(finding.addresses, private=entry.target.private, own=self._own)
         notes = [_refused(host, address, kind) for address, kind in refused]
-        failure = None
-        if refused and not good:
-            seen = ", ".join(f"{a} ({kind})" for a, kind in refused[:2])
-            failure = Failure(Extended.BLOCKED, f"every address of {host} is refused: {seen}")
-        return Family(assign(old.slots, good)[0], failure), notes
+        if good:
+            return _led(entry, Family(old.slots, found=good)), notes
+        seen = ", ".join(f"{a} ({kind})" for a, kind in refused[:2])
+        text = f"every address of {host} is refused: {seen}"
+        return Family(failure=Failure(Extended.BLOCKED, text) if refused else None), notes
 
     def _reschedule(self, entry: _Entry, findings: Findings, now: float) -> None:
         failed = any(f.failure is not None for f in findings)
@@ -422,6 +463,57 @@ def _standing(v4: Family, v6: Family, findings: Findings, *, exists: bool) -> St
     if failure is not None:
         return Standing(State.FAILED, v4, v6, failure=failure)
     return Standing(State.KNOWN, v4, v6, ttl=ttl)
+
+
+def _led(entry: _Entry, family: Family) -> Family:
+    """The family without the addresses that the controller refuses; why, if none is left."""
+    if not family.found:
+        return family
+    good = [address for address in family.found if address not in entry.refused]
+    failure = None if good else _none_left(entry, family.found)
+    return replace(family, slots=assign(family.slots, good)[0], failure=failure)
+
+
+def _none_left(entry: _Entry, found: tuple[Address, ...]) -> Failure:
+    whys = [entry.refused[address] for address in found]
+    more = f"; and {len(whys) - 1} more" if len(whys) > 1 else ""
+    text = f"every address of {entry.target.host} is refused: {whys[0]}{more}"
+    return Failure(Extended.BLOCKED, text, Reason.RESIDENCY)
+
+
+def _reassigned(entry: _Entry, standing: Standing) -> Standing:
+    """The same once more: more or less of it is refused by now."""
+    v4, v6 = _led(entry, standing.v4), _led(entry, standing.v6)
+    fresh = replace(standing, v4=v4, v6=v6)
+    if _has_way(fresh):
+        return replace(fresh, state=State.KNOWN, failure=None)
+    failure = v4.failure or v6.failure
+    if standing.state is State.KNOWN and failure is not None:
+        return replace(fresh, state=State.FAILED, failure=failure)
+    return fresh
+
+
+def _without(standing: Standing, refused: Mapping[Address, str]) -> Standing:
+    """What the kernel has of it: a slot whose address is refused leads nowhere. If none leads anywhere, what
+    can be said is still to come."""
+    if not refused:
+        return standing
+    v4, v6 = (replace(family, slots=_masked(family.slots, refused)) for family in (standing.v4, standing.v6))
+    fresh = replace(standing, v4=v4, v6=v6)
+    return replace(fresh, state=State.PENDING) if _has_way(standing) and not _has_way(fresh) else fresh
+
+
+def _masked(slots: Slots[Any], refused: Mapping[Address, str]) -> Slots[Any]:
+    first, second, third, fourth = (None if address in refused else address for address in slots)
+    return first, second, third, fourth
+
+
+def _ways(standing: Standing) -> frozenset[Address]:
+    return frozenset(a for a in (*standing.v4.slots, *standing.v6.slots) if a is not None)
+
+
+def _has_way(standing: Standing) -> bool:
+    return standing.v4.slots != EMPTY or standing.v6.slots != EMPTY
 
 
 def _refused(host: str, address: Address, kind: AddressClass) -> Note:

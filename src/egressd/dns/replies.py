@@ -9,6 +9,7 @@ import enum
 from dataclasses import dataclass
 
 from egressd.model.addresses import Address
+from egressd.model.verdicts import Reason
 
 __all__ = [
     "ANSWER_TTL", "DENIED_TTL", "Extended", "Failure", "Rcode", "Reply", "Type", "addresses", "any_type",
@@ -65,10 +66,12 @@ class Extended(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why there is no answer: an Extended DNS Error code and a text for people."""
+    """Why there is no answer: an Extended DNS Error code and a text for people. With a `reason` it is a
+    denial of ours, answered and counted as one."""
 
     code: int
     text: str
+    reason: Reason | None = None
 
 
 @dataclass(frozen=True, slots=True)

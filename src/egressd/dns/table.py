@@ -10,6 +10,8 @@ of its block, never with real ones; nothing a sandbox asks about a listed name g
     covered by a wildcard, granted as a listed name           the same
     covered, A or AAAA             granted first (`Covered`)  the same
     covered, any other type        NODATA, nothing is asked   the same
+    barred, or covered by a
+      barred wildcard              NXDOMAIN, Blocked (15)     the same
     a local service                synthetic slot 0           the same
     localhost                      127.0.0.1, ::1             the same
     PTR of a synthetic address     its name                   the same
@@ -27,7 +29,7 @@ from msgspec import Meta, Struct
 
 from egressd.dns import replies
 from egressd.dns.keeper import Standing, State, Target, User
-from egressd.dns.replies import Extended, Reply, Type
+from egressd.dns.replies import Extended, Failure, Reply, Type
 from egressd.dns.slots import leading
 from egressd.dns.wildcards import Cover, Patterns, Pending
 from egressd.dns.wire import Query, reverse_address
@@ -38,13 +40,16 @@ from egressd.policy.compiled import Budgets, Guard
 
 __all__ = [
     "Covered", "Decision", "Denied", "Forward", "Pools", "Table", "Wait", "WorkspaceNames", "answer",
-    "unlisted", "users_of",
+    "failed", "unlisted", "users_of",
 ]  # fmt: skip
 
 _Block = Annotated[int, Meta(ge=0, lt=1 << 14)]
 _Host = Annotated[str, Meta(min_length=1, max_length=253, pattern=r"^[a-z0-9._-]+$")]
 _Pattern = Annotated[str, Meta(max_length=255, pattern=r"^\*\*?(?:\.[a-z0-9-]{1,63}){2,}$")]
+_Name = Annotated[str, Meta(min_length=1, max_length=255, pattern=r"^(?:\*\*?\.)?[a-z0-9._-]+$")]  # either
 _Listed = tuple[_Block, bool]
+_Barring = tuple[Literal["residency", "local-only"], Annotated[str, Meta(max_length=1024)]]
+_Terms = Annotated[str, Meta(max_length=128, pattern=r"^[A-Za-z0-9:,/ -]*$")]  # ipc.messages.NameTerms
 _MAX_NEGATIVE_TTL = 60.0  # seconds; what upstream says about absence is looked at again anyway
 
 
@@ -58,6 +63,10 @@ class WorkspaceNames(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     wildcards: dict[_Pattern, bool] = {}  # "*.x" or "**.x" -> `private`
     granted: dict[_Host, _Listed] = {}  # names that only a wildcard covers, as far as they are granted
     budgets: Budgets = Budgets()  # of such names
+    terms: dict[_Name, _Terms] = {}  # of hosts, wildcards and granted names; "" for the others
+    # Listed, and yet not to be led anywhere, whatever the guard: why. Patterns bar what they cover, unless
+    # something more specific is listed.
+    barred: dict[_Name, _Barring] = {}
 
 
 class Pools(Protocol):
@@ -108,16 +117,17 @@ class Table:
 
     names: WorkspaceNames
     pools: Pools
-    patterns: Patterns
+    patterns: Patterns  # those that are barred, too: the most specific one decides
     by_block: dict[int, str] = field(default_factory=dict)
-    granted: dict[str, _Listed] = field(default_factory=dict)
+    granted: dict[str, tuple[int, bool, str]] = field(default_factory=dict)  # block, `private`, terms
 
     @classmethod
     def of(cls, names: WorkspaceNames, pools: Pools) -> Table:
         """Granted names are added with `grant`: what the list says of them may be out of date."""
         by_block = {block: host for host, (block, _) in names.hosts.items()}
         by_block |= {block: service for service, block in names.services.items()}
-        return cls(names, pools, Patterns(names.wildcards), by_block)
+        patterns = dict.fromkeys((p for p in names.barred if p.startswith("*")), False) | names.wildcards
+        return cls(names, pools, Patterns(patterns, names.terms), by_block)
 
     @property
     def workspace(self) -> str:
@@ -127,12 +137,20 @@ class Table:
         """Whether the name itself is on the list: then no wildcard has a say in it."""
         return host in self.names.hosts or host in self.names.services
 
-    def grant(self, host: str, block: int, *, private: bool) -> None:
-        self.granted[host] = (block, private)
+    def barring(self, host: str) -> _Barring | None:
+        """Why the name, which is not listed itself, may not be led anywhere."""
+        found = self.names.barred.get(host)
+        if found is not None or not self.names.barred:
+            return found
+        cover = self.patterns.match(host)
+        return None if cover is None else self.names.barred.get(cover.pattern)
+
+    def grant(self, host: str, block: int, *, private: bool, terms: str = "") -> None:
+        self.granted[host] = (block, private, terms)
         self.by_block[block] = host
 
     def release(self, host: str) -> None:
-        block, _ = self.granted.pop(host, (None, False))
+        block, _, _ = self.granted.pop(host, (None, False, ""))
         if block is not None:
             self.by_block.pop(block, None)
 
@@ -143,9 +161,10 @@ def users_of(tables: Mapping[str, Table]) -> dict[Target, frozenset[User]]:
     for table in tables.values():
         for host, (block, private) in table.names.hosts.items():
             if host not in table.names.services:
-                users.setdefault(Target(host, private), set()).add(User(table.workspace, block))
-        for host, (block, private) in table.granted.items():
-            users.setdefault(Target(host, private), set()).add(User(table.workspace, block))
+                target = Target(host, private, table.names.terms.get(host, ""))
+                users.setdefault(target, set()).add(User(table.workspace, block))
+        for host, (block, private, terms) in table.granted.items():
+            users.setdefault(Target(host, private, terms), set()).add(User(table.workspace, block))
     return {target: frozenset(found) for target, found in users.items()}
 
 
@@ -160,7 +179,8 @@ def answer(table: Table, query: Query, standing: Callable[[Target], Standing]) -
         return _fixed(query, table.pools.synthetic(block))
     listed = table.names.hosts.get(name)
     if listed is not None:
-        return _listed(table, query, *listed, standing)
+        block, private = listed
+        return _listed(table, query, block, Target(name, private, table.names.terms.get(name, "")), standing)
     address = reverse_address(name)
     if address is not None and query.qtype in (Type.PTR, Type.ANY):
         found = _name_of(table, address)
@@ -171,9 +191,13 @@ def answer(table: Table, query: Query, standing: Callable[[Target], Standing]) -
 
 def _covered(table: Table, query: Query, standing: Callable[[Target], Standing]) -> Decision:
     """By a wildcard. An answer about such a name is only for who asked: asking is what keeps it granted."""
+    barring = table.barring(query.name)
+    if barring is not None:
+        return _barred(table, query, *barring)
     granted = table.granted.get(query.name)
     if granted is not None:
-        decision = _listed(table, query, *granted, standing)
+        block, private, terms = granted
+        decision = _listed(table, query, block, Target(query.name, private, terms), standing)
         return replace(decision, shared=False) if isinstance(decision, Reply) else decision
     cover = table.patterns.match(query.name)
     if cover is None:
@@ -183,6 +207,11 @@ def _covered(table: Table, query: Query, standing: Callable[[Target], Standing])
     if query.qtype == Type.ANY:
         return replace(replies.any_type(), shared=False)
     return replace(replies.no_data(extended=Extended.NOT_SUPPORTED, text=Reason.TYPE.text), shared=False)
+
+
+def _barred(table: Table, query: Query, reason: str, text: str) -> Denied:
+    said = f"{query.name} is barred in workspace {table.workspace}: {text}"
+    return Denied(replies.blocked(said), Reason.of(reason))
 
 
 def _fixed(query: Query, pair: tuple[IPv4Address, IPv6Address]) -> Reply:
@@ -204,12 +233,11 @@ def _name_of(table: Table, address: Address) -> str | None:
 
 
 def _listed(
-    table: Table, query: Query, block: int, private: bool, standing: Callable[[Target], Standing]
+    table: Table, query: Query, block: int, target: Target, standing: Callable[[Target], Standing]
 ) -> Decision:
-    target = Target(query.name, private)
     known = standing(target)
     if known.state is State.FAILED and known.failure is not None:
-        return replies.failure(known.failure.code, known.failure.text)
+        return failed(table, known.failure)
     if known.state is State.PENDING or User(table.workspace, block) not in known.users:
         return Wait(target)
     ttl = int(min(known.ttl, _MAX_NEGATIVE_TTL))
@@ -224,15 +252,28 @@ def _listed(
     return replies.no_data(ttl=ttl, extended=Extended.NOT_SUPPORTED, text=Reason.TYPE.text)
 
 
-def _synthetic(table: Table, query: Query, block: int, known: Standing, ttl: int) -> Reply:
+def failed(table: Table, failure: Failure) -> Reply | Denied:
+    """No address, for this reason. One of ours is a denial, which another address may end at any time."""
+    if failure.reason is None:
+        return replies.failure(failure.code, failure.text)
+    reply = replies.blocked(f"in workspace {table.workspace} {failure.text}")
+    return Denied(replace(reply, shared=False), failure.reason)
+
+
+def _synthetic(table: Table, query: Query, block: int, known: Standing, ttl: int) -> Reply | Denied:
     family, which = (known.v4, 0) if query.qtype == Type.A else (known.v6, 1)
     slots = leading(family.slots)
     if slots:
         found = tuple(table.pools.synthetic(block, slot)[which] for slot in slots)
         return replies.stale(found) if family.stale else replies.addresses(found)
-    if family.failure is not None:
-        return replies.no_data(extended=family.failure.code, text=family.failure.text)
-    return replies.no_data(ttl=ttl)
+    if family.failure is None:
+        return replies.no_data(ttl=ttl)
+    reply = replies.no_data(extended=family.failure.code, text=family.failure.text)
+    return (
+        reply
+        if family.failure.reason is None
+        else Denied(replace(reply, shared=False), family.failure.reason)
+    )
 
 
 def unlisted(table: Table, query: Query) -> Decision:

@@ -8,6 +8,7 @@ kernel admits it: record, then admit, then answer. The owner tells what happens 
     asked --budget--> asking --no address--> absent | failed, remembered for a while
                          \\--addresses--> queued --room--> granting --Failed--> failed, remembered
                                                                \\--Granted--> granted
+    granting --all its addresses refused--> granting, with others that were found, as long as there are any
     granted --last sandbox that asked for it has ended--> lingers --600 s, or its room is needed-->
             releasing --Done--> gone
 
@@ -27,13 +28,16 @@ import enum
 import heapq
 import re
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TypeAlias
 
 from egressd.dns.budgets import Account, Spent
 from egressd.dns.keeper import Note, Standing, State
 from egressd.dns.replies import Extended, Failure
-from egressd.dns.slots import EMPTY
+from egressd.dns.slots import EMPTY, assign
+from egressd.model.addresses import Address
+from egressd.model.verdicts import Reason
 from egressd.policy.compiled import Budgets
 
 __all__ = [
@@ -58,12 +62,14 @@ _MAX_NAME = 253
 
 @dataclass(frozen=True, slots=True)
 class Cover:
-    """The most specific wildcard that covers a name, and whether it may resolve into private ranges.
-    `chosen` is how many bytes of the name the asker chose: the labels in front of the wildcard's base."""
+    """The most specific wildcard that covers a name, whether it may resolve into private ranges, and its
+    terms (see keeper.Target). `chosen` is how many bytes of the name the asker chose: the labels in front of
+    the wildcard's base."""
 
     pattern: str
     private: bool
     chosen: int
+    terms: str = ""
 
 
 class Patterns:
@@ -71,7 +77,10 @@ class Patterns:
 
     The longest base decides; of `*.x` and `**.x` the first, which covers less."""
 
-    def __init__(self, wildcards: Mapping[str, bool]) -> None:
+    def __init__(
+        self, wildcards: Mapping[str, bool], terms: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        self._terms = terms
         self._single = {p.removeprefix("*."): private for p, private in wildcards.items() if p[1] == "."}
         self._deep = {p.removeprefix("**."): private for p, private in wildcards.items() if p[1] == "*"}
 
@@ -87,10 +96,13 @@ class Patterns:
             base = base[len(label) + 1 :]
             chosen = len(name) - len(base) - 1
             if number == 0 and base in self._single:
-                return Cover(f"*.{base}", self._single[base], chosen)
+                return self._cover(f"*.{base}", self._single[base], chosen)
             if base in self._deep:
-                return Cover(f"**.{base}", self._deep[base], chosen)
+                return self._cover(f"**.{base}", self._deep[base], chosen)
         return None
+
+    def _cover(self, pattern: str, private: bool, chosen: int) -> Cover:
+        return Cover(pattern, private, chosen, self._terms.get(pattern, ""))
 
 
 # ---- verdicts
@@ -131,11 +143,12 @@ class Ask:
     host: str
     private: bool
     serial: int
+    terms: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Record it, have it admitted; report with `granted` or `withheld`, naming `serial`."""
+    """Record it, have it admitted; report with `granted`, `withheld` or `barred`, naming `serial`."""
 
     workspace: str
     link: int
@@ -155,7 +168,8 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """Answer this name from now on. `standing` is as it was looked up, `seen` when."""
+    """Answer this name from now on. `standing` is as it was looked up, `seen` when; the kernel leads there,
+    but for what is `refused`: address -> why."""
 
     workspace: str
     host: str
@@ -163,6 +177,8 @@ class Admitted:
     private: bool
     standing: Standing
     seen: float
+    terms: str = ""
+    refused: Mapping[Address, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +189,7 @@ class Dropped:
     host: str
     block: int
     private: bool
+    terms: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +226,7 @@ class _Name:
     until: float | None = None  # when it is given back, while it lingers
     again: bool = False  # the list changed while the controller was asked
     doomed: bool = False  # and does not cover it any more
+    refused: dict[Address, str] = field(default_factory=dict)  # by the controller, of those found, and why
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +241,7 @@ class _Space:
 
     workspace: str
     account: Account
-    wildcards: dict[str, bool] = field(default_factory=dict)
+    wildcards: tuple[dict[str, bool], dict[str, str]] = ({}, {})  # `private` and terms of each
     patterns: Patterns = field(default_factory=lambda: Patterns({}))
     names: dict[str, _Name] = field(default_factory=dict)
     lingering: dict[str, None] = field(default_factory=dict)  # unused for longest first
@@ -279,11 +297,11 @@ class Wildcards:
             "sandboxes": len(space.account),
         }
 
-    def granted_in(self, workspace: str) -> dict[str, tuple[int, bool]]:
-        """Names that may be answered, each with its block and whether it may be private."""
+    def granted_in(self, workspace: str) -> dict[str, tuple[int, bool, str]]:
+        """Names that may be answered, each with its block, whether it may be private, and its terms."""
         space = self._spaces.get(workspace)
         names = space.names.values() if space else ()
-        return {n.host: (n.block, n.cover.private) for n in names if n.stage is Stage.GRANTED}
+        return {n.host: (n.block, n.cover.private, n.cover.terms) for n in names if n.stage is Stage.GRANTED}
 
     def is_pending(self, name: Pending) -> bool:
         """Whether it is under way, one way or the other."""
@@ -308,16 +326,18 @@ class Wildcards:
         granted: Mapping[str, tuple[int, bool]],
         exact: Container[str],
         now: float,
+        terms: Mapping[str, str] = MappingProxyType({}),
     ) -> list[Command]:
         """The workspace's policy. `granted` is what the controller has granted already, `exact` are names
-        that are listed themselves, which no wildcard covers."""
+        that are listed themselves, which no wildcard covers; `terms` are those of wildcards."""
         space = self._spaces.get(workspace)
         if space is None:
             space = self._spaces[workspace] = _Space(workspace, Account(budgets, now=now))
         space.account.change(budgets, now=now)
-        if space.wildcards != wildcards:
-            space.wildcards, space.patterns = dict(wildcards), Patterns(wildcards)
-            space.remembered.clear()  # `private` may have changed, and with it what was refused
+        listed = dict(wildcards), {p: terms[p] for p in wildcards if p in terms}
+        if space.wildcards != listed:
+            space.wildcards, space.patterns = listed, Patterns(*listed)
+            space.remembered.clear()  # with `private` or the terms, what was refused may have changed
         commands: list[Command] = []
         for name in list(space.names.values()):
             cover = None if name.host in exact else space.patterns.match(name.host)
@@ -390,8 +410,17 @@ class Wildcards:
         space.queue.append(host)
         return self._advance(space)
 
-    def granted(self, workspace: str, host: str, serial: int, block: int, *, now: float) -> list[Command]:
-        """The kernel admits it and leads there."""
+    def granted(
+        self,
+        workspace: str,
+        host: str,
+        serial: int,
+        block: int,
+        *,
+        now: float,
+        refused: Mapping[Address, str] = MappingProxyType({}),
+    ) -> list[Command]:
+        """The kernel admits it and leads there, but for what is `refused`."""
         space, name = self._find(workspace, host, Stage.GRANTING, serial)
         if space is None or name is None:
             return []
@@ -399,14 +428,15 @@ class Wildcards:
         if name.doomed:
             return [*self._release(space, [name]), Settled(space.pending(host))]
         if name.again:
-            name.again = False
+            name.again, name.refused = False, {}
             return [self._grant(space, name)]
         space.move(name, Stage.GRANTED)
         self._linger(space, name, now)
+        cover, against = name.cover, {**name.refused, **refused}
         commands: list[Command] = [
-            Admitted(workspace, host, block, name.cover.private, name.standing, name.seen)
+            Admitted(workspace, host, block, cover.private, name.standing, name.seen, cover.terms, against)
         ]
-        name.standing = Standing()
+        name.standing, name.refused = Standing(), {}
         return [*commands, Settled(space.pending(host))]
 
     def withheld(self, workspace: str, host: str, serial: int, text: str, *, now: float) -> list[Command]:
@@ -416,11 +446,26 @@ class Wildcards:
             return []
         failure = Failure(Extended.NOT_READY, f"{host} is not admitted: {text}")
         note = Note("dns-withheld", {"name": host, "workspace": workspace, "reason": text})
-        return [
-            note,
-            *self._remember(space, name, Failed(failure), _WITHHELD, now),
-            *self._advance(space),
-        ]
+        return [note, *self._fail(space, name, Failed(failure), _WITHHELD, now)]
+
+    def barred(self, workspace: str, host: str, serial: int, text: str, *, now: float) -> list[Command]:
+        """It is not admitted, because of where it is, or every address of it that was shown. If more were
+        found, they are shown next; a name may have more than fit into its slots."""
+        space, name = self._find(workspace, host, Stage.GRANTING, serial)
+        if space is None or name is None:
+            return []
+        if name.again and not name.doomed:  # which list was that about?
+            name.again, name.refused = False, {}
+            return [self._grant(space, name)]
+        shown = (*name.standing.v4.slots, *name.standing.v6.slots)
+        name.refused |= {address: text for address in shown if address is not None}
+        left = _others(name.standing, name.refused)
+        if _has_address(left) and not name.doomed:
+            name.standing = left
+            return [self._grant(space, name)]
+        failure = Failure(Extended.BLOCKED, f"{host} is refused: {text}", Reason.RESIDENCY)
+        period = _period(replace(name.standing, failure=failure))
+        return self._fail(space, name, Failed(failure), period, now)
 
     def released(self, workspace: str, hosts: Iterable[str]) -> list[Command]:
         """The controller has taken them back."""
@@ -502,7 +547,7 @@ class Wildcards:
         space.remembered.pop(host, None)
         name = _Name(host, cover, self._next_serial(), users={link})
         space.add(name)
-        commands.append(Ask(space.workspace, host, cover.private, name.serial))
+        commands.append(Ask(space.workspace, host, cover.private, name.serial, cover.terms))
         return space.pending(host), commands
 
     def _advance(self, space: _Space) -> list[Command]:
@@ -529,7 +574,8 @@ class Wildcards:
     def _review(
         self, space: _Space, name: _Name, cover: Cover | None, listed: tuple[int, bool] | None
     ) -> list[Command]:
-        """What a new list means for a name that is under way or granted."""
+        """What a new list means for a name that is under way or granted. One that is granted goes on under
+        other terms, by which the keeper looks it up and shows it to the controller again."""
         same = cover is not None and cover.private == name.cover.private
         match name.stage:
             case Stage.GRANTED if not same or listed != (name.block, name.cover.private):
@@ -556,7 +602,7 @@ class Wildcards:
 
     def _drop(self, space: _Space, name: _Name) -> list[Command]:
         space.remove(name)
-        dropped = Dropped(space.workspace, name.host, name.block, name.cover.private)
+        dropped = _dropped(space, name)
         return [dropped, Settled(space.pending(name.host))]
 
     def _empty(self, space: _Space) -> list[Command]:
@@ -584,7 +630,7 @@ class Wildcards:
         commands: list[Command] = []
         for name in names:
             if name.stage is Stage.GRANTED:
-                commands.append(Dropped(space.workspace, name.host, name.block, name.cover.private))
+                commands.append(_dropped(space, name))
             space.move(name, Stage.RELEASING)
             space.lingering.pop(name.host, None)
             name.until = None
@@ -592,6 +638,12 @@ class Wildcards:
         for at in range(0, len(hosts), _BATCH):
             commands.append(Release(space.workspace, tuple(hosts[at : at + _BATCH])))
         return commands
+
+    def _fail(self, space: _Space, name: _Name, outcome: Failed, period: float, now: float) -> list[Command]:
+        """Not granted; but where it was asked for twice, the first answer may have been that it is."""
+        if name.block:
+            return [*self._release(space, [name]), Settled(space.pending(name.host))]
+        return [*self._remember(space, name, outcome, period, now), *self._advance(space)]
 
     def _remember(
         self, space: _Space, name: _Name, outcome: Absent | Failed, period: float, now: float
@@ -601,6 +653,19 @@ class Wildcards:
             del space.remembered[next(iter(space.remembered))]
         space.remembered[name.host] = _Memory(outcome, now + period)
         return [Settled(space.pending(name.host))]
+
+
+def _dropped(space: _Space, name: _Name) -> Dropped:
+    return Dropped(space.workspace, name.host, name.block, name.cover.private, name.cover.terms)
+
+
+def _others(standing: Standing, refused: Container[Address]) -> Standing:
+    """With the addresses that were found beside these."""
+    v4, v6 = (
+        replace(family, slots=assign(EMPTY, [a for a in family.found if a not in refused])[0])
+        for family in (standing.v4, standing.v6)
+    )
+    return replace(standing, v4=v4, v6=v6)
 
 
 def _remembered(memory: _Memory, now: float) -> Absent | Failed:

@@ -416,7 +416,7 @@ class Attempt(_Message, frozen=True, tag=True):
 class Ask(_Message, frozen=True, tag=True):
     """A reading verb. Answered `Answer` with a JSON document as payload, or `Refusal`."""
 
-    what: Literal["status", "counters", "ruleset", "policy", "diff", "journal", "metrics"]
+    what: Literal["status", "counters", "ruleset", "policy", "diff", "journal", "metrics", "workspaces"]
     workspace: Annotated[str, Meta(max_length=256)] | None = None
 
 

@@ -22,7 +22,7 @@ __all__ = [
     "MARK", "PREDICATE_TYPE", "SHARED", "STATEMENT_TYPE", "WITHHELD", "Attestation", "Continued", "Facts",
     "JournalPart", "Machine", "PolicyFacts", "Predicate", "Records", "Rotation", "RulesetFacts", "Scope",
     "ShownRuleset", "Statement", "StatementError", "Subject", "Window", "belongs", "build", "decode",
-    "encode", "is_key_record", "is_snapshot", "report_data", "sha256_hex", "subjects",
+    "encode", "is_key_record", "is_place", "is_snapshot", "report_data", "sha256_hex", "subjects",
 ]  # fmt: skip
 
 STATEMENT_TYPE: Final = "https://in-toto.io/Statement/v1"
@@ -121,7 +121,8 @@ class Scope(_Part, frozen=True):
 class Window(_Part, frozen=True):
     """Every record of the scope whose number is in [first, past) is in the proof. `since` and `until` are
     when that begins and ends; `asked_*` what was asked for. In front of it, `base` records carry the
-    counters that the window begins with, and the journal's earlier changes of keys."""
+    counters that the window begins with, where addresses were found to be that had been let in by then, and
+    the journal's earlier changes of keys."""
 
     asked_since: str | None
     asked_until: str | None
@@ -279,6 +280,11 @@ def belongs(event: str, fields: dict[str, str | int | float | bool | None], scop
 def is_snapshot(event: str) -> bool:
     """Rows and closing record of a snapshot of a workspace's counters."""
     return event in ("counted", "snapshot")
+
+
+def is_place(event: str) -> bool:
+    """An address was let in: what was found of it holds until it is found again."""
+    return event == "residency-admitted"
 
 
 def is_key_record(event: str) -> bool:

@@ -77,7 +77,8 @@ def speaks_for_itself(line: Line) -> bool:
 # of denials do not have them; where the link tells whose they are, they are recorded as denied.
 LATE: Final = frozenset(
     {
-        "connections", "dial", "inspector", "invalid", "misrouted", "pace", "reply", "unmarked", "unresolved",
+        "connections", "cut", "dial", "inspector", "invalid", "misrouted", "pace", "reply", "unmarked",
+        "unresolved",
     }
 )  # fmt: skip
 
@@ -363,6 +364,8 @@ class _Reading:
                 self._snapshots.row(line.fields)
             elif believed and event == "snapshot":
                 self._snapshots.close(line.fields, line.time)
+            elif believed and event == "residency-admitted":
+                self._placed(line, line.fields)
             return
         self._records += 1
         if self._first is None:

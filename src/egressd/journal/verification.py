@@ -482,7 +482,8 @@ class _Inquiry:
             if own and workspace and place >= window.base:
                 continue  # `belongs` would say the same, only slower
             if place < window.base:
-                good = (own and statement.is_snapshot(line.event)) or statement.is_key_record(line.event)
+                before = statement.is_snapshot(line.event) or statement.is_place(line.event)
+                good = (own and before) or statement.is_key_record(line.event)
             else:
                 good = statement.belongs(line.event, line.fields, scope)
             if not good:

@@ -87,6 +87,9 @@ GATEWAY_SETTINGS: tuple[Setting, ...] = (
     # TIME_WAIT, 470 connections a second to one host would be the end of it.
     Setting("net/ipv4/ip_local_port_range", "1024 65535"),
     Setting("net/ipv4/tcp_tw_reuse", "1"),
+    # The warden stands in a host's place for a moment (kernel/nudge.py), and hosts have low ports. It has no
+    # CAP_NET_BIND_SERVICE. What the gateway's own has bound low, the resolver's, was bound at the start.
+    Setting("net/ipv4/ip_unprivileged_port_start", "0"),
     Setting("net/netfilter/nf_conntrack_tcp_loose", "0", _LOOSE),
     # An entry gets what it needs to count, to note times and to tell of its end when it is made, or never.
     Setting("net/netfilter/nf_conntrack_acct", "1", _FLOWS),

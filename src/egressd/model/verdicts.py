@@ -43,6 +43,7 @@ class Reason(enum.StrEnum):
     PACE = "pace"
     DIAL = "dial"
     MISROUTED = "misrouted"
+    CUT = "cut"
     # decided by the resolver
     NAME = "name"
     UPSTREAM = "upstream"
@@ -105,6 +106,7 @@ _TEXTS: dict[Reason, str] = {
     Reason.INSPECTOR: "the inspector, which must read this connection, is not running",
     Reason.DIAL: "the inspector dialled what no rule of the workspace allows, or allows any more",
     Reason.MISROUTED: "the packet was admitted, but its way does not lead to where its mark permits",
+    Reason.CUT: "the connection was ended: residency does not allow its address any more",
     Reason.NAME: "the name is not on the workspace's list",
     Reason.UPSTREAM: "the upstream resolver gave no usable answer",
     Reason.TYPE: "only address records are answered for this name",

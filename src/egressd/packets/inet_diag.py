@@ -12,13 +12,17 @@ import struct
 from egressd.packets.headers import Attempt
 from egressd.packets.netlink import HEADER, Malformed, pieces
 
-__all__ = ["inode", "question", "row"]
+__all__ = ["inode", "owner", "question", "row"]
 
 _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST = 20, 1
 _INET, _INET6, _TCP, _UDP = 2, 10, 6, 17  # linux/socket.h, linux/in.h
 _REQUEST = struct.Struct("=BBBxI")  # inet_diag_req_v2: family, protocol, extensions, states
 _NO_COOKIE = b"\xff" * 8  # INET_DIAG_NOCOOKIE: whichever socket it is
 _INODE = 4 + 48 + 16  # in inet_diag_msg: after its bytes, its inet_diag_sockid and four numbers
+_UID = _INODE - 4
+_ENDS = slice(4, 4 + 36)  # of it: both ports and both addresses, before the device and the cookie
+# linux/tcp_states.h: ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING
+_CONNECTED = frozenset({1, 4, 5, 8, 9, 11})
 
 
 def question(attempt: Attempt) -> bytes | None:
@@ -48,6 +52,27 @@ def inode(answer: bytes) -> int | None:
         if piece.kind == _SOCK_DIAG_BY_FAMILY and len(piece.body) >= _INODE + 4:
             number: int = struct.unpack_from("=I", piece.body, _INODE)[0]
             return number or None
+    return None
+
+
+def owner(answer: bytes, attempt: Attempt) -> int | None:
+    """Whose the TCP socket at the source's end is; None if nobody's who could be named.
+
+    The uid of a socket that no process has any more reads 0, as if it were root's (an orphan, one in
+    TIME_WAIT, a connection not yet accepted: net/ipv4/inet_diag.c), and where no connection is found the
+    answer is about whoever listens at its port. So it has to be connected, between these very ends, and
+    somebody's.
+    """
+    asked = question(attempt)
+    for piece in pieces(answer):
+        if isinstance(piece, Malformed) or asked is None:
+            return None
+        body = piece.body
+        if piece.kind == _SOCK_DIAG_BY_FAMILY and len(body) >= _INODE + 4:
+            uid, number = struct.unpack_from("=II", body, _UID)
+            there = body[0] == asked[HEADER.size] and body[1] in _CONNECTED
+            ends = asked[HEADER.size + _REQUEST.size :][:36]
+            return uid if there and number and body[_ENDS] == ends else None
     return None
 
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple, TypeVar
 
+from egressd.policy import barring
 from egressd.policy.compiled import (
     Budgets,
     CidrRule,
@@ -25,8 +26,12 @@ from egressd.policy.compiled import (
     Member,
     Policy,
     Port,
+    Provider,
+    Route,
     Rule,
 )
+from egressd.residency.places import Pin, Scope
+from egressd.residency.registry import Registry
 
 __all__ = ["MAX_RULES", "Draft", "Drafted", "Finding", "canonical", "compile", "conflicts", "digest"]
 
@@ -53,6 +58,9 @@ class Draft:
     rules: tuple[Drafted, ...]
     limits: Limits
     wildcards: Budgets
+    local_only: bool = False
+    providers: tuple[Provider, ...] = ()  # not judged yet
+    routes: tuple[Route, ...] = ()
 
 
 class Finding(NamedTuple):
@@ -63,20 +71,32 @@ class Finding(NamedTuple):
     remedy: str
 
 
-def compile(draft: Draft) -> Policy:
-    """The policy. ValueError if `conflicts` has anything to say: half a policy is none."""
+def compile(draft: Draft, registry: Registry | None = None) -> Policy:
+    """The policy. ValueError if `conflicts` has anything to say: half a policy is none.
+
+    What residency does not let be is set aside as `barred`, and takes no part in anything; so is every host
+    while external routing is off. Without a `registry` nothing is known about any provider or address.
+    """
     found = conflicts(draft)
     if found:
         raise ValueError(found[0].text)
+    codes = tuple(sorted(draft.residency))
+    terms = barring.Terms(Pin(codes), draft.local_only, registry or Registry())
+    providers = tuple(barring.judged(provider, terms) for provider in draft.providers)
+    rules, barred = barring.parted(_merged(draft.rules), providers, terms)
     policy = Policy(
         workspace=draft.workspace,
         guard=draft.guard,
         members=tuple(sorted(draft.members)),
-        residency=tuple(sorted(draft.residency)),
-        rules=_merged(draft.rules),
+        residency=codes,
+        rules=rules,
         limits=draft.limits,
         wildcards=draft.wildcards,
         digest="",
+        local_only=draft.local_only,
+        barred=barred,
+        providers=providers,
+        routes=draft.routes,
     )
     return replace(policy, digest=digest(policy))
 
@@ -86,6 +106,8 @@ def conflicts(draft: Draft) -> tuple[Finding, ...]:
     checks: tuple[Callable[[Draft], Iterator[Finding]], ...] = (
         _repeated_ports,
         _disagreeing_hosts,
+        _disagreeing_verification,
+        _disagreeing_profiles,
         _crowded_blocks,
         _overlapping_networks,
         _shared_loopback_ports,
@@ -101,22 +123,40 @@ def digest(policy: Policy) -> str:
 
 
 def canonical(policy: Policy) -> str:
-    """What the policy means, as the JSON that its digest is of."""
+    """What the policy means, as the JSON that its digest is of: as its author wrote it, whatever of it takes
+    part. What is barred depends on the catalogue and the tables, which have a digest of their own; a policy
+    has one on every machine.
+
+    Format 2 has what format 1 could not say. A policy that says nothing of it keeps format 1, and with it the
+    digest that proofs of earlier versions name.
+    """
+    written = (*policy.rules, *(barred.rule for barred in policy.barred))
     meaning = {
         "format": 1,
         "workspace": policy.workspace,
         "guard": str(policy.guard),
         "members": sorted(map(str, policy.members)),
         "residency": sorted(policy.residency),
-        "rules": sorted((_meaning(rule) for rule in policy.rules), key=lambda rule: str(rule["key"])),
+        "rules": sorted((_meaning(rule) for rule in written), key=lambda rule: str(rule["key"])),
         "limits": {name: getattr(policy.limits, name) for name in Limits.__slots__},
         "wildcards": asdict(policy.wildcards),
     }
+    more = {
+        "local_only": policy.local_only,
+        "providers": {provider.name: _provider_meaning(provider) for provider in policy.providers},
+        "routes": {route.name: list(route.providers) for route in policy.routes},
+    }
+    if any(more.values()) or any(_vouch(rule) for rule in written):
+        meaning |= more | {"format": 2}
     return json.dumps(meaning, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
 def _meaning(rule: Rule) -> dict[str, object]:
     meaning: dict[str, object] = {"key": rule.key, "ports": [str(port) for port in sorted(rule.ports)]}
+    if _vouch(rule):
+        meaning["vouch"] = _vouch(rule)
+    if rule.providers:
+        meaning["providers"] = list(rule.providers)
     match rule:
         case HostRule():
             return meaning | {
@@ -131,6 +171,21 @@ def _meaning(rule: Rule) -> dict[str, object]:
             return meaning | {"kind": "local"}
 
 
+def _vouch(rule: Rule) -> str:
+    return "" if isinstance(rule, LocalRule) else rule.vouch
+
+
+def _provider_meaning(provider: Provider) -> dict[str, object]:
+    declared = provider.declared
+    return {
+        "type": provider.type,
+        "base_url": provider.base_url,
+        "api_key": provider.api_key,
+        "declared": None if declared is None else asdict(declared),
+        "models": list(provider.models),
+    }
+
+
 def _merged(drafted: tuple[Drafted, ...]) -> tuple[Rule, ...]:
     """One rule per key, in the order the keys first appear, ports sorted."""
     rules: dict[str, Rule] = {}
@@ -143,28 +198,32 @@ def _merged(drafted: tuple[Drafted, ...]) -> tuple[Rule, ...]:
 def _joined(known: Rule, rule: Rule) -> Rule:
     """Two rules of one key. Each port keeps the way in which its own rule has it verified."""
     ports = tuple(sorted({*known.ports, *rule.ports}))
+    providers = tuple(sorted({*known.providers, *rule.providers}))
     if not isinstance(known, HostRule) or not isinstance(rule, HostRule):
-        return replace(known, ports=ports)
+        return replace(known, ports=ports, providers=providers)
     inspected = tuple(sorted({*known.inspected, *rule.inspected}))
     # a rule that has nothing inspected has no say: its `ech` is the default (see _disagreeing_hosts)
     ech = Ech.ALLOW if Ech.ALLOW in (known.ech, rule.ech) else Ech.REFUSE
-    return replace(known, ports=ports, inspected=inspected, ech=ech)
+    return replace(known, ports=ports, inspected=inspected, ech=ech, providers=providers)
 
 
 # ---- the checks. Each is at most n log n in the number of (rule, port) pairs.
 
 
 def _repeated_ports(draft: Draft) -> Iterator[Finding]:
-    first: dict[tuple[str, Port], int] = {}
+    """Written twice, or the same profile twice. Several profiles may share a host, and stand beside a rule
+    for it: they differ in what is asked there, of which the network sees nothing."""
+    first: dict[tuple[str, Port, tuple[str, ...]], int] = {}
     for place, rule in draft.rules:
         for number, port in enumerate(rule.ports):
-            if (rule.key, port) in first:
+            this = (rule.key, port, rule.providers)
+            if this in first:
                 yield Finding(
                     ("allow", place, "ports", number),
-                    f"{rule.key} is allowed on {port} twice, first on line {first[rule.key, port]}",
+                    f"{rule.key} is allowed on {port} twice, first on line {first[this]}",
                     "remove one of them",
                 )
-            first.setdefault((rule.key, port), rule.line)
+            first.setdefault(this, rule.line)
 
 
 def _disagreeing_hosts(draft: Draft) -> Iterator[Finding]:
@@ -172,18 +231,59 @@ def _disagreeing_hosts(draft: Draft) -> Iterator[Finding]:
     yield from _disagreeing(hosts, "private")
     # ECH is a matter of what is read: the rule with the other ports has nothing to say about it
     yield from _disagreeing([(place, rule) for place, rule in hosts if rule.inspected], "ech")
+    yield from _disagreeing(hosts, "vouch")
+    cidrs = [(place, rule) for place, rule in draft.rules if isinstance(rule, CidrRule)]
+    yield from _disagreeing(cidrs, "vouch")
 
 
-def _disagreeing(hosts: list[tuple[int, HostRule]], name: str) -> Iterator[Finding]:
-    first: dict[str, HostRule] = {}
-    for place, rule in hosts:
-        known = first.setdefault(rule.host, rule)
+def _disagreeing(rules: Sequence[tuple[int, HostRule | CidrRule]], name: str) -> Iterator[Finding]:
+    first: dict[str, HostRule | CidrRule] = {}
+    for place, rule in rules:
+        known = first.setdefault(rule.key, rule)
         if getattr(known, name) != getattr(rule, name):
+            what = "host" if isinstance(rule, HostRule) else "network"
             yield Finding(
                 ("allow", place, name),
-                f"{rule.host} has another value for {name} on line {known.line}",
-                "a host has one value for it, whatever the port",
+                f"{rule.key} has another value for {name} on line {known.line}",
+                f"a {what} has one value for it, whatever the port",
             )
+
+
+def _disagreeing_verification(draft: Draft) -> Iterator[Finding]:
+    """Where two rules meet on a port at all, one of them is for a profile (see _repeated_ports)."""
+    first: dict[tuple[str, Port], HostRule] = {}
+    for place, rule in draft.rules:
+        if not isinstance(rule, HostRule):
+            continue
+        for port in rule.ports:
+            known = first.setdefault((rule.key, port), rule)
+            if known.providers != rule.providers and known.verify_on(port) is not rule.verify_on(port):
+                yield Finding(
+                    ("allow", place, "verify"),
+                    f"{rule.key} is verified otherwise on {port} by line {known.line}",
+                    "write the same verify in both",
+                )
+
+
+def _disagreeing_profiles(draft: Draft) -> Iterator[Finding]:
+    """A host is in one place. Where its URL says in which, `contradiction` has compared it already."""
+    first: dict[str, Provider] = {}
+    for provider in draft.providers:
+        if provider.declared is None or provider.placement.scope not in (Scope.UNKNOWN, Scope.UNPLACED):
+            continue
+        known = first.setdefault(provider.endpoint.name, provider)
+        if known.declared is not None and _place(known) != _place(provider):
+            yield Finding(
+                ("providers", provider.name, "residency"),
+                f"{provider.endpoint.name} is declared to be in {known.region} on line {known.line}, and in"
+                f" {provider.region} here",
+                "a host is in one place: correct one of them",
+            )
+
+
+def _place(provider: Provider) -> tuple[str, str]:
+    assert provider.declared is not None
+    return provider.declared.region, provider.declared.jurisdiction
 
 
 def _crowded_blocks(draft: Draft) -> Iterator[Finding]:

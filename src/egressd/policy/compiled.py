@@ -6,18 +6,22 @@ A `Policy` is plain frozen data. The same document always gives the same policy 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Network, IPv6Network
 from typing import TypeAlias
 
+from egressd.model.errors import Unfit
 from egressd.model.verdicts import Reason
 from egressd.residency.endpoints import Endpoint
 from egressd.residency.judge import Finding
-from egressd.residency.places import Declared, Pin
+from egressd.residency.jurisdictions import EEA, EU
+from egressd.residency.places import Declared, Pin, Placement
+from egressd.residency.registry import Registry
 
 __all__ = [
     "Barred", "Budget", "Budgets", "CidrRule", "Ech", "Guard", "HostRule", "Limits", "LocalRule", "Member",
-    "MemberKind", "Policy", "Port", "Protocol", "Provider", "Route", "Rule", "Verify",
+    "MemberKind", "Policy", "Port", "Protocol", "Provider", "Route", "Rule", "Verify", "jurisdictions_text",
 ]  # fmt: skip
 
 
@@ -111,6 +115,7 @@ class CidrRule:
     ports: tuple[Port, ...]
     line: int
     vouch: str = ""  # as of a HostRule
+    providers: tuple[str, ...] = ()  # as of a HostRule: profiles whose URL has an address
 
     @property
     def key(self) -> str:
@@ -125,6 +130,7 @@ class LocalRule:
     service: str  # one DNS label, e.g. "ollama"
     ports: tuple[Port, ...]  # TCP only
     line: int
+    providers: tuple[str, ...] = ()  # as of a HostRule: profiles of this machine
 
     @property
     def key(self) -> str:
@@ -156,6 +162,48 @@ class Provider:
     models: tuple[str, ...]
     finding: Finding
     line: int
+    placement: Placement = field(default_factory=Placement)  # what the catalogue says of the URL
+
+    @property
+    def port(self) -> Port:
+        return Port(self.endpoint.port, Protocol.TCP)
+
+    @property
+    def is_local(self) -> bool:
+        """On this machine's own loopback, and so reached through a local rule."""
+        address = self.endpoint.address
+        return self.endpoint.host == "localhost" or (address is not None and address.is_loopback)
+
+    @property
+    def key(self) -> str:
+        """Of the rule through which it is reached: host, network or service."""
+        if self.is_local:
+            return self.type
+        address = self.endpoint.address
+        return self.endpoint.host if address is None else f"{address}/{address.max_prefixlen}"
+
+    @property
+    def region(self) -> str:
+        """Where it says it is: `francecentral (FR)`, declared or else by its URL; "" if nowhere."""
+        if self.declared is not None:
+            return f"{self.declared.region} ({self.declared.jurisdiction})"
+        return _region_text(self.placement)
+
+
+def _region_text(placement: Placement) -> str:
+    where = jurisdictions_text(placement.countries)
+    if not placement.region:
+        return where
+    return f"{placement.region} ({where})" if where else placement.region
+
+
+def jurisdictions_text(found: Iterable[str]) -> str:
+    """Countries as people write them: `EEA, CH` for those of the EEA and Switzerland."""
+    there = set(found)
+    for code, members in (("EEA", EEA), ("EU", EU)):
+        if members <= there:
+            return ", ".join((code, *sorted(there - members)))
+    return ", ".join(sorted(there))
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +272,23 @@ class Policy:
     def applied(self, rule: HostRule) -> HostRule:
         """The rule as the kernel and the inspector get it: unless the guard enforces, nothing is read."""
         return rule if self.holding is Guard.ENFORCE else replace(rule, inspected=())
+
+    def provider(self, name: str) -> Provider | None:
+        return next((profile for profile in self.providers if profile.name == name), None)
+
+    def route(self, name: str) -> Route | None:
+        return next((route for route in self.routes if route.name == name), None)
+
+    def declared(self, host: str, registry: Registry) -> str:
+        """Which region is claimed for a name: by the profiles through which it is listed, else by its URL
+        as far as the catalogue knows it; "" where nobody claims any. For records, never for decisions."""
+        claims = sorted({p.region for p in self.providers if p.endpoint.host == host and p.region})
+        if claims:
+            return ", ".join(claims)
+        try:
+            return _region_text(registry.place(Endpoint.of_host(host)))
+        except Unfit:
+            return ""
 
     @property
     def hosts(self) -> tuple[HostRule, ...]:

@@ -6,7 +6,11 @@ a list of what is allowed, and denial for the rest.
 
 A name is governed by one rule: the one that lists it, else the most specific wildcard that covers it
 (`rule_for`). Rules for a name do not add up with those of a wildcard around it: whoever lists a name has
-said all that is allowed of it, and a wider wildcard added later does not open more of it.
+said all that is allowed of it, and a wider wildcard added later does not open more of it. So a rule that is
+barred leaves its names with none: no wildcard around takes them over.
+
+What residency or `local_only` bars of the *names* that are listed is denied under any guard: the resolver
+answers for them. Of addresses that nobody has to ask for, a guard that does not enforce denies none.
 """
 
 from __future__ import annotations
@@ -19,10 +23,23 @@ from egressd.model.addresses import Address, AddressClass, Network, classes, cla
 from egressd.model.errors import Unfit
 from egressd.model.names import MAX_LABEL, MAX_NAME, canonical, covering
 from egressd.model.verdicts import Reason, Verdict
-from egressd.policy.compiled import CidrRule, Guard, HostRule, LocalRule, Policy, Port, Protocol, Rule, Verify
+from egressd.policy.compiled import (
+    Barred,
+    CidrRule,
+    Guard,
+    HostRule,
+    LocalRule,
+    Policy,
+    Port,
+    Protocol,
+    Rule,
+    Verify,
+)
+from egressd.residency.registry import Registry
 
 __all__ = [
-    "Decision", "decide_address", "decide_flow", "decide_name", "parse_address", "rule_among", "rule_for",
+    "Decision", "barred_for", "decide_address", "decide_flow", "decide_name", "governing", "parse_address",
+    "rule_among", "rule_for", "written_among",
 ]  # fmt: skip
 
 # Refused in every mode: they would mean the gateway or the sandbox itself, or nobody in particular.
@@ -51,6 +68,7 @@ class Decision:
     rule: Rule | None = None
     text: str = Reason.UNKNOWN.text
     enforced: Decision | None = None
+    remedy: str = ""  # of what residency or local_only denies
 
     @property
     def allowed(self) -> bool:
@@ -58,23 +76,43 @@ class Decision:
 
 
 def rule_for(policy: Policy, name: str) -> HostRule | None:
-    """The one rule that governs a canonical host name: exactly that name, else the most specific wildcard.
+    """The one rule that governs a canonical host name: exactly that name, else the most specific wildcard;
+    None where there is none, and where that one is barred.
 
     More labels after the asterisks are more specific, and of equal ones `*.` is before `**.`. The controller
     grants by it; the resolver walks `covering(name)` through a table of its own, which is the same.
     """
-    return rule_among({rule.host: rule for rule in policy.hosts}, name)
+    return rule_among(governing(policy), name)
 
 
-def rule_among(rules: Mapping[str, HostRule], name: str) -> HostRule | None:
-    """The same, for many names: `rules` are a policy's host rules by host."""
+def rule_among(rules: Mapping[str, HostRule | Barred], name: str) -> HostRule | None:
+    """The same, for many names: `rules` are what `governing` says of a policy."""
+    found = written_among(rules, name)
+    return found if isinstance(found, HostRule) else None
+
+
+def barred_for(policy: Policy, name: str) -> Barred | None:
+    """The rule that would govern a canonical name, if it is barred."""
+    found = written_among(governing(policy), name) if policy.barred else None
+    return found if isinstance(found, Barred) else None
+
+
+def governing(policy: Policy) -> dict[str, HostRule | Barred]:
+    """What is written about each host or wildcard, whether it takes part or not."""
+    barred = {one.rule.host: one for one in policy.barred if isinstance(one.rule, HostRule)}
+    return {**{rule.host: rule for rule in policy.hosts}, **barred}
+
+
+def written_among(rules: Mapping[str, HostRule | Barred], name: str) -> HostRule | Barred | None:
+    """What governs a canonical name, barred or not."""
     return next((rules[host] for host in covering(name) if host in rules), None)
 
 
-def decide_name(policy: Policy, name: str) -> Decision:
-    """May the resolver answer for `name`, in any spelling?"""
-    listed = _listed_name(policy, name)
-    if policy.guard is Guard.ENFORCE:
+def decide_name(policy: Policy, name: str, *, registry: Registry | None = None) -> Decision:
+    """May the resolver answer for `name`, in any spelling? With a `registry`, a name that a wildcard covers
+    is judged as it will be when it is first asked for."""
+    listed = _listed_name(policy, name, registry)
+    if policy.holding is Guard.ENFORCE or listed.reason in _BARS:
         return listed
     return _unrestricted(policy, listed) if _is_wire_name(name) else listed
 
@@ -84,13 +122,19 @@ def decide_address(policy: Policy, address: Address, *, own: Iterable[Network] =
     own = tuple(own)
     rules = [rule for rule in policy.cidrs if address in rule.network]
     if not rules or not usable(address, private=True, own=own):
-        return _guarded(policy, _unlisted_address(address, own), address, own)
+        return _guarded(policy, _unlisted_address(policy, address, own), address, own)
     ports = ", ".join(str(port) for rule in rules for port in rule.ports)
     return _guarded(policy, _allow(rules[0], f"{rules[0].network} is allowed on {ports}"), address, own)
 
 
 def decide_flow(
-    policy: Policy, destination: Address | str, *, port: int, protocol: Protocol, own: Iterable[Network] = ()
+    policy: Policy,
+    destination: Address | str,
+    *,
+    port: int,
+    protocol: Protocol,
+    own: Iterable[Network] = (),
+    registry: Registry | None = None,
 ) -> Decision:
     """May a sandbox send to `port` of a host name, or of a real address?
 
@@ -103,7 +147,7 @@ def decide_flow(
     if isinstance(destination, str):
         address = parse_address(destination)
         if address is None:
-            return _decide_host(policy, destination, wanted)
+            return _decide_host(policy, destination, wanted, registry)
         destination = address
     return _guarded(policy, _listed_address(policy, destination, wanted, own), destination, own)
 
@@ -119,23 +163,40 @@ def parse_address(text: str) -> Address | None:
 # ---- names
 
 
-def _listed_name(policy: Policy, name: str) -> Decision:
+def _listed_name(policy: Policy, name: str, registry: Registry | None) -> Decision:
     try:
         wanted = canonical(name)
     except Unfit as error:
         return Decision(Verdict.DENIED, Reason.NAME, None, error.text)
     rule = _rule_for(policy, wanted)
     if rule is None:
+        barred = barred_for(policy, wanted)
+        if barred is not None:
+            return _barred(barred, wanted)
         text = f"{wanted} is not on the list of {policy.workspace}"
         return Decision(Verdict.DENIED, Reason.NAME, None, text)
+    if registry is not None and isinstance(rule, HostRule) and rule.wildcard:
+        found = registry.judge_name(wanted, pin=policy.pin)
+        if not found.compliant:
+            return _barred(Barred(rule, Reason.RESIDENCY, found), wanted)
     return _allow(rule, f"{_named(rule, wanted)} is allowed on {_ports(rule)}{_as(rule)}")
 
 
-def _decide_host(policy: Policy, name: str, wanted: Port) -> Decision:
-    listed = _listed_name(policy, name)
+_BARS = frozenset({Reason.RESIDENCY, Reason.LOCAL_ONLY})
+
+
+def _barred(barred: Barred, name: str = "") -> Decision:
+    """Denied although it is written: by a rule of this line, which takes no part."""
+    rule = barred.rule
+    text = f"{_named(rule, name)} is listed{_as(rule)} (line {rule.line}) and barred: {barred.finding.text}"
+    return Decision(Verdict.DENIED, barred.reason, rule, text, remedy=barred.finding.remedy)
+
+
+def _decide_host(policy: Policy, name: str, wanted: Port, registry: Registry | None) -> Decision:
+    listed = _listed_name(policy, name, registry)
     if listed.allowed and listed.rule is not None:
         listed = _on_port([listed.rule], wanted, canonical(name))
-    if policy.guard is Guard.ENFORCE or not _is_wire_name(name):
+    if policy.holding is Guard.ENFORCE or listed.reason in _BARS or not _is_wire_name(name):
         return listed
     return _unrestricted(policy, listed)
 
@@ -174,15 +235,18 @@ def _is_wire_name(name: str) -> bool:
 def _listed_address(policy: Policy, address: Address, wanted: Port, own: tuple[Network, ...]) -> Decision:
     rules = [rule for rule in policy.cidrs if address in rule.network]
     if not rules or not usable(address, private=True, own=own):
-        return _unlisted_address(address, own)
+        return _unlisted_address(policy, address, own)
     return _on_port(rules, wanted)
 
 
-def _unlisted_address(address: Address, own: tuple[Network, ...]) -> Decision:
+def _unlisted_address(policy: Policy, address: Address, own: tuple[Network, ...]) -> Decision:
     if not usable(address, private=True, own=own):
         kind = AddressClass.OWN if _is_own(address, own) else classify(address)
         text = f"{address} is {kind}, which no rule may reach"
         return Decision(Verdict.DENIED, Reason.ADDRESS, None, text)
+    for one in policy.barred:
+        if isinstance(one.rule, CidrRule) and address in one.rule.network:
+            return _barred(one)
     text = f"no cidr rule contains {address}; hosts are reached by name, not by their addresses"
     return Decision(Verdict.DENIED, Reason.UNLISTED, None, text)
 
@@ -190,7 +254,7 @@ def _unlisted_address(address: Address, own: tuple[Network, ...]) -> Decision:
 def _guarded(policy: Policy, listed: Decision, address: Address, own: tuple[Network, ...]) -> Decision:
     """The list's decision, or what becomes of it when the guard does not enforce."""
     never = _is_own(address, own) or bool(classes(address) & _NEVER_FORWARDED)
-    return listed if policy.guard is Guard.ENFORCE or never else _unrestricted(policy, listed)
+    return listed if policy.holding is Guard.ENFORCE or never else _unrestricted(policy, listed)
 
 
 def _is_own(address: Address, own: tuple[Network, ...]) -> bool:

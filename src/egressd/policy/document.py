@@ -7,17 +7,17 @@ out of the next pass, whose findings would only be echoes. Nothing here reads a 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from itertools import islice
+from ipaddress import ip_network
 from typing import Annotated, Any, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError
+from pydantic import Field, PlainValidator
 
 from egressd.model.addresses import Network
-from egressd.model.errors import PolicyError, Problem, Unfit
+from egressd.model.errors import PolicyError, Problem
 from egressd.model.names import quoted
+from egressd.model.tree import MAX_BYTES, Path, Tree, read
 from egressd.policy import compile as compilation
 from egressd.policy import values
 from egressd.policy.compile import Draft, Drafted
@@ -34,11 +34,14 @@ from egressd.policy.compiled import (
     Policy,
     Port,
     Protocol,
+    Provider,
     Rule,
     Verify,
 )
-from egressd.policy.tree import MAX_BYTES, Path, Tree, read
+from egressd.policy.parts import MAX_PROBLEMS, MISSING, Part, Reader, close_to, first_keys
+from egressd.policy.profiles import Profiles, read_profiles, read_routes
 from egressd.residency import jurisdictions
+from egressd.residency.registry import Registry
 
 __all__ = ["KNOWN_SERVICES", "MAX_BYTES", "load"]
 
@@ -47,7 +50,6 @@ DEFAULT_PORT = Port(443, Protocol.TCP)  # and the one that is verified by SNI un
 QUIC = Port(443, Protocol.UDP)
 MAX_PORTS = 64  # per rule
 MAX_MEMBERS = 1024
-MAX_PROBLEMS = 1000  # told one by one
 
 
 def load(
@@ -57,23 +59,26 @@ def load(
     expected_name: str | None,
     is_public_suffix: Callable[[str], bool],
     own: Iterable[Network] = (),
+    registry: Registry | None = None,
 ) -> Policy:
     """Compile a document. `PolicyError` carries everything wrong with it; nothing else is raised.
 
     `source` is what messages call the file, `expected_name` the workspace its file name promises (None: any),
-    `own` are egressd's own address pools, which no `cidr` rule may touch.
+    `own` are egressd's own address pools, which no `cidr` rule may touch. `registry` is what is known about
+    providers and addresses; without one, nothing is.
     """
     tree = read(data, source=source)
     if not tree.readable:
         raise PolicyError(tree.problems)
-    reader = _Reader(tree, {"is_public_suffix": is_public_suffix, "own": tuple(own)})
+    registry = registry or Registry()
+    reader = _Reader(tree, {"is_public_suffix": is_public_suffix, "own": tuple(own)}, registry)
     draft = reader.draft(expected_name)
     for finding in compilation.conflicts(draft):
         reader.wrong(finding.path, finding.text, finding.remedy)
     problems = sorted(tree.problems)
     if problems:
         raise PolicyError(_bounded(problems, source))
-    return compilation.compile(draft)
+    return compilation.compile(draft, registry)
 
 
 def _bounded(problems: list[Problem], source: str) -> list[Problem]:
@@ -86,34 +91,43 @@ def _bounded(problems: list[Problem], source: str) -> list[Problem]:
 # ---- parts: which keys there are
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True)
-
-
 _HostPorts: TypeAlias = list[Annotated[values.WrittenPort, PlainValidator(values.host_port)]]
 _Ports: TypeAlias = list[Annotated[Port, PlainValidator(values.port)]]
 _TcpPorts: TypeAlias = list[Annotated[Port, PlainValidator(values.tcp_port)]]
 
 
-class _HostPart(_Part):
+class _HostPart(Part):
     host: Annotated[str, PlainValidator(values.host)]
-    ports: _HostPorts = []
+    ports: _HostPorts = Field(default_factory=list)
     verify: Annotated[Verify | None, PlainValidator(values.verify)] = None
     ech: Annotated[Ech, PlainValidator(values.ech)] = Ech.REFUSE
     private: Annotated[bool, PlainValidator(values.truth)] = False
+    vouch: Annotated[str, PlainValidator(values.reason)] = ""
 
 
-class _CidrPart(_Part):
+class _CidrPart(Part):
     cidr: Annotated[Any, PlainValidator(values.network)]
     ports: _Ports
+    vouch: Annotated[str, PlainValidator(values.reason)] = ""
 
 
-class _LocalPart(_Part):
+class _LocalPart(Part):
     local: Annotated[str, PlainValidator(values.service)]
-    ports: _TcpPorts = []
+    ports: _TcpPorts = Field(default_factory=list)
 
 
-class _LimitsPart(_Part):
+class _ProviderRulePart(Part):
+    """Of a profile; or of a type of the catalogue, whose `region` then makes the host."""
+
+    provider: Annotated[str, PlainValidator(values.label)]
+    region: Annotated[str | None, PlainValidator(values.region)] = None
+    verify: Annotated[Verify | None, PlainValidator(values.verify)] = None
+    ech: Annotated[Ech, PlainValidator(values.ech)] = Ech.REFUSE
+    private: Annotated[bool, PlainValidator(values.truth)] = False
+    vouch: Annotated[str, PlainValidator(values.reason)] = ""
+
+
+class _LimitsPart(Part):
     wall: Annotated[float | None, PlainValidator(values.wall)] = None
     memory: Annotated[int | None, PlainValidator(values.memory)] = None
     processes: Annotated[int | None, PlainValidator(values.count(values.MAX_PROCESSES))] = None
@@ -122,7 +136,7 @@ class _LimitsPart(_Part):
     idle: Annotated[float | None, PlainValidator(values.idle)] = None
 
 
-class _BudgetPart(_Part):
+class _BudgetPart(Part):
     """Whatever is not written is the default of the sandbox, or of the workspace."""
 
     names: Annotated[int | None, PlainValidator(values.count(values.MAX_NAMES))] = None
@@ -130,66 +144,63 @@ class _BudgetPart(_Part):
     rate: Annotated[float | None, PlainValidator(values.rate)] = None
 
 
-class _WildcardsPart(_Part):
+class _WildcardsPart(Part):
     sandbox: Any = None
     workspace: Any = None
 
 
-class _ResidencyPart(_Part):
+class _ResidencyPart(Part):
     jurisdictions: list[Annotated[str, PlainValidator(values.jurisdiction)]]
 
 
-class _RootPart(_Part):
+class _RootPart(Part):
     """The sections that hold parts of their own are read one by one, so that none hides another's faults."""
 
     workspace: Annotated[str, PlainValidator(values.workspace)]
     guard: Annotated[Guard, PlainValidator(values.guard)] = Guard.OFF
+    local_only: Annotated[bool, PlainValidator(values.truth)] = False
     members: Any = None
     residency: Any = None
+    providers: Any = None
+    routes: Any = None
     allow: Any = None
     limits: Any = None
     wildcards: Any = None
 
 
-class _MembersPart(_Part):
+class _MembersPart(Part):
     members: list[Annotated[Member, PlainValidator(values.member)]]
 
 
-_RULES: dict[str, type[_Part]] = {"host": _HostPart, "cidr": _CidrPart, "local": _LocalPart}
-_KINDS = (*_RULES, "provider")
-_MISSING = {
-    "workspace": "add workspace: NAME",
-    "ports": "add ports: such as [443/tcp]",
-    "jurisdictions": "add jurisdictions: [EEA]",
-}
-P = TypeVar("P", bound=_Part)
+_RULES: dict[str, type[Part]] = {
+    "host": _HostPart, "cidr": _CidrPart, "local": _LocalPart, "provider": _ProviderRulePart,
+}  # fmt: skip
+_KINDS = tuple(_RULES)
 T = TypeVar("T")
 
 
 # ---- reading: parts out of the tree, every fault to its line
 
 
-class _Reader:
-    """Collects problems in the tree it reads; what could be read goes into the draft."""
+class _Reader(Reader):
+    """What could be read goes into the draft."""
 
-    def __init__(self, tree: Tree, context: dict[str, object]) -> None:
-        self._tree = tree
-        self._context = context
-
-    def wrong(self, path: Path, text: str, remedy: str = "") -> None:
-        if not self._tree.is_unclear(path):
-            self._tree.problems.append(self._tree.problem(path, text, remedy))
+    def __init__(self, tree: Tree, context: dict[str, object], registry: Registry) -> None:
+        super().__init__(tree, context)
+        self._registry = registry
+        self._profiles = Profiles({}, frozenset())
 
     def draft(self, expected_name: str | None) -> Draft:
         """What is well formed of the document; the rest is among the problems."""
-        root = self._tree.value
+        root = self.tree.value
         if not isinstance(root, dict):
             what = "the document is empty" if root is None else f"the document is {values.kind(root)}"
             self.wrong((), what, "begin with workspace: NAME")
             return Draft("", Guard.OFF, (), (), (), Limits(), Budgets())
-        head = self._part(_RootPart, root, ())
+        head = self.part(_RootPart, root, ())
         if expected_name is not None:
             self._check_name(root.get("workspace"), expected_name)
+        self._profiles = read_profiles(self, root, self._registry)
         return Draft(
             workspace=head.workspace if head else "",
             guard=head.guard if head else Guard.OFF,
@@ -198,6 +209,9 @@ class _Reader:
             rules=self._rules(root),
             limits=self._limits(root),
             wildcards=self._wildcards(root),
+            local_only=head.local_only if head else False,
+            providers=tuple(self._profiles.found.values()),
+            routes=read_routes(self, root, self._profiles),
         )
 
     def _check_name(self, workspace: object, expected_name: str) -> None:
@@ -206,9 +220,9 @@ class _Reader:
             self.wrong(("workspace",), text, "make the file's name and the workspace agree")
 
     def _members(self, root: dict[str, Any]) -> tuple[Member, ...]:
-        if "members" not in root or self._too_long(root["members"], ("members",), MAX_MEMBERS):
+        if "members" not in root or self.too_long(root["members"], ("members",), MAX_MEMBERS):
             return ()
-        part = self._part(_MembersPart, {"members": root["members"]}, ())
+        part = self.part(_MembersPart, {"members": root["members"]}, ())
         return tuple(part.members) if part else ()
 
     def _residency(self, root: dict[str, Any]) -> tuple[str, ...]:
@@ -217,9 +231,9 @@ class _Reader:
         path: Path = ("residency",)
         section = root["residency"]
         codes = section.get("jurisdictions") if isinstance(section, dict) else None
-        if self._too_long(codes, (*path, "jurisdictions"), len(jurisdictions.CODES)):
+        if self.too_long(codes, (*path, "jurisdictions"), len(jurisdictions.CODES)):
             return ()
-        part = self._part(_ResidencyPart, section, path)
+        part = self.part(_ResidencyPart, section, path)
         if part is not None and not part.jurisdictions:
             self.wrong(("residency", "jurisdictions"), "the list is empty", "name at least one, or remove it")
         return tuple(part.jurisdictions) if part else ()
@@ -227,7 +241,7 @@ class _Reader:
     def _limits(self, root: dict[str, Any]) -> Limits:
         if "limits" not in root:
             return Limits()
-        part = self._part(_LimitsPart, root["limits"], ("limits",))
+        part = self.part(_LimitsPart, root["limits"], ("limits",))
         return Limits(**part.model_dump()) if part else Limits()
 
     def _wildcards(self, root: dict[str, Any]) -> Budgets:
@@ -235,7 +249,7 @@ class _Reader:
         if "wildcards" not in root:
             return usual
         section = root["wildcards"]
-        if self._part(_WildcardsPart, section, ("wildcards",)) is None:
+        if self.part(_WildcardsPart, section, ("wildcards",)) is None:
             return usual
         found = {
             whose: self._budget(section[whose], getattr(usual, whose), ("wildcards", whose))
@@ -245,7 +259,7 @@ class _Reader:
         return replace(usual, **found)
 
     def _budget(self, section: object, usual: Budget, path: Path) -> Budget:
-        part = self._part(_BudgetPart, section, path)
+        part = self.part(_BudgetPart, section, path)
         return replace(usual, **part.model_dump(exclude_none=True)) if part else usual
 
     def _rules(self, root: dict[str, Any]) -> tuple[Drafted, ...]:
@@ -253,9 +267,9 @@ class _Reader:
             return ()
         entries = root["allow"]
         if not isinstance(entries, list):
-            self._not_a(("allow",), entries, "a list of rules", empty="write allow: [] to allow nothing")
+            self.not_a(("allow",), entries, "a list of rules", empty="write allow: [] to allow nothing")
             return ()
-        if self._too_long(entries, ("allow",), compilation.MAX_RULES):
+        if self.too_long(entries, ("allow",), compilation.MAX_RULES):
             return ()
         rules = ((index, self._rule(index, entry)) for index, entry in enumerate(entries))
         return tuple(Drafted(index, rule) for index, rule in rules if rule is not None)
@@ -263,7 +277,7 @@ class _Reader:
     def _rule(self, index: int, entry: object) -> Rule | None:
         path: Path = ("allow", index)
         if not isinstance(entry, dict):
-            self._not_a(path, entry, "a mapping such as host: api.example.com", empty="remove the dash")
+            self.not_a(path, entry, "a mapping such as host: api.example.com", empty="remove the dash")
             return None
         kinds = [kind for kind in _KINDS if kind in entry]
         if not kinds:
@@ -271,32 +285,32 @@ class _Reader:
         elif len(kinds) > 1:
             text = f"a rule is one of {', '.join(_KINDS)}, and this is {' and '.join(kinds)}"
             self.wrong(path, text, "make it two rules")
-        elif kinds[0] not in _RULES:
-            self.wrong((*path, kinds[0]), f"{kinds[0]} rules are not available in this version", _BY_HOST)
-        elif not self._too_long(entry.get("ports"), (*path, "ports"), MAX_PORTS):
-            part = self._part(_RULES[kinds[0]], entry, path)
+        elif not self.too_long(entry.get("ports"), (*path, "ports"), MAX_PORTS):
+            part = self.part(_RULES[kinds[0]], entry, path)
             return None if part is None else self._compiled(part, path)
         return None
 
     def _no_kind(self, path: Path, entry: dict[str, Any]) -> None:
         text = f"a rule is one of {', '.join(_KINDS)}, and this is none"
-        close = [(key, match) for key in _first(entry) for match in _close(key, _KINDS)]
+        close = [(key, match) for key in first_keys(entry) for match in close_to(key, _KINDS)]
         if close:
             self.wrong((*path, close[0][0]), text, f"did you mean {close[0][1]}?")
         else:
             self.wrong(path, text, "write host: NAME")
 
-    def _compiled(self, part: _Part, path: Path) -> Rule | None:
-        line = self._tree.line(path)
+    def _compiled(self, part: Part, path: Path) -> Rule | None:
+        line = self.tree.line(path)
         match part:
             case _HostPart():
                 return self._host(part, path)
             case _CidrPart():
                 ports = self._ports(part, part.ports, None, path)
-                return CidrRule(part.cidr, ports, line) if ports else None
+                return CidrRule(part.cidr, ports, line, part.vouch) if ports else None
             case _LocalPart():
                 ports = self._ports(part, part.ports, KNOWN_SERVICES.get(part.local), path)
                 return LocalRule(part.local, ports, line) if ports else None
+            case _ProviderRulePart():
+                return self._provider(part, path)
         return None
 
     def _host(self, part: _HostPart, path: Path) -> HostRule | None:
@@ -313,74 +327,96 @@ class _Reader:
             self.wrong((*path, "ech"), "no port of this rule is verified by sni, so ECH is not seen", _NO_ECH)
             return None
         numbers = tuple(written.port for written in ports)
-        return HostRule(part.host, numbers, inspected, part.private, self._tree.line(path), part.ech)
+        line = self.tree.line(path)
+        return HostRule(part.host, numbers, inspected, part.private, line, part.ech, part.vouch)
 
-    def _ports(self, part: _Part, ports: list[T], default: T | None, path: Path) -> tuple[T, ...]:
+    # ---- rules for providers
+
+    def _provider(self, part: _ProviderRulePart, path: Path) -> Rule | None:
+        profile = self._profiles.found.get(part.provider)
+        if profile is not None and part.region is None:
+            return self._of_profile(profile, part, path)
+        if profile is not None:
+            text = f"{part.provider} is a profile, which says itself where it is"
+            self.wrong((*path, "region"), text, "leave region out")
+        elif part.provider not in self._profiles.named:
+            return self._of_type(part, path)
+        return None
+
+    def _of_profile(self, profile: Provider, part: _ProviderRulePart, path: Path) -> Rule | None:
+        line, ports, providers = self.tree.line(path), (profile.port,), (profile.name,)
+        if profile.is_local:
+            meaningless = self._meaningless(part, ("verify", "ech", "private", "vouch"), path)
+            return None if meaningless else LocalRule(profile.key, ports, line, providers)
+        if profile.endpoint.address is not None:
+            meaningless = self._meaningless(part, ("verify", "ech", "private"), path)
+            network = ip_network(profile.endpoint.address)
+            return None if meaningless else CidrRule(network, ports, line, part.vouch, providers)
+        secure = profile.endpoint.scheme == "https"
+        rule = self._of_host(profile.endpoint.host, profile.port, part, path, secure=secure)
+        return replace(rule, providers=providers) if rule else None
+
+    def _meaningless(self, part: Part, keys: Iterable[str], path: Path) -> bool:
+        written = [key for key in keys if key in part.model_fields_set]
+        for key in written:
+            text = f"{key} is for hosts, and the provider's URL has the address of no name"
+            self.wrong((*path, key), text, f"leave {key} out")
+        return bool(written)
+
+    def _of_host(
+        self, host: str, port: Port, part: _ProviderRulePart, path: Path, *, secure: bool
+    ) -> HostRule | None:
+        """One port, over which TLS is spoken, or certainly not: as the URL's scheme says."""
+        if part.verify is Verify.SNI and not secure:
+            text = "a URL of http:// has no TLS whose name could be verified"
+            self.wrong((*path, "verify"), text, "leave verify out, or write https:// if it speaks TLS")
+            return None
+        inspected = ((port, Verify.SNI),) if secure and part.verify is not Verify.ADDRESS else ()
+        if "ech" in part.model_fields_set and not inspected:
+            self.wrong((*path, "ech"), "no port of this rule is verified by sni, so ECH is not seen", _NO_ECH)
+            return None
+        line = self.tree.line(path)
+        return HostRule(host, (port,), inspected, part.private, line, part.ech, part.vouch)
+
+    def _of_type(self, part: _ProviderRulePart, path: Path) -> HostRule | None:
+        """`provider: TYPE` and `region: REGION`, where those two alone make a host."""
+        catalogue = self._registry.catalogue
+        if catalogue.key(part.provider) is None:
+            known = {*self._profiles.named, *catalogue.providers}
+            close = close_to(part.provider, known)
+            remedy = f"did you mean {close[0]}?" if close else "define it under providers:"
+            self.wrong((*path, "provider"), f"there is no provider {values.shown(part.provider)}", remedy)
+        elif part.region is None:
+            text = f"there is no profile {part.provider}, and as a type it is in many places"
+            self.wrong((*path, "provider"), text, "add region: REGION, or define it under providers:")
+        elif (host := catalogue.host_of(part.provider, part.region)) is not None:
+            return self._of_host(host, DEFAULT_PORT, part, path, secure=True)
+        else:
+            self._no_host(part.provider, part.region, (*path, "region"))
+        return None
+
+    def _no_host(self, provider: str, region: str, path: Path) -> None:
+        regions = self._registry.catalogue.regions(provider)
+        if region in regions:
+            text = f"{provider} and {region} alone do not make a host"
+            self.wrong(path, text, "define it under providers:, with its base_url")
+        else:
+            close = close_to(region, regions)
+            remedy = f"did you mean {close[0]}?" if close else "write it as the provider spells it"
+            self.wrong(path, f"{values.shown(region)} is not a region of {provider}", remedy)
+
+    def _ports(self, part: Part, ports: list[T], default: T | None, path: Path) -> tuple[T, ...]:
         """What was written, or the default; () after reporting when there is neither."""
         written = "ports" in part.model_fields_set
         if not written and default is not None:
             return (default,)
         if not written:
-            self.wrong(path, "ports is missing, and the service has no usual port", _MISSING["ports"])
+            self.wrong(path, "ports is missing, and the service has no usual port", MISSING["ports"])
         elif not ports:
             self.wrong((*path, "ports"), "the list is empty", "name at least one port")
         else:
             return tuple(ports)
         return ()
-
-    # ---- parts and their faults
-
-    def _part(self, model: type[P], value: object, path: Path) -> P | None:
-        try:
-            return model.model_validate(value, context=self._context)
-        except ValidationError as error:
-            known = tuple(model.model_fields)
-            meant = {match for key in _first(value) if key not in known for match in _close(key, known)}
-            for fault in error.errors(include_url=False, include_input=True):
-                # a misspelt key is one mistake, told where it stands; not that the right one is missing
-                if fault["type"] != "missing" or fault["loc"][-1] not in meant:
-                    self._fault(fault, model, path)
-            return None
-
-    def _fault(self, fault: Any, model: type[_Part], base: Path) -> None:
-        """One of pydantic's findings, in our words and at its line."""
-        path: Path = (*base, *fault["loc"])
-        match fault["type"]:
-            case "value_error":
-                self._unfit(path, fault["ctx"]["error"])
-            case "extra_forbidden":
-                self._unknown_key(path, tuple(model.model_fields))
-            case "missing":
-                self.wrong(path, f"{path[-1]} is missing", _MISSING.get(str(path[-1]), "add it"))
-            case "list_type":
-                self._not_a(path, fault["input"], "a list: [...]", empty="write [] or remove the line")
-            case "model_type" | "dict_type":
-                self._not_a(path, fault["input"], "a mapping: {...}", empty="remove the line")
-            case _:
-                self.wrong(path, str(fault["msg"]))
-
-    def _unfit(self, path: Path, error: ValueError) -> None:
-        if isinstance(error, Unfit):
-            self.wrong(path, error.text, error.remedy)
-        else:
-            self.wrong(path, str(error))
-
-    def _unknown_key(self, path: Path, known: tuple[str, ...]) -> None:
-        key = str(path[-1])
-        # a file of nothing but unknown keys must not buy a comparison for each of them
-        close = _close(key, known) if len(self._tree.problems) < MAX_PROBLEMS else []
-        remedy = f"did you mean {close[0]}?" if close else f"the keys here are {', '.join(known)}"
-        self.wrong(path, f"{quoted(key)} is not a key of this section", remedy)
-
-    def _too_long(self, value: object, path: Path, most: int) -> bool:
-        """Told before the entries are looked at: a list beyond all bounds gets one answer, not thousands."""
-        if not isinstance(value, list) or len(value) <= most:
-            return False
-        self.wrong(path, f"there are {len(value)} entries, {most} are the most", "list fewer")
-        return True
-
-    def _not_a(self, path: Path, value: object, wanted: str, *, empty: str) -> None:
-        self.wrong(path, f"this is {values.kind(value)}", empty if value is None else f"write {wanted}")
 
 
 def _is_inspected(written: values.WrittenPort, verify: Verify | None) -> bool:
@@ -409,13 +445,3 @@ _QUIC = (
     "leave it out, since clients fall back to TCP; or give it a rule of its own with verify: address, and"
     " every other name behind the same address can be asked for"
 )
-_BY_HOST = "list the provider's endpoints as host rules"
-
-
-def _first(mapping: object) -> Iterable[str]:
-    """A few keys: more than any section has, and few enough to compare each with all that are known."""
-    return islice(mapping, 8) if isinstance(mapping, dict) else ()
-
-
-def _close(key: str, known: Iterable[str]) -> list[str]:
-    return difflib.get_close_matches(key[:40].lower(), list(known), n=1, cutoff=0.7)

@@ -11,6 +11,7 @@ from egressd.model.errors import Unfit
 from egressd.model.names import canonical, covering, matches, quoted
 from egressd.model.verdicts import Reason
 from egressd.policy.compiled import (
+    Barred,
     Budget,
     Budgets,
     CidrRule,
@@ -22,11 +23,16 @@ from egressd.policy.compiled import (
     Policy,
     Port,
     Protocol,
+    Provider,
+    Route,
     Rule,
     Verify,
 )
 from egressd.policy.decide import Decision, decide_address, decide_flow, decide_name, parse_address
+from egressd.policy.routing import Selection, selections_by_url
 from egressd.policy.units import duration_text, size_text
+from egressd.residency.judge import Code
+from egressd.residency.registry import Registry
 
 __all__ = ["Explanation", "Subject", "budget_text", "explain_policy", "limit_text", "why"]
 
@@ -49,27 +55,72 @@ def _lines(policy: Policy) -> Iterator[str]:
     yield f"workspace {policy.workspace} ({policy.digest[:19]})"
     yield f"guard: {policy.guard}: {_GUARDS[policy.guard]}"
     yield f"members: {', '.join(map(str, policy.members)) or 'none, so nobody may spawn here'}"
+    if policy.local_only:
+        yield f"local_only: {Reason.LOCAL_ONLY.text}, whatever the guard is"
     if policy.residency:
-        yield f"residency: {', '.join(policy.residency)}"
+        yield f"residency: {_pin_text(policy)}"
     yield from (f"limit: {name} {limit_text(name, value)}" for name, value in _limits(policy.limits))
     if any(rule.wildcard for rule in policy.hosts):
         yield f"names of wildcards: {_budgets_text(policy.wildcards)}"
     if not policy.rules:
         yield "allowed: nothing"
     yield from (f"allowed: {rule_text(rule)}" for rule in policy.rules)
+    yield from (f"barred: {_barred_text(barred)}" for barred in policy.barred)
+    yield from (f"provider {provider.name}: {_provider_text(provider)}" for provider in policy.providers)
+    selections = selections_by_url(policy)
+    yield from (f"route {one.name}: {_route_text(one, selections[one.name])}" for one in policy.routes)
+
+
+def _pin_text(policy: Policy) -> str:
+    """`CH, EEA (31 countries)`."""
+    count = len(policy.pin.countries)
+    return f"{policy.pin} ({count} {'country' if count == 1 else 'countries'})"
+
+
+def _barred_text(barred: Barred) -> str:
+    """What would be allowed, and why it is not."""
+    remedy = f" ({barred.finding.remedy})" if barred.finding.remedy else ""
+    return f"{rule_text(barred.rule)}: {barred.finding.text}{remedy} [{barred.reason}]"
+
+
+def _provider_text(provider: Provider) -> str:
+    where = f", {provider.region}" if provider.region else ""
+    source = (
+        f", by {provider.declared.source_url}" if provider.declared and provider.declared.source_url else ""
+    )
+    models = f", {len(provider.models)} models" if provider.models else ""
+    finding = provider.finding
+    standing = "complies" if finding.compliant else "does not comply"
+    judged = f": {standing}: {finding.text} [{finding.code}]" if finding.code is not Code.UNPINNED else ""
+    return f"{provider.type} at {provider.base_url}{where}{source}{models} (line {provider.line}){judged}"
+
+
+def _route_text(route: Route, selection: Selection) -> str:
+    order = ", ".join(route.providers)
+    if not selection.selected:
+        return f"{order} (line {route.line}): none is selected: {selection.text}"
+    return (
+        f"{order} (line {route.line}): {selection.provider} by its URL; egressctl route says by its addresses"
+    )
 
 
 def rule_text(rule: Rule) -> str:
     """`host api.example.com on 443/tcp (line 6)`."""
     ports = ", ".join(map(str, rule.ports))
+    through = f", for provider {', '.join(rule.providers)}" if rule.providers else ""
     match rule:
         case HostRule():
-            extra = ", also in private ranges" if rule.private else ""
+            extra = (", also in private ranges" if rule.private else "") + _vouched(rule) + through
             return f"host {rule.host} on {ports}{_verified(rule)}{extra} (line {rule.line})"
         case CidrRule():
-            return f"cidr {rule.network} on {ports} (line {rule.line})"
+            return f"cidr {rule.network} on {ports}{_vouched(rule)}{through} (line {rule.line})"
         case LocalRule():
-            return f"local service {rule.service} on {ports} of this machine's loopback (line {rule.line})"
+            where = f"on {ports} of this machine's loopback"
+            return f"local service {rule.service} {where}{through} (line {rule.line})"
+
+
+def _vouched(rule: HostRule | CidrRule) -> str:
+    return f', vouched for: "{rule.vouch}"' if rule.vouch else ""
 
 
 def _verified(rule: HostRule) -> str:
@@ -163,18 +214,23 @@ class Explanation:
         return "\n".join(self.sentences)
 
 
-def why(policy: Policy, subject: str, *, own: Iterable[Network] = ()) -> Explanation:
-    """Why is this allowed or denied here? `Unfit` if `subject` cannot be read."""
+def why(
+    policy: Policy, subject: str, *, own: Iterable[Network] = (), registry: Registry | None = None
+) -> Explanation:
+    """Why is this allowed or denied here? `Unfit` if `subject` cannot be read. With a `registry`, names that
+    wildcards cover are judged, too."""
     asked = Subject.of(subject)
-    decision = _decided(policy, asked, tuple(own))
+    decision = _decided(policy, asked, tuple(own), registry)
     return Explanation(asked, decision, tuple(_sentences(policy, asked, decision)))
 
 
-def _decided(policy: Policy, asked: Subject, own: tuple[Network, ...]) -> Decision:
+def _decided(policy: Policy, asked: Subject, own: tuple[Network, ...], registry: Registry | None) -> Decision:
     if asked.port is not None:
-        return decide_flow(policy, asked.destination, port=asked.port, protocol=asked.protocol, own=own)
+        return decide_flow(
+            policy, asked.destination, port=asked.port, protocol=asked.protocol, own=own, registry=registry
+        )
     if isinstance(asked.destination, str):
-        return decide_name(policy, asked.destination)
+        return decide_name(policy, asked.destination, registry=registry)
     return decide_address(policy, asked.destination, own=own)
 
 
@@ -185,12 +241,22 @@ def _sentences(policy: Policy, asked: Subject, decision: Decision) -> Iterator[s
         yield f"under guard: enforce it would be {listed.verdict}: {listed.text} [{listed.reason}]"
     if listed.rule is not None:
         yield f"the rule is: {rule_text(listed.rule)}"
+    if listed.reason in (Reason.RESIDENCY, Reason.LOCAL_ONLY):
+        yield from _what_to_change(policy, listed)
     if listed.allowed and isinstance(listed.rule, HostRule):
         yield from _conditions(policy, listed.rule, asked)
     if listed.reason is Reason.PORT and isinstance(listed.rule, HostRule):
         yield from _set_aside(policy, listed.rule, asked)
     if listed.reason is Reason.NAME and isinstance(asked.destination, str):
         yield from _near_misses(policy, asked.destination)
+
+
+def _what_to_change(policy: Policy, listed: Decision) -> Iterator[str]:
+    if listed.reason is Reason.RESIDENCY:
+        yield f"the workspace is pinned to {_pin_text(policy)}"
+    if listed.remedy:
+        line = f"line {listed.rule.line}: " if listed.rule and listed.reason is Reason.RESIDENCY else ""
+        yield f"{line}{listed.remedy}"
 
 
 def _conditions(policy: Policy, rule: HostRule, asked: Subject) -> Iterator[str]:
@@ -200,9 +266,18 @@ def _conditions(policy: Policy, rule: HostRule, asked: Subject) -> Iterator[str]
             "may hide another in it" if rule.ech is Ech.ALLOW else "may not hide another in it (ech: refuse)"
         )
         yield f"its TLS ClientHello is read: it must ask for that very name, and {ech}"
+    if policy.pin:
+        yield _addresses_text(policy, rule)
     if rule.wildcard:
         budget = _budget_text(policy.wildcards.sandbox)
         yield f"a name under {rule.host} is looked up when first asked for; a sandbox has a budget: {budget}"
+
+
+def _addresses_text(policy: Policy, rule: HostRule) -> str:
+    text = f"it leads only to addresses that are published for {policy.pin}"
+    if not rule.vouch:
+        return text
+    return f'{text}, or that nobody can place, for which line {rule.line} vouches: "{rule.vouch}"'
 
 
 def _set_aside(policy: Policy, rule: HostRule, asked: Subject) -> Iterator[str]:

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv4Address, ip_address, ip_network
 from typing import NamedTuple
 
 from pydantic import ValidationInfo
 
-from egressd.model.addresses import Network, check_network
+from egressd.model.addresses import Address, Network, check_network, classify
 from egressd.model.errors import Unfit
 from egressd.model.identities import check_workspace
 from egressd.model.names import Pattern, canonical, is_pattern, quoted, service_label
 from egressd.policy import units
 from egressd.policy.compiled import Ech, Guard, Member, MemberKind, Port, Protocol, Verify
 from egressd.residency import jurisdictions
+from egressd.residency.endpoints import MAX_URL, Endpoint
 
 # Named by those who compare us with others, and not built.
 _VERIFY_NOT_AVAILABLE = frozenset({"http-host"})
@@ -34,12 +35,22 @@ MAX_NAMES = 8192  # of wildcards: half of a workspace's blocks (ruleset/layout.p
 MAX_LABEL_BYTES = 1 << 30
 MAX_RATE = 1000  # fresh names per second
 TLS = "tls"  # a port's protocol: TCP, on which TLS is spoken
+MIN_REASON, MAX_REASON = 8, 200  # characters of a written reason
 
 _PORT = re.compile(r"([1-9][0-9]{0,9}|0)(?:/([A-Za-z0-9]+))?")
 _RANGE = re.compile(r"[0-9]+ ?[-:] ?[0-9]+(?:/[a-z]+)?")
 _NETWORK = re.compile(r"[0-9A-Fa-f:.]+/[0-9]{1,3}")
 _USER_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.@-]{0,62}\$?")
 _USER_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+_LABEL = re.compile(r"[a-z](?:[a-z0-9_-]{0,30}[a-z0-9])?")  # of a provider or a route: a record's word
+_TYPE = re.compile(r"[a-z][a-z0-9-]{0,39}")
+_REGION = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,38}[A-Za-z0-9])?")
+_MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,255}")
+# A reference. The value of a secret has no place in a policy, which is shown, recorded and proved.
+_SECRET_ENV = re.compile(r"secret://env/[A-Za-z_][A-Za-z0-9_]{0,127}")
+_SECRET_FILE = re.compile(r"secret://file(?:/[A-Za-z0-9._@+-]{1,255}){1,32}")
+_SHORT = re.compile(r"[A-Za-z0-9._-]{1,24}")
+MAX_DECLARED = 32  # jurisdictions of a profile
 MAX_USER_ID = 0xFFFF_FFFE  # (uid_t)-1 means "no change" to the kernel
 
 
@@ -281,3 +292,139 @@ def count(most: int) -> Callable[[object], int]:
         return value
 
     return check
+
+
+def reason(value: object) -> str:
+    """Why a rule vouches for its host: it stands in proofs, so it is a sentence and not a `yes`."""
+    text = _text(value, "the reason, in quotes")
+    if not text.isprintable():
+        raise Unfit("the reason has characters that cannot be shown", "write plain text on one line")
+    if len(text.strip()) < MIN_REASON or len(text) > MAX_REASON:
+        raise Unfit(
+            f"the reason has {len(text)} characters",
+            f"write {MIN_REASON} to {MAX_REASON}: who answers for where it is, and on what ground",
+        )
+    return text.strip()
+
+
+# ---- of providers. A file that has a secret in the wrong place is shown to others because it does not load:
+# so what is wrong here is not quoted, unless it is short and so hardly one. The line says where it stands.
+
+
+def shown(text: str) -> str:
+    """The text, if it is too short and plain for a key or a token; else nothing of it."""
+    return quoted(text) if _SHORT.fullmatch(text) else "what is written here"
+
+
+def is_label(text: str) -> bool:
+    """Can it be the name of a provider or of a route?"""
+    return _LABEL.fullmatch(text) is not None
+
+
+def label(value: object) -> str:
+    text = _text(value, "a name such as azure-frc")
+    if is_label(text):
+        return text
+    raise Unfit(f"{shown(text)} is not a name", LABELS)
+
+
+LABELS = "use 1 to 32 lower-case letters, digits, - and _, beginning with a letter"
+
+
+def provider_type(value: object) -> str:
+    text = _text(value, "the provider's type, such as azure-openai or openai-compatible")
+    if _TYPE.fullmatch(text):
+        return text
+    raise Unfit(f"{shown(text)} is not a type of provider", "write one such as openai-compatible")
+
+
+class WrittenUrl(NamedTuple):
+    text: str
+    endpoint: Endpoint
+
+
+def base_url(value: object, info: ValidationInfo) -> WrittenUrl:
+    wanted = "a URL such as https://api.example.com/v1"
+    text = _text(value, wanted)
+    try:
+        endpoint = Endpoint.of(text)
+    except Unfit as error:
+        if error.text.startswith("the URL"):
+            raise
+        raise Unfit("the URL's host is neither a host name nor an address", f"write {wanted}") from None
+    assert info.context is not None
+    if endpoint.address is not None:
+        _check_address(endpoint.address, info.context["own"])
+    elif endpoint.host.endswith(".localhost"):
+        raise Unfit("the URL's host is this machine itself", "write localhost")
+    elif "." not in endpoint.host and endpoint.host != "localhost":
+        raise Unfit("the URL's host is a single label", "write the full name, or localhost for this machine")
+    return WrittenUrl(text, endpoint)
+
+
+def _check_address(address: Address, own: tuple[Network, ...]) -> None:
+    if address == IPv4Address("127.0.0.1"):
+        return
+    if address.is_loopback:
+        raise Unfit("the URL's address is this machine itself", "write 127.0.0.1, where local rules lead")
+    try:
+        check_network(ip_network(address), own=own)
+    except Unfit:
+        raise Unfit(
+            f"the URL's address is {classify(address)}, which no rule may reach", "write the host's name"
+        ) from None
+
+
+def secret(value: object) -> str:
+    """A reference to a secret. Whatever else was written is not told: it may be the secret."""
+    text = value if isinstance(value, str) else ""
+    if _SECRET_ENV.fullmatch(text):
+        return text
+    if _SECRET_FILE.fullmatch(text) and not {".", ".."} & set(text.split("/")):
+        return text
+    raise Unfit(
+        "this is not a reference to a secret, and the secret itself must not stand here",
+        "write secret://env/NAME or secret://file/ABSOLUTE/PATH, and replace a key that was written here",
+    )
+
+
+def region(value: object) -> str:
+    text = _text(value, "the region, as the provider spells it")
+    if _REGION.fullmatch(text):
+        return text
+    raise Unfit(f"{shown(text)} is not a region", "write it as the provider spells it, such as eu-central-1")
+
+
+def declared_jurisdiction(value: object) -> str:
+    """One code, or a list of them: joined as in "CH, EEA"."""
+    if isinstance(value, list) and 0 < len(value) <= MAX_DECLARED:
+        return ", ".join(sorted({_declared_code(code) for code in value}))
+    return _declared_code(value)
+
+
+def _declared_code(value: object) -> str:
+    text = _text(value, "EU, EEA, UK or a country's two letters, such as CH, or a list of these")
+    if text in jurisdictions.CODES:
+        return text
+    if not _SHORT.fullmatch(text):
+        raise Unfit(f"{shown(text)} is not a jurisdiction", "use EU, EEA, UK or a country's two letters")
+    return jurisdictions.jurisdiction(text)
+
+
+def source_url(value: object) -> str:
+    """Where the provider says it. Only kept and shown, never fetched."""
+    wanted = "the address of the page that says so: https://..."
+    text = _text(value, wanted)
+    try:
+        if len(text) <= MAX_URL and text.startswith("https://") and Endpoint.of(text.partition("#")[0]).host:
+            return text
+    except Unfit:
+        pass
+    raise Unfit("this is not the https URL of a public page", f"write {wanted}")
+
+
+def model(value: object) -> str:
+    text = _text(value, "a model's id, as the provider spells it")
+    if _MODEL.fullmatch(text) and ".." not in text and "//" not in text:
+        return text
+    raise Unfit("this is not a model's id", "write it as the provider spells it")

@@ -35,6 +35,7 @@ class Card:
     capabilities: frozenset[Capability]
     reads: str  # what it reads from strangers
     does: str
+    groups: tuple[str, ...] = ()  # keys of `Config.user` whose groups it is in beside its own
 
 
 CARDS: dict[str, Card] = {
@@ -115,6 +116,15 @@ CARDS: dict[str, Card] = {
             capabilities=frozenset(),
             reads="HTTP from whoever reaches its socket",
             does="tells metrics, where they are configured; nothing waits for it",
+        ),
+        Card(
+            name="api",
+            user="api",
+            namespace=Namespace.HOST,
+            capabilities=frozenset(),
+            reads="HTTP from users of this machine",
+            does="tells each user what they may know, where it is configured; changes nothing",
+            groups=("audit",),  # the journal's files are for it to read (journal_tree.FILE_MODE)
         ),
     )
 }

@@ -18,14 +18,16 @@ import msgspec
 from msgspec import Meta, Struct
 
 from egressd.dns.exchange import Server
+from egressd.model import tree
 from egressd.model.errors import PolicyError, Problem
-from egressd.policy import tree
 from egressd.ruleset import layout
 
-__all__ = ["Account", "Config", "MetricsAddress", "PoolsConfig", "load"]
+__all__ = ["Account", "Config", "ListenAddress", "PoolsConfig", "load"]
 
 _ACCOUNTS = ("daemon", "warden", "resolve", "relay", "inspect", "audit")
-_Role = Literal["daemon", "warden", "resolve", "relay", "inspect", "audit", "metrics"]
+_Role = Literal["daemon", "warden", "resolve", "relay", "inspect", "audit", "metrics", "api"]
+# Roles of processes that run only where this key says where: the key and the account have one name.
+_OPTIONAL: tuple[_Role, ...] = ("metrics", "api")
 # linux/un.h: sun_path, with the NUL at its end.
 _UNIX_PATH_MAX = 107
 
@@ -55,40 +57,59 @@ class PoolsConfig(Struct, frozen=True, forbid_unknown_fields=True):
         )
 
 
-class MetricsAddress(Struct, frozen=True):
-    """Where metrics are read: an address of the loopback and a port, or the path of a Unix socket."""
+class ListenAddress(Struct, frozen=True):
+    """Where HTTP is answered: an address of the loopback and a port, or the path of a Unix socket."""
 
     address: IPv4Address | IPv6Address | None
     port: int
     path: str
 
     @staticmethod
-    def parse(text: str) -> MetricsAddress:
-        """`127.0.0.1:9464`, `[::1]:9464` or `unix:/path`. ValueError, with the remedy, for anything else:
-        whoever reaches the address reads who talks to whom, and nothing there asks who they are."""
+    def parse(text: str, service: Service) -> ListenAddress:
+        """`127.0.0.1:9464`, `[::1]:9464` or `unix:/path`. ValueError, with the remedy, for anything else."""
         if text.startswith("unix:"):
-            return MetricsAddress(None, 0, _unix_path(text.removeprefix("unix:")))
+            return ListenAddress(None, 0, _unix_path(text.removeprefix("unix:"), service))
         found = re.fullmatch(r"(?:\[(?P<six>[0-9A-Fa-f:.]+)\]|(?P<four>[0-9.]+)):(?P<port>[0-9]{1,5})", text)
         if found is None:
-            raise ValueError(f"{text!r} is none of {_METRICS_FORMS}")
+            raise ValueError(f"{text!r} is none of {service.forms}")
         address = ip_address(found["six"] or found["four"])
         # Not `is_loopback`: what it says about addresses with an IPv4 one inside depends on the Python.
         if address != IPv6Address("::1") and address not in IPv4Network("127.0.0.0/8"):
             raise ValueError(
-                f"{address} can be reached from elsewhere; metrics are read at {_METRICS_FORMS} only:"
-                " put a proxy in front that knows TLS and who may read"
+                f"{address} can be reached from elsewhere; {service.what} at {service.forms} only:"
+                f" {service.elsewhere}"
             )
         if not 1 <= int(found["port"]) <= 65535:
             raise ValueError(f"{found['port']} is not a port")
-        return MetricsAddress(address, int(found["port"]), "")
+        return ListenAddress(address, int(found["port"]), "")
 
 
-_METRICS_FORMS = "127.0.0.1:9464, [::1]:9464, unix:/run/egressd/metrics.sock"
+class Service(Struct, frozen=True):
+    """What is offered at an address: a sentence without its end, the forms of an address, and what to do for
+    those who are elsewhere."""
+
+    what: str
+    forms: str
+    elsewhere: str
 
 
-def _unix_path(path: str) -> str:
+# Whoever reaches the address reads who talks to whom, and nothing there asks who they are.
+_METRICS = Service(
+    "metrics are read",
+    "127.0.0.1:9464, [::1]:9464, unix:/run/egressd/metrics.sock",
+    "put a proxy in front that knows TLS and who may read",
+)
+# There they are asked, but the kernel can tell only of clients on this machine.
+_API = Service(
+    "the HTTP API answers",
+    "127.0.0.1:8000, [::1]:8000, unix:/run/egressd/api.sock",
+    "it knows its clients by their sockets on this machine, so come in by ssh",
+)
+
+
+def _unix_path(path: str, service: Service) -> str:
     if not path.startswith("/") or path.endswith("/") or "\0" in path:
-        raise ValueError(f"{path!r} is not the absolute path of a socket, as in {_METRICS_FORMS}")
+        raise ValueError(f"{path!r} is not the absolute path of a socket, as in {service.forms}")
     if len(path.encode()) > _UNIX_PATH_MAX:
         raise ValueError(f"the path of a socket has at most {_UNIX_PATH_MAX} bytes")
     return path
@@ -124,19 +145,24 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
         return Path(self.run_dir, "control.sock")
 
     @property
-    def metrics_address(self) -> MetricsAddress | None:
+    def metrics_address(self) -> ListenAddress | None:
         """None: no metrics, and no process for them."""
-        return None if self.metrics is None else MetricsAddress.parse(self.metrics)
+        return None if self.metrics is None else ListenAddress.parse(self.metrics, _METRICS)
+
+    @property
+    def api_address(self) -> ListenAddress | None:
+        """None: no HTTP API, and no process for it."""
+        return None if self.api is None else ListenAddress.parse(self.api, _API)
 
     def accounts(self) -> dict[str, Account]:
-        """Who each process runs as, by role; `metrics` is among them only where metrics are read. KeyError
-        names a missing account.
+        """Who each process runs as, by role; `metrics` and `api` are among them only where these are offered.
+        KeyError names a missing account.
 
         `user: same` keeps the invoking user for all of them: for a lab without subordinate ids, where
         the processes are then kept apart by capabilities alone.
         """
         # An account is asked for only if it is used: a configuration that is older than metrics has none.
-        roles = _ACCOUNTS if self.metrics is None else (*_ACCOUNTS, "metrics")
+        roles = (*_ACCOUNTS, *(role for role in _OPTIONAL if getattr(self, role) is not None))
         if self.user == "same":
             return dict.fromkeys(roles, Account(os.getuid(), os.getgid()))
         if isinstance(self.user, str):
@@ -193,18 +219,23 @@ def _problems(document: dict[str, Any], found: tree.Tree) -> Iterator[Problem]:
 
 def _problems_together(document: dict[str, Any], found: tree.Tree) -> Iterator[Problem]:
     """What no key shows alone. Each key is good by now."""
-    config = _convert(document)
-    if config.metrics is None or "user" not in document:
+    if "user" not in document:
         return  # default accounts are looked up at the start, where they are needed
-    try:
-        config.accounts()
-    except KeyError:
-        text = "metrics are read by a process of its own, and it has no account"
-        if isinstance(config.user, str):
-            remedy = f"create {config.user}-metrics (systemd-sysusers egressd.conf)"
-        else:
-            remedy = "add one to `user`: metrics: '906', or the name of an account"
-        yield found.problem(("metrics",), text, f"{remedy}, or remove the line")
+    for role, number, text in (
+        ("metrics", 906, "metrics are read by a process of its own, and it has no account"),
+        ("api", 907, "the HTTP API is a process of its own, and it has no account"),
+    ):
+        if document.get(role) is None:
+            continue
+        config = _convert({"user": document["user"], role: document[role]})
+        try:
+            config.accounts()
+        except KeyError:
+            if isinstance(config.user, str):
+                remedy = f"create {config.user}-{role} (systemd-sysusers egressd.conf)"
+            else:
+                remedy = f"add one to `user`: {role}: '{number}', or the name of an account"
+            yield found.problem((role,), text, f"{remedy}, or remove the line")
 
 
 def _absolute(*fields: str) -> Callable[[Config], None]:
@@ -241,9 +272,10 @@ def _check_upstream(config: Config) -> None:
         Server.parse(server)
 
 
-def _check_metrics(config: Config) -> None:
-    if config.metrics is not None:
-        MetricsAddress.parse(config.metrics)
+def _check_addresses(config: Config) -> None:
+    """ValueError by reading them."""
+    for role in _OPTIONAL:
+        getattr(config, f"{role}_address")
 
 
 _CHECKS: dict[str, Callable[[Config], None]] = {
@@ -254,7 +286,8 @@ _CHECKS: dict[str, Callable[[Config], None]] = {
     "upstream_ca": _absolute("upstream_ca"),
     "hosts": _check_hosts,
     "pools": lambda config: (config.pools.pools(), None)[1],
-    "metrics": _check_metrics,
+    "metrics": _check_addresses,
+    "api": _check_addresses,
     "upstream": _check_upstream,
     "user": _check_user,
 }

@@ -30,7 +30,9 @@ from egressd.model.verdicts import Reason
 from egressd.policy.compiled import Guard, Policy
 from egressd.processes import evidence, reports
 from egressd.processes.leases import Sandbox
+from egressd.processes.logins import who
 from egressd.processes.members import Caller, caller_of, is_member
+from egressd.processes.routing_answers import RoutingAnswers
 from egressd.processes.spawn_refusals import SpawnRefusals
 from egressd.processes.turns import Turns
 from egressd.processes.workspaces import broken_workspaces
@@ -60,8 +62,16 @@ class Client:
     policy: Policy | None = None  # entered
     sandbox: Sandbox | None = None  # attached
     attached: bool = False  # was, at least
+    behalf: Caller | None = None  # for whom it asks, where that is somebody else
+    asked: int = 0
+    accepted: float = field(default_factory=lambda: time.clock_gettime(time.CLOCK_BOOTTIME))
     pending: int = 0
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def asker(self) -> Caller:
+        """Whose rights count for what is only read."""
+        return self.behalf or self.caller
 
 
 class ControlSocket:
@@ -73,8 +83,10 @@ class ControlSocket:
         self._listener = listener
         self._proofs = Turns("proofs", at_once=PROOFS_AT_ONCE, most=MAX_PROOFS_PER_USER)
         self._admins = {0, os.getuid()}
-        self._exporter = _exporter(controller)
+        self._exporter = _uid_of(controller, "metrics")
+        self._api = _uid_of(controller, "api")
         self._refused = SpawnRefusals(controller.auditing.record, later=asyncio.get_running_loop().call_later)
+        self._routes = RoutingAnswers(controller, later=asyncio.get_running_loop().call_later)
         listener.setblocking(False)
 
     def listen(self) -> None:
@@ -156,10 +168,14 @@ class ControlSocket:
             received.close()
 
     async def _answer(self, peer: Peer, client: Client, received: Received[Any]) -> None:
+        client.asked += 1
         try:
+            _check_behalf(client, received.message)
             await _HANDLERS[type(received.message)](self, peer, client, received)
         except Refused as refused:
             self._refuse(peer, client, received.message, refused)
+            if isinstance(received.message, messages.ForUser):
+                peer.close("it may not ask for others")  # and shall not go on with rights of its own
         except PeerGone as gone:
             self._refuse(peer, client, received.message, Refused(Reason.UNAVAILABLE, str(gone)))
         except Exception as error:  # a defect of ours, too: nobody is left waiting for an answer
@@ -235,7 +251,7 @@ class ControlSocket:
         pools = self.controller.pools
         networks = [pools.synthetic4, pools.synthetic6, layout.RESOLVER4, layout.RESOLVER6]
         networks += [rule.network for rule in policy.cidrs]
-        if policy.guard is not Guard.ENFORCE or len(networks) > MAX_KNOWN:
+        if policy.holding is not Guard.ENFORCE or len(networks) > MAX_KNOWN:
             return None
         return tuple(map(str, networks))
 
@@ -297,15 +313,26 @@ class ControlSocket:
 
     # ---- reading
 
+    async def for_user(self, peer: Peer, client: Client, received: Received[messages.ForUser]) -> None:
+        """From here on what the asker may see is what that user may see."""
+        if client.caller.uid not in (0, self._api):
+            raise Refused(Reason.MEMBER, "only root and the account of the HTTP API ask for others")
+        if False:
+            raise Refused(Reason.PROTOCOL, "for whom a connection asks is said once, before anything else")
+        user = received.message
+        client.behalf = Caller(client.caller.pid, user.uid, frozenset(user.gids))
+
     async def ask(self, peer: Peer, client: Client, received: Received[messages.Ask]) -> None:
-        message = received.message
+        message, asker = received.message, client.asker
         if message.what == "metrics":
-            await self._send(peer, await self._metrics(client.caller))
+            await self._send(peer, await self._metrics(asker))
             return
-        visible = self._visible(client.caller, message.workspace)
-        document = await reports.answer(
-            self.controller, message.what, visible, everything=self._may_see_all(client.caller)
-        )
+        visible = self._visible(asker, message.workspace)
+        everything = self._may_see_all(asker)
+        if message.what == "workspaces":
+            await self._send(peer, {"all": everything, "workspaces": sorted(visible)})
+            return
+        document = await reports.answer(self.controller, message.what, visible, everything=everything)
         await self._send(peer, document)
 
     async def _metrics(self, caller: Caller) -> reports.Document:
@@ -329,9 +356,9 @@ class ControlSocket:
     async def why(self, peer: Peer, client: Client, received: Received[messages.Why]) -> None:
         message = received.message
         link = Link.of_device(message.subject)
-        sandbox = self._sandbox_of(client.caller, link) if link else None
+        sandbox = self._sandbox_of(client.asker, link) if link else None
         workspace = sandbox.workspace if sandbox else message.workspace
-        policy = self._visible(client.caller, workspace)[workspace]
+        policy = self._visible(client.asker, workspace)[workspace]
         if sandbox is not None:
             await self._send(peer, reports.why_sandbox(sandbox, policy))
         else:
@@ -350,10 +377,17 @@ class ControlSocket:
     async def apply(self, peer: Peer, client: Client, received: Received[messages.Apply]) -> None:
         if not self._may_see_all(client.caller):
             raise Refused(Reason.MEMBER, "only root and the daemon's own user apply policies: use sudo")
-        document = await self.controller.apply(
-            dry_run=received.message.dry_run, by=f"uid {client.caller.uid}"
-        )
+        message = received.message
+        by = who(client.caller, peer.channel.socket, accepted=client.accepted)
+        document = await self.controller.apply(dry_run=message.dry_run, by=by, why=message.why)
         await self._send(peer, document)
+
+    async def select_route(
+        self, peer: Peer, client: Client, received: Received[messages.SelectRoute]
+    ) -> None:
+        message, uid = received.message, client.asker.uid
+        policy = self._visible(client.asker, message.workspace)[message.workspace]
+        await self._send(peer, self._routes.answer(policy, message.route, uid=uid))
 
     async def change_key(self, peer: Peer, client: Client, received: Received[messages.ChangeKey]) -> None:
         if not self._may_see_all(client.caller):
@@ -365,14 +399,14 @@ class ControlSocket:
     # ---- proofs
 
     async def prove(self, peer: Peer, client: Client, received: Received[messages.Prove]) -> None:
-        asked, uid = received.message, client.caller.uid
-        self._visible(client.caller, asked.workspace)
+        asked, uid = received.message, client.asker.uid
+        self._visible(client.asker, asked.workspace)
         with self._proofs.asked(uid):
             link = await self._ended_link(asked)
             async with self._proofs.turn(uid):
                 if peer.closed:
                     return  # nobody waits for it any more
-                self._visible(client.caller, asked.workspace)  # after the wait, still
+                self._visible(client.asker, asked.workspace)  # after the wait, still
                 data = await evidence.prove(self.controller, asked, link=link)
         await peer.send_document(data)
 
@@ -415,15 +449,26 @@ class ControlSocket:
         for sandbox in list(self.controller.leases.by_link.values()):
             await self.revoke(sandbox, text)
         self._refused.drain()
+        self._routes.drain()
 
 
-def _exporter(controller: Controller) -> int | None:
-    """The account that may read all metrics, if there is one."""
+def _uid_of(controller: Controller, role: str) -> int | None:
+    """The account of a process that may ask more than others, if there is one: who tells metrics may read all
+    of them, who answers HTTP may ask for others."""
     try:
-        account = controller.config.accounts().get("metrics")
+        account = controller.config.accounts().get(role)
     except KeyError:
         return None
     return None if account is None else account.uid
+
+
+def _check_behalf(client: Client, message: Any) -> None:
+    """For others one reads, and no more: a list of what is permitted."""
+    if False:
+        raise Refused(Reason.PROTOCOL, f"{type(message).__name__} is not asked for somebody else")
+
+
+_FOR_OTHERS = messages.Ask | messages.Why | messages.SelectRoute | messages.Prove
 
 
 def _turn_away(sock: socket.socket) -> None:
@@ -443,8 +488,10 @@ _CLAIMS: dict[type, Any] = {
 _HANDLERS: dict[type, Any] = {
     messages.Enter: ControlSocket.enter,
     messages.Attach: ControlSocket.attach,
+    messages.ForUser: ControlSocket.for_user,
     messages.Ask: ControlSocket.ask,
     messages.Why: ControlSocket.why,
+    messages.SelectRoute: ControlSocket.select_route,
     messages.Apply: ControlSocket.apply,
     messages.Prove: ControlSocket.prove,
     messages.ChangeKey: ControlSocket.change_key,

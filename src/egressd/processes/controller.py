@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +31,19 @@ from egressd.model.errors import EgressdError, PolicyError, Problem, ProtocolErr
 from egressd.model.identities import Link
 from egressd.model.verdicts import Reason
 from egressd.policy import diff
-from egressd.policy.compiled import HostRule, Policy
+from egressd.policy.compiled import Policy
 from egressd.policy.decide import rule_for
 from egressd.processes import evidence, names, reports, ritual
 from egressd.processes.control import ControlSocket
 from egressd.processes.grants import Granting, Grants, Held, with_grants
 from egressd.processes.leases import Leases, LinkNumbers, Sandbox
 from egressd.processes.name_blocks import NameTelling
+from egressd.processes.registry_files import builtin_catalogue
 from egressd.processes.remembered import Account, Remembered, Retiring
+from egressd.processes.residency import Files, Residency, rejudged, tables_of
 from egressd.processes.snapshots import Snapshots
 from egressd.processes.workspaces import broken_workspaces, public_suffixes, read_workspaces
+from egressd.residency.registry import Registry
 from egressd.ruleset import allocate, plan
 from egressd.ruleset.books import Books
 from egressd.ruleset.observe import Counters, LinkCounts, Tally
@@ -77,6 +80,9 @@ class Controller:
         self.policies: dict[str, Policy] = {}
         self.problems: list[Problem] = []
         self.wants: dict[str, WorkspaceWant] = {}
+        self.registry = Registry()  # what the policies in force were judged by
+        self.residency = Residency(self)
+        self._registry_files = Files(Path(self.config.residency_dir))
         self.addresses = names.Addresses(self.pools)
         self.grants = Grants()
         self._granting = Granting(self)
@@ -167,6 +173,7 @@ class Controller:
             for batch in names.batches(self.addresses.entries()):
                 await warden.ask(messages.SetNat(request=warden.next_request(), entries=batch))
             await warden.ask(messages.Settle(request=warden.next_request()))
+            await self.residency.cut()
             self.settled.set()
 
     async def _resolver_came(self) -> None:
@@ -324,14 +331,15 @@ class Controller:
         else:
             _unexpected(peer, received)
 
-    async def _resolved(self, message: messages.Resolved) -> messages.Done:
-        await self.admitting.admit(self.addresses.learn(message))
-        return messages.Done(request=message.request)
+    async def _resolved(self, message: messages.Resolved) -> messages.Admitted:
+        led, refused = self.residency.admit(message)
+        await self.admitting.admit(self.addresses.learn(led))
+        return messages.Admitted(request=message.request, refused=refused)
 
     async def _granted(self, message: messages.GrantName) -> messages.Granted:
-        grant = await self._granting.grant(message)
+        grant, refused = await self._granting.grant(message)
         self.naming.tell(grant)
-        return messages.Granted(request=message.request, block=grant.block)
+        return messages.Granted(request=message.request, block=grant.block, refused=refused)
 
     async def _released(self, message: messages.ReleaseNames) -> messages.Done:
         await self._granting.release(message)
@@ -348,7 +356,12 @@ class Controller:
         await peer.ask(message, data=document, timeout=30.0)
 
     def _names_of(self, policy: Policy) -> WorkspaceNames:
-        return names.names_of(policy, self.blocks(policy.workspace), self.grants.rules(policy.workspace))
+        return names.names_of(
+            policy,
+            self.blocks(policy.workspace),
+            self.grants.rules(policy.workspace),
+            terms=lambda rule: self.residency.terms(policy, rule),
+        )
 
     def blocks(self, workspace: str) -> Mapping[str, int]:
         """Rule key -> block, of one workspace."""
@@ -395,17 +408,19 @@ class Controller:
 
     # ---- policy
 
-    async def apply(self, *, dry_run: bool = False, by: str = "start") -> dict[str, Any]:
-        """Read the directory again and make it true, as one change. The answer of `policy apply`."""
+    async def apply(self, *, dry_run: bool = False, by: str = "start", why: str = "") -> dict[str, Any]:
+        """Read the directory again and make it true, as one change. The answer of `policy apply`. Who wanted
+        it, and what he was asked to do, are put on record."""
         async with self.changing:
             began = time.monotonic()
-            wanted, problems = await self._read()
+            wanted, problems, registry = await self._read()
             changes = _changes(self.policies, wanted)
             if not dry_run:
                 before = self.policies
-                await self._become(wanted)
+                self._record_registry(registry, by)
+                await self._become(wanted, registry)
                 self.problems = problems
-                self._record_changes(before, changes, problems, by)
+                self._record_changes(before, changes, problems, by, why)
                 self._after_a_change(changes)
             return {
                 "changes": [_change_document(workspace, change) for workspace, change in changes],
@@ -414,29 +429,41 @@ class Controller:
                 "milliseconds": round((time.monotonic() - began) * 1000, 3),
             }
 
-    async def _read(self) -> tuple[dict[str, Policy], list[Problem]]:
-        """What the directory says. If it cannot be read at all, what was last good stays: at the start,
-        nothing, so that every workspace is unknown and denied."""
+    async def _read(self) -> tuple[dict[str, Policy], list[Problem], Registry]:
+        """What the directory says, judged by what the files of the registry say. If it cannot be read at all,
+        what was last good stays: at the start, nothing, so that every workspace is unknown and denied."""
+        registry = await asyncio.to_thread(self._registry_files.read)
         try:
             found, problems = await asyncio.to_thread(
-                read_workspaces, Path(self.config.workspaces_dir), pools=self.pools
+                read_workspaces, Path(self.config.workspaces_dir), pools=self.pools, registry=registry
             )
         except PolicyError as error:
-            return dict(self.policies), list(error.problems)
-        return {**self._last_good(problems), **found}, problems
+            return self._last_good(self.policies, registry), list(error.problems), registry
+        return {**self._last_good(broken_workspaces(problems), registry), **found}, problems, registry
 
-    def _last_good(self, problems: Iterable[Problem]) -> dict[str, Policy]:
-        """A file that broke keeps its last good policy; a file that was never good gives none."""
-        broken = broken_workspaces(problems)
-        return {name: policy for name, policy in self.policies.items() if name in broken}
+    def _last_good(self, broken: Container[str], registry: Registry) -> dict[str, Policy]:
+        """A file that broke keeps its last good policy, as far as it is good by this registry; a file that
+        was never good gives none."""
+        return {name: rejudged(policy, registry) for name, policy in self.policies.items() if name in broken}
 
     async def begin(self) -> None:
         """What the directory says at the start. The warden hears of it when it is connected."""
-        wanted, self.problems = await self._read()
+        wanted, self.problems, registry = await self._read()
+        self._record_registry(registry, "start")
         allocation, wants = self._numbered(wanted, {})
-        self._stand(wanted, allocation, wants, {})
+        self._stand(wanted, allocation, wants, {}, registry)
         self._record_changes({}, _changes({}, wanted), self.problems, "start")
         self.tell_names()
+
+    def _record_registry(self, registry: Registry, by: str) -> None:
+        """If it is another one."""
+        if registry.digest == self.registry.digest:
+            return
+        tables = " ".join(tables_of(registry))
+        self.auditing.record("registry-changed", {"registry": registry.digest, "tables": tables, "by": by})
+        if registry.broken:
+            text = f"residency cannot be judged, and what is pinned is refused: {registry.broken}"
+            self.alarm("registry-broken", text, {"registry": registry.digest, "text": registry.broken})
 
     def _numbered(
         self, wanted: dict[str, Policy], held: Held
@@ -452,16 +479,28 @@ class Controller:
         allocation: allocate.Allocation,
         wants: dict[str, WorkspaceWant],
         held: Held,
+        registry: Registry,
     ) -> tuple[NatEntry, ...]:
         """From now on this is the policy; returns what changes in where names lead."""
         self.policies, self.remembered.allocation, self.wants = wanted, allocation, wants
-        self.grants.held = held
+        self.registry, self.grants.held = registry, held
+        self.residency.stand(wanted, registry)
         self.remembered.save_numbers()
-        granted = ((*grant.user, grant.rule) for grant in self.grants.all())
-        return self.addresses.use((*_host_rules(wanted, allocation), *granted))
+        granted = (names.Use(*grant.user, grant.rule, grant.terms) for grant in self.grants.all())
+        ways = self.addresses.use((*self._uses(allocation), *granted))
+        self.residency.settle()
+        return ways
 
-    async def _become(self, wanted: dict[str, Policy]) -> None:
-        held, gone = self.grants.surviving(wanted)
+    def _uses(self, allocation: allocate.Allocation) -> Iterable[names.Use]:
+        """Of every exact host rule."""
+        for name, policy in self.policies.items():
+            index, blocks = allocation.workspaces[name], allocation.blocks[name]
+            for rule in policy.hosts:
+                if not rule.wildcard:
+                    yield names.Use(index, blocks[rule.key], rule, self.residency.terms(policy, rule))
+
+    async def _become(self, wanted: dict[str, Policy], registry: Registry) -> None:
+        held, gone = self.grants.surviving(wanted, registry)
         allocation, wants = self._numbered(wanted, held)
         leaving = self.policies.keys() - wanted.keys()
         for name in leaving:
@@ -470,10 +509,18 @@ class Controller:
         await self._set_workspaces(with_grants(wants, held, self.pools))
         for name in self.policies.keys() - wanted.keys():
             self._close_account(name)
-        ways = self._stand(wanted, allocation, wants, held)
+        ways = self._stand(wanted, allocation, wants, held, registry)
         self._granting.record_gone(gone)
         await self.admitting.admit(ways)
+        await self._take_back_what_was_under_way()
         await self._tell_the_others()
+        await self.residency.cut()
+
+    async def _take_back_what_was_under_way(self) -> None:
+        """Ways on terms that were in force a moment ago, and which the kernel has only now."""
+        if self.residency.due:
+            await self.admitting.done()
+            await self.admitting.admit(self.addresses.superfluous())
 
     async def _last_snapshots(self, leaving: Collection[str]) -> None:
         """Of workspaces that are about to go: their sandboxes have ended, these are their last numbers.
@@ -526,6 +573,7 @@ class Controller:
         changes: Iterable[tuple[str, diff.Change]],
         problems: Iterable[Problem],
         by: str,
+        why: str = "",
     ) -> None:
         for workspace, change in changes:
             old, new = before.get(workspace), self.policies.get(workspace)
@@ -538,6 +586,7 @@ class Controller:
                     "by": by,
                     "policy": new.digest if new else None,
                     "policy_before": old.digest if old else None,
+                    **({"why": why} if why else {}),
                 },
             )
         for problem in problems:
@@ -735,8 +784,8 @@ def _last(counters: Totals) -> LinkCounts:
 
 
 async def _outcome(
-    message: Any, work: Coroutine[Any, Any, messages.Done | messages.Granted | None]
-) -> messages.Done | messages.Granted | messages.Failed | None:
+    message: Any, work: Coroutine[Any, Any, messages.Done | messages.Admitted | messages.Granted | None]
+) -> messages.Done | messages.Admitted | messages.Granted | messages.Failed | None:
     """The answer to a request, whatever became of it."""
     try:
         return await work
@@ -827,16 +876,6 @@ def _link(sandbox: Sandbox) -> dict[str, Any]:
     }
 
 
-def _host_rules(
-    policies: dict[str, Policy], allocation: allocate.Allocation
-) -> Iterable[tuple[int, int, HostRule]]:
-    """(workspace index, block, rule) of every exact host rule."""
-    for name, policy in policies.items():
-        for rule in policy.hosts:
-            if not rule.wildcard:
-                yield allocation.workspaces[name], allocation.blocks[name][rule.key], rule
-
-
 def _changes(before: dict[str, Policy], after: dict[str, Policy]) -> list[tuple[str, diff.Change]]:
     return [
         (name, change)
@@ -919,6 +958,7 @@ def _watch_signals(controller: Controller, stop: asyncio.Event) -> None:
 
 def main() -> int:
     public_suffixes()  # a file: read while everything may still be read
+    builtin_catalogue()  # the same
     evidence.versions()  # a program: run while it may still be run
     asyncio.run(_serve(ritual.begin("controller")))
     return 0

@@ -5,26 +5,21 @@ and the controller reads the kernel's counters then. Scrapes that come together 
 that comes soon after gets that one again: within `fresh` seconds, or within `share` times as long as the
 reading took, so that whoever reaches the socket cannot keep the kernel, and the warden, busy with reading.
 
-Whoever reaches the socket is a stranger: a request has `HEAD_WITHIN` seconds and `MAX_HEAD` bytes in all,
-an answer `BODY_WITHIN` seconds, and there are at most `MAX_CONNECTIONS`. When all are taken, the one that
-has waited longest without a whole request makes room, so that connections held open keep no scraper out.
+Whoever reaches the socket is a stranger, and bounded as `http_server` says.
 """
 
 from __future__ import annotations
 
 import asyncio
-import collections
 import concurrent.futures
 import contextlib
 import gzip
 import http
 import logging
-import re
 import signal
-import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +33,8 @@ from egressd.ipc import messages
 from egressd.ipc.channel import Received
 from egressd.ipc.peer import Peer
 from egressd.model.errors import EgressdError
+from egressd.processes import http_server
+from egressd.processes.http_server import Answer, Exchange, Request, Server, accepts, parse
 from egressd.processes.metric_families import Document, Families, Rows, read, tell
 from egressd.processes.ritual import Start, begin
 from egressd.sandbox.control import Control
@@ -46,41 +43,17 @@ __all__ = ["Bounds", "Exporter", "Request", "ask_controller", "main", "parse"]
 
 log = logging.getLogger("exporter")
 
-_HEAD_END = b"\r\n\r\n"
-_PIECE = 1 << 16
 _PATIENCE = 8.0  # seconds
-_ACCEPTS = 8  # connections per turn of the loop
-_BACKLOG = 1024  # connections that wait to be accepted: a full queue costs a scraper a second (SYN again)
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
-    """Seconds, bytes, connections. Prometheus waits ten seconds by default, so an answer takes less."""
+class Bounds(http_server.Bounds):
+    """Seconds. Prometheus waits ten by default, so an answer takes less."""
 
     fresh: float = 1.0
     share: float = 10.0
     most_stale: float = 15.0  # however long reading took: as often as Prometheus comes by
     read_within: float = 8.0
-    head_within: float = 5.0
-    body_within: float = 10.0
-    max_head: int = 8192
-    max_connections: int = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    method: str
-    path: str
-    openmetrics: bool = False
-    gzip: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    status: http.HTTPStatus
-    body: bytes
-    kind: str = "text/plain; charset=utf-8"
-    headers: tuple[tuple[str, str], ...] = ()
 
 
 # ---- one reading
@@ -171,154 +144,38 @@ class Readings:
             log.warning("the controller gives no metrics: %s", text) if text else log.info("metrics are back")
 
 
-# ---- HTTP
+# ---- answers
 
 
-def parse(head: bytes) -> Request | http.HTTPStatus:
-    """A request line and headers, without the empty line at the end; what is wrong with it."""
-    line, *fields = head.decode("latin-1").split("\r\n")
-    found = re.fullmatch(r"([A-Z]{1,16}) (/[!-~]*) HTTP/1\.[01]", line)
-    if found is None:
-        return http.HTTPStatus.BAD_REQUEST
-    headers = {name.strip().lower(): value for name, _, value in (text.partition(":") for text in fields)}
-    path, _, _ = found[2].partition("?")
-    return Request(
-        method=found[1],
-        path=path,
-        openmetrics=_accepts(headers.get("accept", ""), "application/openmetrics-text"),
-        gzip=_accepts(headers.get("accept-encoding", ""), "gzip"),
-    )
-
-
-def _accepts(header: str, wanted: str) -> bool:
-    """Whether it stands there, and not with weight 0 (RFC 9110, 12.4.2)."""
-    for entry in header.lower().split(","):
-        name, *parameters = (word.strip() for word in entry.split(";"))
-        if name == wanted:
-            return not any(re.fullmatch(r"q=0(\.0{0,3})?", word) for word in parameters)
-    return False
-
-
-def encoded(answer: Answer, *, body: bool) -> bytes:
-    lines = [
-        f"HTTP/1.1 {answer.status.value} {answer.status.phrase}",
-        f"Content-Type: {answer.kind}",
-        f"Content-Length: {len(answer.body)}",
-        *(f"{name}: {value}" for name, value in answer.headers),
-        "Cache-Control: no-store",
-        "X-Content-Type-Options: nosniff",
-        "Connection: close",
-    ]
-    return "\r\n".join(lines).encode("ascii") + _HEAD_END + (answer.body if body else b"")
-
-
-def _problem(status: http.HTTPStatus, *headers: tuple[str, str]) -> Answer:
-    return Answer(status, f"{status.phrase}\n".encode(), headers=headers)
-
-
-class Exporter:
-    """Answers over `listener`; `ask` gets the controller's document, in a thread."""
+class Exporter(Server):
+    """`ask` gets the controller's document, in a thread."""
 
     def __init__(self, ask: Callable[[], Any], *, bounds: Bounds | None = None) -> None:
-        self.bounds = bounds or Bounds()
-        self.readings = Readings(ask, self.bounds)
-        self.answered: collections.Counter[str] = collections.Counter()
-        self.dropped: collections.Counter[str] = collections.Counter()
+        bounds = bounds or Bounds()
+        super().__init__(bounds)
+        self.readings = Readings(ask, bounds)
         self._rows = Rows()
         self._render = concurrent.futures.ThreadPoolExecutor(1, "render")
-        self._waiting: dict[asyncio.StreamWriter, None] = {}  # without a whole request, the oldest first
-        self._open = 0
 
-    @contextlib.asynccontextmanager
-    async def serving(self, listener: socket.socket) -> AsyncIterator[None]:
-        start = asyncio.start_unix_server if listener.family == socket.AF_UNIX else asyncio.start_server
-        # Only as far ahead as a head may be long: what comes after it is not read.
-        # Few accepted per turn, so that one that sends its request at once is read before others push it out.
-        server = await start(self._connected, sock=listener, limit=self.bounds.max_head, backlog=_ACCEPTS)
-        listener.listen(_BACKLOG)  # `backlog` has set this, too
-        try:
-            yield
-        finally:
-            server.close()
-
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._open >= self.bounds.max_connections and not self._make_room():
-            self._drop(writer, "crowded")
-            return
-        self._open += 1
-        try:
-            await self._converse(reader, writer)
-        except TimeoutError:
-            self._drop(writer, "slow")
-        except (OSError, EOFError):
-            self._drop(writer, "gone")
-        finally:
-            self._open -= 1
-            self._waiting.pop(writer, None)
-            writer.close()
-
-    def _make_room(self) -> bool:
-        oldest = next(iter(self._waiting), None)
-        if oldest is None:
-            return False
-        del self._waiting[oldest]
-        self._drop(oldest, "crowded")
-        return True
-
-    def _drop(self, writer: asyncio.StreamWriter, why: str) -> None:
-        """At once: what has not been sent is not sent."""
-        if not writer.transport.is_closing():
-            self.dropped[why] += 1
-            writer.transport.abort()
-
-    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._waiting[writer] = None
-        async with asyncio.timeout(self.bounds.head_within):
-            request = await self._request(reader)
-        if self._waiting.pop(writer, self) is self:
-            return  # it had to make room just now
-        try:
-            answer = await self.answer(request)
-        except Exception:
-            log.exception("a request could not be answered")
-            answer = _problem(http.HTTPStatus.INTERNAL_SERVER_ERROR)
-        self.answered[str(answer.status.value)] += 1
-        method = request.method if isinstance(request, Request) else ""
-        data = encoded(answer, body=method != "HEAD")
-        async with asyncio.timeout(self.bounds.body_within):
-            # In pieces: what a slow reader has not taken is not copied for it.
-            for place in range(0, len(data), _PIECE):
-                writer.write(data[place : place + _PIECE])
-                await writer.drain()
-            writer.close()
-            await writer.wait_closed()
-
-    async def _request(self, reader: asyncio.StreamReader) -> Request | http.HTTPStatus:
-        try:
-            head = await reader.readuntil(_HEAD_END)
-        except asyncio.LimitOverrunError:
-            return http.HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-        return parse(head.removesuffix(_HEAD_END))
-
-    # ---- answers
-
-    async def answer(self, request: Request | http.HTTPStatus) -> Answer:
+    async def answer(self, request: Request | http.HTTPStatus, exchange: Exchange) -> Answer:
         if isinstance(request, http.HTTPStatus):
-            return _problem(request)
+            return self.problem(request)
         if request.path not in ("/metrics", "/healthz"):
-            return _problem(http.HTTPStatus.NOT_FOUND)
+            return self.problem(http.HTTPStatus.NOT_FOUND)
         if request.method not in ("GET", "HEAD"):
-            return _problem(http.HTTPStatus.METHOD_NOT_ALLOWED, ("Allow", "GET, HEAD"))
+            return self.problem(http.HTTPStatus.METHOD_NOT_ALLOWED, ("Allow", "GET, HEAD"))
         reading = await self.readings.reading()
         if request.path == "/healthz":
             return _health(reading)
-        text = await self._text(reading, request)
-        kind = openmetrics.CONTENT_TYPE_LATEST if request.openmetrics else CONTENT_TYPE_PLAIN_0_0_4
-        headers = (("Content-Encoding", "gzip"),) if request.gzip else ()
+        as_openmetrics = accepts(request.header("accept"), "application/openmetrics-text")
+        compressed = accepts(request.header("accept-encoding"), "gzip")
+        text = await self._text(reading, as_openmetrics, compressed)
+        kind = openmetrics.CONTENT_TYPE_LATEST if as_openmetrics else CONTENT_TYPE_PLAIN_0_0_4
+        headers = (("Content-Encoding", "gzip"),) if compressed else ()
         return Answer(http.HTTPStatus.OK, text, kind, (*headers, ("Vary", "Accept, Accept-Encoding")))
 
-    async def _text(self, reading: Reading, request: Request) -> bytes:
-        form = request.openmetrics, request.gzip
+    async def _text(self, reading: Reading, as_openmetrics: bool, compressed: bool) -> bytes:
+        form = as_openmetrics, compressed
         if form not in reading.texts:
             reading.texts[form] = asyncio.create_task(self._rendered(reading, *form))
         return await reading.texts[form]

@@ -48,7 +48,7 @@ from egressd.model.identities import Link
 from egressd.packets import conntrack_events
 from egressd.packets.conntrack_events import ICMP, ICMPV6, TCP, UDP, Ended, Tally
 from egressd.processes.journal_file import Draft, timestamp
-from egressd.ruleset.layout import DIAL4, DIAL6, UNLISTED_BLOCK, Kind, Mark, Pools
+from egressd.ruleset.layout import DIAL4, DIAL6, UNLISTED_BLOCK, Kind, Mark, Pools, begun_with
 
 __all__ = ["FlowLog", "Hosts", "LinkSums", "Owner"]
 
@@ -377,7 +377,7 @@ def _link_flows(link: Link, closing: _Closing, sums: LinkSums, short: Tally | No
 
 def _mark(value: int) -> Mark | None:
     try:
-        return Mark.of(value)
+        return Mark.of(begun_with(value))
     except ValueError:
         return None
 

@@ -26,11 +26,13 @@ from egressd.ipc import messages
 from egressd.ipc.peer import PeerGone
 from egressd.model.errors import EgressdError, PolicyError, Refused, Unfit
 from egressd.model.identities import Link
-from egressd.model.names import canonical
+from egressd.model.names import canonical, covering
 from egressd.model.verdicts import Reason
-from egressd.policy.compiled import HostRule, Policy
-from egressd.policy.decide import rule_among, rule_for
+from egressd.policy.compiled import Barred, HostRule, Policy
+from egressd.policy.decide import governing, rule_for
 from egressd.processes.names import sites_of
+from egressd.processes.residency import in_force
+from egressd.residency.registry import Registry
 from egressd.ruleset import allocate, plan
 from egressd.ruleset.layout import BLOCKS, SLOTS, Pools
 from egressd.ruleset.wants import Element, WorkspaceWant
@@ -57,6 +59,7 @@ class Grant:
     wildcard: str
     block: int
     since: float  # seconds since the epoch
+    terms: str = ""  # see residency.py
 
     @property
     def host(self) -> str:
@@ -96,16 +99,20 @@ class Grants:
         for grant in grants:
             self.held.get(grant.workspace, {}).pop(grant.host, None)
 
-    def surviving(self, policies: Mapping[str, Policy]) -> tuple[Held, list[tuple[Grant, str]]]:
+    def surviving(
+        self, policies: Mapping[str, Policy], registry: Registry
+    ) -> tuple[Held, list[tuple[Grant, str]]]:
         """Under these policies: what stays, each under the rule that governs it; and what goes, and why."""
         stays: Held = {}
         goes: list[tuple[Grant, str]] = []
         for workspace, held in self.held.items():
             policy = policies.get(workspace)
-            rules = {rule.host: policy.applied(rule) for rule in policy.hosts} if policy is not None else None
+            rules = _applied(policy) if policy is not None else None
             crowded = policy is not None and len(policy.rules) + len(held) > BLOCKS - 2
             for grant in held.values():
                 found = _governed(grant, rules)
+                if policy is not None and isinstance(found, Grant):
+                    found = _resident(found, policy, registry)
                 if isinstance(found, str) or crowded:
                     goes.append((grant, found if isinstance(found, str) else "the rules need its number"))
                 else:
@@ -124,11 +131,21 @@ class Grants:
         return None
 
 
-def _governed(grant: Grant, rules: Mapping[str, HostRule] | None) -> Grant | str:
+def _applied(policy: Policy) -> dict[str, HostRule | Barred]:
+    """As they are applied; those that are barred as they are written."""
+    return {
+        host: policy.applied(rule) if isinstance(rule, HostRule) else rule
+        for host, rule in governing(policy).items()
+    }
+
+
+def _governed(grant: Grant, rules: Mapping[str, HostRule | Barred] | None) -> Grant | str:
     """The grant under these host rules, or why there is none."""
     if rules is None:
         return "the workspace was removed"
-    rule = rule_among(rules, grant.host)
+    rule = next((rules[host] for host in covering(grant.host) if host in rules), None)
+    if isinstance(rule, Barred):
+        return f"{rule.rule.key} is barred: {rule.finding.text}"
     if rule is None:
         return "no wildcard covers it any more"
     if not rule.wildcard:
@@ -136,6 +153,17 @@ def _governed(grant: Grant, rules: Mapping[str, HostRule] | None) -> Grant | str
     if rule.private != grant.rule.private:
         return "where it may lead has changed"
     return replace(grant, rule=replace(rule, host=grant.host), wildcard=rule.host)
+
+
+def _resident(grant: Grant, policy: Policy, registry: Registry) -> Grant | str:
+    """The grant on the terms that hold now, or why there is none. Its addresses are judged when they are
+    looked up on these terms."""
+    if not policy.pin:
+        return replace(grant, terms="")
+    finding = registry.judge_name(grant.host, pin=policy.pin)
+    if not finding.compliant:
+        return finding.text
+    return replace(grant, terms=in_force(policy, grant.rule, registry.digest))
 
 
 def with_grants(wants: Mapping[str, WorkspaceWant], held: Held, pools: Pools) -> dict[str, WorkspaceWant]:
@@ -156,15 +184,19 @@ class Granting:
 
     # ---- granting
 
-    async def grant(self, message: messages.GrantName) -> Grant:
-        """Refused or PeerGone if the name is not granted, and then nothing of it is."""
+    async def grant(self, message: messages.GrantName) -> tuple[Grant, dict[str, str]]:
+        """With the addresses to which it does not lead: address -> why. Refused or PeerGone if the name is
+        not granted, and then nothing of it is."""
         controller = self._controller
         rule = self._rule(message)
+        policy = controller.policies[message.workspace]
+        message, refused = controller.residency.admit_grant(message, policy, rule)
         held = controller.grants.of(message.workspace).get(message.host)
         if held is not None:  # the resolver gave up waiting for us, and asks again
-            ways = controller.addresses.join(held.user, held.rule, (message.slots4, message.slots6))
+            slots = (message.slots4, message.slots6)
+            ways = controller.addresses.join(held.user, held.rule, slots, terms=held.terms)
             await controller.admitting.admit((*ways[0], *ways[1]))
-            return held
+            return held, refused
         self._check_budget(message)
         grant = self._numbered(message, rule)
         controller.auditing.record("name-granted", _facts(grant, message))
@@ -175,7 +207,7 @@ class Granting:
             self._record_released(grant, f"not granted: {error}")
             raise
         controller.grants.add(grant)
-        return grant
+        return grant, refused
 
     def _rule(self, message: messages.GrantName) -> HostRule:
         """The wildcard's rule. Refused if there is none, or the asker is no sandbox of that workspace."""
@@ -213,12 +245,14 @@ class Granting:
             wildcard=rule.host,
             block=block,
             since=time.time(),
+            terms=self._controller.residency.terms(self._controller.policies[message.workspace], rule),
         )
 
     async def _admit(self, grant: Grant, message: messages.GrantName) -> None:
         """The kernel, then the inspector. Names shared with others lead there for them as well."""
         controller = self._controller
-        own, others = controller.addresses.join(grant.user, grant.rule, (message.slots4, message.slots6))
+        slots = (message.slots4, message.slots6)
+        own, others = controller.addresses.join(grant.user, grant.rule, slots, terms=grant.terms)
         warden = controller.peer("warden")
         for number, elements in enumerate(_parts(grant.elements(controller.pools))):
             await warden.ask(
@@ -291,7 +325,7 @@ class Granting:
         """Where they led, and their numbers, which are the last to be given to others."""
         controller = self._controller
         for grant in grants:
-            controller.addresses.leave(grant.user, grant.rule)
+            controller.addresses.leave(grant.user, grant.rule, terms=grant.terms)
         for workspace in {grant.workspace for grant in grants}:
             assert controller.remembered.allocation is not None
             hosts = [grant.host for grant in grants if grant.workspace == workspace]

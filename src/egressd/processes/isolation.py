@@ -61,21 +61,22 @@ class _Data(ctypes.Structure):
     )
 
 
-def become(card: Card, *, uid: int, gid: int) -> None:
-    """Give up everything that is not on `card` and become `uid`:`gid`. IsolationError if it fails.
+def become(card: Card, *, uid: int, gid: int, groups: Iterable[int] = ()) -> None:
+    """Give up everything that is not on `card` and become `uid`:`gid`, in `groups` and no others.
+    IsolationError if it fails.
 
     Where the process already runs as `uid` (a lab without subordinate ids) the ids stay, the
     capabilities go all the same.
     """
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     drop_bounding(card.capabilities)
-    _change_ids(uid, gid)
+    changed = _change_ids(uid, gid, sorted(set(groups)))
     limit_to(effective=card.capabilities, permitted=card.capabilities)
     no_new_privileges()
     # After a change of ids the kernel clears the parent-death signal (prctl(2)): set it again.
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     _prctl(_PR_SET_DUMPABLE, 0)
-    verify(card, uid=uid, gid=gid)
+    verify(card, uid=uid, gid=gid, groups=groups if changed else None)
 
 
 def die_with_parent() -> None:
@@ -84,16 +85,18 @@ def die_with_parent() -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _change_ids(uid: int, gid: int) -> None:
+def _change_ids(uid: int, gid: int, groups: list[int]) -> bool:
+    """Whether there was anything to change."""
     if (os.getresuid(), os.getresgid()) == ((uid,) * 3, (gid,) * 3):
-        return
+        return False
     _prctl(_PR_SET_KEEPCAPS, 1)
     try:
-        os.setgroups([])
+        os.setgroups(groups)
         os.setresgid(gid, gid, gid)
         os.setresuid(uid, uid, uid)
     except OSError as error:
         raise IsolationError(f"cannot become uid {uid}, gid {gid}: {error.strerror}") from error
+    return True
 
 
 def drop_bounding(keep: Iterable[Capability]) -> None:
@@ -121,8 +124,9 @@ def _bits(capabilities: Iterable[Capability]) -> int:
     return sum(1 << c for c in set(capabilities))
 
 
-def verify(card: Card, *, uid: int, gid: int) -> None:
-    """Read back from the kernel what `become` set; IsolationError naming the first difference."""
+def verify(card: Card, *, uid: int, gid: int, groups: Iterable[int] | None = None) -> None:
+    """Read back from the kernel what `become` set; IsolationError naming the first difference. `groups` None:
+    they were left as they are."""
     status = dict(
         line.split(":\t", 1)
         for line in Path("/proc/thread-self/status").read_text().splitlines()
@@ -139,6 +143,8 @@ def verify(card: Card, *, uid: int, gid: int) -> None:
         "CapInh": f"{0:016x}",
         "CapAmb": f"{0:016x}",
     }
+    if groups is not None:
+        wanted["Groups"] = " ".join(map(str, sorted(set(groups))))
     for field, value in wanted.items():
         if status.get(field, "").strip() != value:
             raise IsolationError(f"{card.name}: {field} is {status.get(field)!r} instead of {value!r}")

@@ -29,7 +29,8 @@ _REASONS = frozenset(reason.value for reason in Reason)
 # Told as zero from the beginning: a count that appears with its first occurrence has not grown, for
 # Prometheus.
 _NAME_REASONS = (
-    Reason.NAME, Reason.TYPE, Reason.BUDGET_NAMES, Reason.BUDGET_BYTES, Reason.BUDGET_RATE,
+    Reason.NAME, Reason.TYPE, Reason.BUDGET_NAMES, Reason.BUDGET_BYTES, Reason.BUDGET_RATE, Reason.RESIDENCY,
+    Reason.LOCAL_ONLY,
 )  # fmt: skip
 _FLOW_REASONS = (
     Reason.SNI_MISSING, Reason.SNI_ADDRESS, Reason.SNI_REPEATED, Reason.SNI_OTHER, Reason.ECH, Reason.NOT_TLS,
@@ -54,12 +55,19 @@ class Names(Struct, frozen=True):
     budget: Count
 
 
+class Residency(Struct, frozen=True):
+    barred: Count
+    addresses_refused: Count
+    broken: str | None = None
+
+
 class Workspace(Struct, frozen=True):
     workspace: str
     guard: str | None
     policy: str | None
     sandboxes: Count
     names: Names | None = None
+    residency: Residency | None = None  # None: not pinned
     problem: str | None = None
 
 
@@ -234,6 +242,9 @@ TABLE: dict[str, Told] = {
         _counter("links_ended", "Sandboxes that have ended.", "workspace"),
         _gauge("names_granted", "Names under wildcards that are held.", "workspace"),
         _gauge("names_budget", "Names under wildcards that may be held.", "workspace"),
+        _gauge("residency_broken", "1 if the registry cannot be read: all is refused.", "workspace"),
+        _gauge("residency_barred_rules", "Rules of a pinned workspace that take no part.", "workspace"),
+        _gauge("residency_refused_addresses", "Addresses of listed names that were refused.", "workspace"),
         _counter("host_packets", "Packets of a listed host.", "workspace", "host", "direction"),
         _counter("host_bytes", "Bytes of a listed host.", "workspace", "host", "direction"),
         _counter("host_connections", "Connections begun to a listed host.", "workspace", "host"),
@@ -328,6 +339,10 @@ def _workspace(workspace: Workspace, told: Families) -> None:
     if workspace.names is not None:
         told.tell("names_granted", workspace.names.granted, name)
         told.tell("names_budget", workspace.names.budget, name)
+    if workspace.residency is not None:
+        told.tell("residency_broken", workspace.residency.broken is not None, name)
+        told.tell("residency_barred_rules", workspace.residency.barred, name)
+        told.tell("residency_refused_addresses", workspace.residency.addresses_refused, name)
 
 
 def _account(account: Account, hosts: Mapping[str, Sums], told: Families) -> None:

@@ -6,22 +6,32 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
-from typing import TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from egressd.dns.table import WorkspaceNames
 from egressd.ipc import messages
 from egressd.model.errors import EgressdError
+from egressd.model.verdicts import Reason
 from egressd.policy.compiled import Ech, HostRule, Policy, Verify
 from egressd.ruleset.layout import SLOTS, Kind, Mark, Pools
 from egressd.ruleset.plan import comment
 from egressd.ruleset.wants import NatEntry
 
-__all__ = ["Addresses", "Admitting", "batches", "names_of", "sites_of"]
+__all__ = ["Addresses", "Admitting", "Key", "Use", "batches", "names_of", "sites_of"]
 
 Slots4: TypeAlias = tuple[IPv4Address | None, ...]
 Slots6: TypeAlias = tuple[IPv6Address | None, ...]
-Key: TypeAlias = tuple[str, bool]  # host, private
+Key: TypeAlias = tuple[str, bool, str]  # host, private, terms (see messages.NameTerms)
 _BATCH = 512  # messages.SetNat's bound
+
+
+class Use(NamedTuple):
+    """Who uses a name: a rule of the workspace of this index, on these terms."""
+
+    workspace: int
+    block: int
+    rule: HostRule
+    terms: str = ""
 
 
 @dataclass(slots=True)
@@ -40,42 +50,45 @@ class Addresses:
 
     def learn(self, resolved: messages.Resolved) -> tuple[NatEntry, ...]:
         """Remember where a name leads; returns what has to change in the kernel."""
-        key = (resolved.host, resolved.private)
+        key = (resolved.host, resolved.private, resolved.terms)
         self.learned[key] = (resolved.slots4, resolved.slots6)
         return tuple(self._missing(key, self._users.get(key, ())))
 
-    def use(self, rules: Iterable[tuple[int, int, HostRule]]) -> tuple[NatEntry, ...]:
-        """The policy changed: these rules use names now. Returns what has to change in the kernel:
-        ways of rules that are gone are taken away, ways of new rules with known names are opened."""
+    def use(self, uses: Iterable[Use]) -> tuple[NatEntry, ...]:
+        """The policy changed: these use names now. Returns what has to change in the kernel: ways of rules
+        that are gone, or on other terms, are taken away, ways of new rules with known names are opened."""
         self._users = {}
-        for index, block, rule in rules:
-            self._users.setdefault((rule.host, rule.private), []).append((index, block))
+        for index, block, rule, terms in uses:
+            self._users.setdefault((rule.host, rule.private, terms), []).append((index, block))
         self.learned = {key: slots for key, slots in self.learned.items() if key in self._users}
         self._made = {
             (key, user): made
             for (key, user), made in self._made.items()
             if key in self.learned and user in self._users[key]
         }
+        fresh = [e for key in self.learned for e in self._missing(key, self._users[key])]
+        return (*self.superfluous(), *fresh)
+
+    def superfluous(self) -> tuple[NatEntry, ...]:
+        """What takes out of the kernel the ways that it has and nobody is to use."""
         wanted = {
             (entry.mark, entry.synthetic)
             for key in self.learned
-            for user in self._users[key]
+            for user in self._users.get(key, ())
             for entry in self._entries(key, user)
         }
-        gone = [
+        return tuple(
             NatEntry(e.mark, e.synthetic, None, e.comment)
             for place, e in self._kernel.items()
             if place not in wanted
-        ]
-        fresh = [e for key in self.learned for e in self._missing(key, self._users[key])]
-        return (*gone, *fresh)
+        )
 
     def join(
-        self, user: tuple[int, int], rule: HostRule, slots: tuple[Slots4, Slots6]
+        self, user: tuple[int, int], rule: HostRule, slots: tuple[Slots4, Slots6], *, terms: str = ""
     ) -> tuple[tuple[NatEntry, ...], tuple[NatEntry, ...]]:
         """One more uses a name, which was just found there. Returns what has to change in the kernel: for
         `user` (workspace index, block), and for those who used the name before."""
-        key = (rule.host, rule.private)
+        key = (rule.host, rule.private, terms)
         others = [each for each in self._users.get(key, ()) if each != user]
         self._users[key] = [*others, user]
         self.learned[key] = slots
@@ -83,11 +96,12 @@ class Addresses:
 
     def nowhere(self, user: tuple[int, int], rule: HostRule) -> tuple[NatEntry, ...]:
         """What takes each way of this one out of the kernel, whether it was acknowledged or not."""
-        return tuple(self._make((rule.host, rule.private), user, ((None,) * SLOTS, (None,) * SLOTS)))
+        key = (rule.host, rule.private, "")
+        return tuple(self._make(key, user, ((None,) * SLOTS, (None,) * SLOTS)))
 
-    def leave(self, user: tuple[int, int], rule: HostRule) -> None:
+    def leave(self, user: tuple[int, int], rule: HostRule, *, terms: str = "") -> None:
         """This one uses the name no more, and its ways are out of the kernel."""
-        key = (rule.host, rule.private)
+        key = (rule.host, rule.private, terms)
         self.acknowledged(self.nowhere(user, rule))
         self._made.pop((key, user), None)
         left = [each for each in self._users.get(key, ()) if each != user]
@@ -109,9 +123,13 @@ class Addresses:
         """Everything the kernel was told, for a warden that starts again."""
         return tuple(self._kernel.values())
 
-    def of(self, rule: HostRule) -> list[str]:
+    def users(self, key: Key) -> Sequence[tuple[int, int]]:
+        """(workspace index, block) of each."""
+        return self._users.get(key, ())
+
+    def of(self, rule: HostRule, *, terms: str = "") -> list[str]:
         """The real addresses of a rule's name, each once, in slot order."""
-        slots4, slots6 = self.learned.get((rule.host, rule.private), ((), ()))
+        slots4, slots6 = self.learned.get((rule.host, rule.private, terms), ((), ()))
         return list(dict.fromkeys(str(a) for a in (*slots4, *slots6) if a is not None))
 
     def _missing(self, key: Key, users: Iterable[tuple[int, int]]) -> Iterable[NatEntry]:
@@ -163,6 +181,11 @@ class Admitting:
             self._flushing = asyncio.create_task(self._flush())
         await future
 
+    async def done(self) -> None:
+        """Returns when nothing is under way of what was to be admitted up to now."""
+        if self._flushing is not None:
+            await asyncio.wait([self._flushing])
+
     async def _flush(self) -> None:
         while self._queue:
             batch, waiters = self._next_batch()
@@ -195,18 +218,34 @@ def batches(entries: Sequence[NatEntry]) -> Iterator[tuple[NatEntry, ...]]:
 
 
 def names_of(
-    policy: Policy, blocks: Mapping[str, int], granted: Iterable[tuple[HostRule, int]] = ()
+    policy: Policy,
+    blocks: Mapping[str, int],
+    granted: Iterable[tuple[HostRule, int]] = (),
+    *,
+    terms: Callable[[HostRule], str] = lambda _: "",
 ) -> WorkspaceNames:
     """What the resolver has to know of a workspace. `granted`: names of wildcards, with their blocks."""
+    granted = list(granted)
+    held = ((rule.host, terms(rule)) for rule in (*policy.hosts, *(rule for rule, _ in granted)))
     return WorkspaceNames(
         workspace=policy.workspace,
-        guard=policy.guard.value,
+        guard=policy.holding.value,
         hosts={rule.host: (blocks[rule.key], rule.private) for rule in policy.hosts if not rule.wildcard},
         services={rule.service: blocks[rule.key] for rule in policy.locals},
         wildcards={rule.host: rule.private for rule in policy.hosts if rule.wildcard},
         granted={rule.host: (block, rule.private) for rule, block in granted},
         budgets=policy.wildcards,
+        terms={host: text for host, text in held if text},
+        barred={
+            one.rule.host: (_word(one.reason), one.finding.text[:1024])
+            for one in policy.barred
+            if isinstance(one.rule, HostRule)
+        },
     )
+
+
+def _word(reason: Reason) -> Literal["residency", "local-only"]:
+    return "local-only" if reason is Reason.LOCAL_ONLY else "residency"
 
 
 def sites_of(policy: Policy, index: int, rules: Iterable[tuple[HostRule, int]]) -> Iterator[messages.Site]:

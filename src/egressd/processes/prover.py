@@ -64,6 +64,7 @@ _SHARED: Final = frozenset(event.encode() for event in statement.SHARED)
 _WITHHELD: Final = frozenset(event.encode() for event in statement.WITHHELD)
 _SNAPSHOTS: Final = (b"counted", b"snapshot")
 _KEYS: Final = (b"key-created", b"key-rotated")
+_PLACED: Final = (b"residency-admitted", b"residency-refused")
 _DASH: Final = "— ".encode()
 
 
@@ -129,6 +130,24 @@ class _Chain:
         return True
 
 
+class _Places:
+    """Where addresses were last found to be, as records, if they were let in."""
+
+    def __init__(self) -> None:
+        self._records: dict[tuple[str, str], tuple[int, bytes]] = {}
+
+    def add(self, index: int, line: bytes) -> None:
+        with contextlib.suppress(RecordError):
+            record = lines.read(line)
+            key = str(record.fields.get("host")), str(record.fields.get("address"))
+            self._records.pop(key, None)
+            if statement.is_place(record.event):
+                self._records[key] = index, line
+
+    def before(self, first: int) -> list[tuple[int, bytes]]:
+        return [record for record in self._records.values() if record[0] < first]
+
+
 class _Gathering:
     """One pass over the lines."""
 
@@ -138,7 +157,7 @@ class _Gathering:
         self._since = None if asked.since is None else asked.since.encode()
         self._until = None if asked.until is None else asked.until.encode()
         self._end = None if asked.until is None else _later(asked.until)
-        self._chain = _Chain()
+        self._chain, self._places = _Chain(), _Places()
         self._snapshots = asked.scope.link is None  # a receipt's counters are its link's, in its own records
         self._begun = self._since is None
         self._bytes = 0
@@ -175,6 +194,8 @@ class _Gathering:
             if event in _SNAPSHOTS and not self._begun and self._chain.add(index, line):
                 self._restart(index, time)
                 return
+            if event in _PLACED and not self._begun:
+                self._places.add(index, line)
         elif event in _WITHHELD:
             self._ahead_withheld[event.decode()] += 1
             return
@@ -227,6 +248,7 @@ class _Gathering:
         if self._until is None:
             self._take(past=self._asked.size)
         self.found.past = max(self.found.past, self.found.first)
+        self.found.base = sorted({*self.found.base, *self._places.before(self.found.first)})
 
 
 def _time_of(line: bytes) -> bytes:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -19,9 +21,10 @@ from egressd.model.names import canonical, is_pattern
 from egressd.model.verdicts import Reason
 from egressd.policy.compiled import CidrRule, Guard, HostRule, LocalRule, Policy, Rule
 from egressd.policy.decide import rule_for
-from egressd.policy.explain import Subject, explain_policy
+from egressd.policy.explain import Subject
 from egressd.policy.explain import why as explain
 from egressd.processes import evidence
+from egressd.processes.policy_document import policy_document
 from egressd.processes.workspaces import broken_workspaces
 from egressd.ruleset.books import Books, Difference, Equation, books, contradictions, equations, sum_tallies
 from egressd.ruleset.layout import RESOLVER_BLOCK, UNLISTED_BLOCK, Kind, Mark
@@ -75,6 +78,9 @@ def _status_of(controller: Controller, visible: Visible, found: Books, state: Do
         "since": controller.since,
         "gateway": controller.config.gateway,
         "state_dir": controller.config.state_dir,
+        "residency_dir": controller.config.residency_dir,
+        # Who may not change policies need not know where they are.
+        **(_directories(controller) if everything else {}),
         "processes": [
             {"name": p.name, "pid": p.pid, "state": p.state, "restarts": p.restarts}
             for p in controller.processes
@@ -93,6 +99,10 @@ def _status_of(controller: Controller, visible: Visible, found: Books, state: Do
         "journal": None if "error" in state else state,
         "journal_error": state.get("error"),
     }
+
+
+def _directories(controller: Controller) -> Document:
+    return {"workspaces_dir": controller.config.workspaces_dir}
 
 
 def _visible_drift(controller: Controller, visible: Visible) -> list[str]:
@@ -132,6 +142,8 @@ def _workspace(controller: Controller, policy: Policy, problems: list[Problem]) 
     return {
         "workspace": policy.workspace,
         "guard": policy.guard.value,
+        "local_only": policy.local_only,
+        "residency": controller.residency.document(policy),
         "policy": policy.digest,
         "sandboxes": controller.leases.count(policy.workspace),
         "names": _names(controller, policy),
@@ -153,6 +165,8 @@ def _never_good(name: str, problems: list[Problem]) -> Document:
     return {
         "workspace": name,
         "guard": None,
+        "local_only": None,
+        "residency": None,
         "policy": None,
         "sandboxes": 0,
         "names": None,
@@ -227,6 +241,7 @@ def _counters_of(
                 "names_refused": sum(refused.names.get(name, {}).values()),
                 "names_refused_by": dict(refused.names.get(name, {})),
                 "flows_refused": dict(refused.flows.get(name, {})),
+                "addresses_refused": controller.residency.addresses_refused(name),
             }
             for name, policy in visible.items()
         ],
@@ -299,17 +314,21 @@ def _hosts(
             documents.append(_pattern(rule, gone))
             for grant in _granted_under(controller, policy.workspace, rule.host):
                 row = _host(counters, grant.host, "granted", by_block.get(grant.block, []), dialled)
-                addresses = controller.addresses.of(grant.rule)
+                addresses = controller.addresses.of(grant.rule, terms=grant.terms)
                 documents.append({**row, "addresses": addresses, "wildcard": rule.host, "since": grant.since})
         else:
             counted = by_block.get(blocks.get(rule.key, -1), [])
             row = _host(counters, rule.key, _kind(rule), counted, dialled)
-            addresses = controller.addresses.of(rule) if isinstance(rule, HostRule) else []
+            addresses = _addresses(controller, policy, rule) if isinstance(rule, HostRule) else []
             documents.append({**row, "addresses": addresses})
     documents.append(_host(counters, "(resolver)", "resolver", by_block.get(RESOLVER_BLOCK, []), {}))
-    if policy.guard is not Guard.ENFORCE or any(_pair(counters.unlisted.get(policy.workspace, Tally()))):
+    if policy.holding is not Guard.ENFORCE or any(_pair(counters.unlisted.get(policy.workspace, Tally()))):
         documents.append(_unlisted(controller, counters, policy.workspace))
     return documents
+
+
+def _addresses(controller: Controller, policy: Policy, rule: HostRule) -> list[str]:
+    return controller.addresses.of(rule, terms=controller.residency.terms(policy, rule))
 
 
 def _granted_under(controller: Controller, workspace: str, wildcard: str) -> list[Grant]:
@@ -437,7 +456,7 @@ async def _policy(controller: Controller, visible: Visible) -> Document:
     if len(visible) != 1:
         raise Refused(Reason.WORKSPACE, "name one workspace: egressctl policy explain WORKSPACE")
     (policy,) = visible.values()
-    return {"workspace": policy.workspace, "digest": policy.digest, "text": explain_policy(policy)}
+    return policy_document(policy)
 
 
 async def _diff(controller: Controller, visible: Visible) -> Document:
@@ -453,7 +472,7 @@ async def why(controller: Controller, policy: Policy, subject: str) -> Document:
     the subject cannot be read."""
     try:
         meant = _meant(controller, policy, subject)
-        found = explain(policy, meant, own=controller.pools.own)
+        found = explain(policy, meant, own=controller.pools.own, registry=controller.registry)
     except Unfit as error:
         raise Refused(Reason.PROTOCOL, str(error)) from error
     details = list(found.sentences[1:])
@@ -494,15 +513,34 @@ async def _leads(controller: Controller, policy: Policy, subject: Subject) -> li
     if rule is None:
         return []
     if not rule.wildcard:
-        return [_leads_to(controller.addresses.of(rule))]
+        led = _addresses(controller, policy, rule)
+        return [_leads_to(led), *_judged(controller, policy, rule, led)]
     grant = controller.grants.of(policy.workspace).get(name)
     if grant is None:
-        return await _not_granted(controller, policy, rule)
+        refused = _judged(controller, policy, replace(rule, host=name), [])
+        return [*await _not_granted(controller, policy, rule), *refused]
+    led = controller.addresses.of(grant.rule, terms=grant.terms)
     since = datetime.fromtimestamp(grant.since, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
     return [
         f"it was asked for and granted under {grant.wildcard} at {since}",
-        _leads_to(controller.addresses.of(grant.rule)),
+        _leads_to(led),
+        *_judged(controller, policy, grant.rule, led),
     ]
+
+
+def _judged(controller: Controller, policy: Policy, rule: HostRule, led: Iterable[str]) -> list[str]:
+    """Under a pin: why it leads there, and to which addresses it does not lead. `rule` has the name."""
+    if not policy.pin:
+        return []
+    judge, vouched = controller.registry.judge_address, bool(rule.vouch)
+    lines = [judge(ip_address(address), pin=policy.pin, vouched=vouched)[0].text for address in led]
+    for refusal in controller.residency.refusals(policy, rule)[-_MOST_REFUSED:]:
+        at = datetime.fromtimestamp(refusal.since, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+        lines.append(f"refused at {at} [{Reason.RESIDENCY}]: {refusal.finding.text}")
+    return lines
+
+
+_MOST_REFUSED = 16  # that are explained one by one
 
 
 def _name_of(subject: Subject) -> str:

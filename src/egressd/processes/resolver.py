@@ -23,7 +23,7 @@ import socket
 from collections.abc import Awaitable, Coroutine, Iterable
 from dataclasses import dataclass
 from ipaddress import ip_address
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -58,6 +58,9 @@ PATIENCE = 4.0  # seconds a query waits for its name to be resolved; glibc and m
 _WAITING = 128  # queries of one sandbox that wait for something
 _ADMITTING = 256  # requests to the controller at a time; ipc.peer ends a connection that queues 4096
 _PENDING = 256  # different denials of one source that are counted before they are recorded
+# Reasons for which a list alone may deny. What it does is remembered, if the reply may be `shared`.
+_BY_LIST = frozenset({Reason.NAME, Reason.RESIDENCY, Reason.LOCAL_ONLY})
+T = TypeVar("T")
 _FLUSH, _FOLD = 0.25, 4  # seconds between looks at the tally, and such looks between folds
 
 
@@ -127,7 +130,7 @@ class Resolver:
             messages.TO_RESOLVER,
             handler=self._from_controller,
             gone=self._controller_gone,
-            replies=(messages.Done, messages.Failed, messages.Granted),
+            replies=(messages.Done, messages.Failed, messages.Granted, messages.Admitted),
         )
         self._perform(self.book.new_controller(now=self._loop.time()))
 
@@ -238,27 +241,35 @@ class Resolver:
         target = admit.target
         self._record_ways(target.host, (*admit.slots4, *admit.slots6))
         ask = messages.Resolved(
-            request=0, host=target.host, private=target.private, slots4=admit.slots4, slots6=admit.slots6
+            request=0,
+            host=target.host,
+            private=target.private,
+            slots4=admit.slots4,
+            slots6=admit.slots6,
+            terms=target.terms,
         )
         try:
-            await self._ask_controller(ask)
+            reply = _expected(await self._ask_controller(ask), messages.Admitted)
         except (Refused, PeerGone) as error:
             now = self._loop.time()
             self._perform(self.book.withheld(target, admit.serial, str(error), now=now))
         else:
-            self._perform(self.book.admitted(target, admit.serial))
+            self._perform(self.book.admitted(target, admit.serial, refused=_refused(reply)))
 
     async def _grant(self, grant: wildcards.Grant) -> None:
         """The same for a name of a wildcard."""
         self._record_ways(grant.host, _ways(grant.standing))
         try:
-            block = await self._ask_for_grant(grant)
+            reply = await self._ask_for_grant(grant)
         except (Refused, PeerGone) as error:
-            self._perform(self.book.refused(grant, str(error), now=self._loop.time()))
+            barred = isinstance(error, Refused) and error.reason is Reason.RESIDENCY
+            report = self.book.barred if barred else self.book.refused
+            self._perform(report(grant, str(error), now=self._loop.time()))
         else:
-            self._perform(self.book.granted(grant, block, now=self._loop.time()))
+            now, refused = self._loop.time(), _refused(reply)
+            self._perform(self.book.granted(grant, reply.block, now=now, refused=refused))
 
-    async def _ask_for_grant(self, grant: wildcards.Grant) -> int:
+    async def _ask_for_grant(self, grant: wildcards.Grant) -> messages.Granted:
         ask = messages.GrantName(
             request=0,
             workspace=grant.workspace,
@@ -268,10 +279,7 @@ class Resolver:
             slots4=grant.standing.v4.slots,
             slots6=grant.standing.v6.slots,
         )
-        reply = await self._ask_controller(ask)
-        if not isinstance(reply, messages.Granted):
-            raise PeerGone(f"the controller answered {type(reply).__name__}")
-        return reply.block
+        return _expected(await self._ask_controller(ask), messages.Granted)
 
     async def _release(self, release: wildcards.Release) -> None:
         ask = messages.ReleaseNames(request=0, workspace=release.workspace, hosts=release.hosts)
@@ -344,7 +352,7 @@ class Resolver:
     ) -> bytes:
         """Count, and answer; what the list alone denies is remembered, and counted with the next `_fold`."""
         answer = wire.encode(asked, denied.reply, udp=bool(datagram))
-        if lane is None or denied.reason is not Reason.NAME:
+        if lane is None or denied.reason not in _BY_LIST:
             self._count("dns-denied", sandbox, asked.name, asked, denied.reason)
             return answer
         denial = Denial(answer[2:], asked.name, wire.type_name(asked.qtype), denied.reason.value)
@@ -529,6 +537,17 @@ class Resolver:
         if not task.cancelled() and task.exception() is not None:
             # A mistake of ours in one task: what it was to grant stays ungranted, the rest goes on.
             log.error("a task failed", exc_info=task.exception())
+
+
+def _expected(reply: Any, kind: type[T]) -> T:
+    if not isinstance(reply, kind):
+        raise PeerGone(f"the controller answered {type(reply).__name__}")
+    return reply
+
+
+def _refused(reply: messages.Admitted | messages.Granted) -> dict[Address, str]:
+    """ValueError if they are no addresses."""
+    return {ip_address(address): why for address, why in reply.refused.items()}
 
 
 def _ways(standing: Standing) -> tuple[Address | None, ...]:

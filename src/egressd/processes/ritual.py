@@ -1,6 +1,6 @@
 """The start-up ritual, the same in every process, so that a missing step is visible.
 
-    python -m egressd.processes.NAME --fd ROLE=N ... --uid N --gid N --config-json '{...}'
+    python -m egressd.processes.NAME --fd ROLE=N ... --uid N --gid N [--group N ...] --config-json '{...}'
 
 1. exec'd by the supervisor, with every socket open;  2. imports done (by reaching `begin`);
 3. `begin` parses the command line and closes all other descriptors;  4. `isolation.become`;
@@ -60,7 +60,7 @@ def begin(name: str, arguments: list[str] | None = None) -> Start:
     sockets = {role: socket.socket(fileno=number) for role, number in options.fd.items()}
     for sock in sockets.values():
         sock.set_inheritable(False)
-    isolation.become(card, uid=options.uid, gid=options.gid)
+    isolation.become(card, uid=options.uid, gid=options.gid, groups=options.group)
     return Start(card, Config.decode(options.config_json), sockets)
 
 
@@ -77,6 +77,7 @@ def _parse(name: str, arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--fd", action=_Descriptors, default={}, metavar="ROLE=N")
     parser.add_argument("--uid", type=int, required=True)
     parser.add_argument("--gid", type=int, required=True)
+    parser.add_argument("--group", type=int, action="append", default=[])
     parser.add_argument("--config-json", required=True)
     return parser.parse_args(arguments)
 

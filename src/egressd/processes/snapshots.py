@@ -284,6 +284,8 @@ class Snapshots:
                 await asyncio.sleep(_PAUSE)
         about: Fields = {"epoch": book.epoch, "rows": len(draft.shown), "full": draft.full}
         await self._send("snapshot", head | about | draft.totals, left=0)
+        if draft.full:
+            await self._place(workspace)
         if readers != self._readers:
             raise Refused(Reason.UNAVAILABLE, "the auditor was started again meanwhile; ask again")
         book.number = draft.number
@@ -293,6 +295,12 @@ class Snapshots:
         if self._books.get(workspace) is book:  # else the counters it is about are others by now
             self._controller.remembered.counted[workspace] = draft.raw
             self._controller.remembered.save_counted()
+
+    async def _place(self, workspace: str) -> None:
+        for number, fields in enumerate(list(self._controller.residency.placements(workspace)), 1):
+            await self._send("residency-admitted", {**fields}, left=0)
+            if number % BATCH == 0:
+                await asyncio.sleep(_PAUSE)
 
     async def _send(self, event: str, fields: Fields, *, left: int) -> None:
         auditing = self._controller.auditing

@@ -37,7 +37,7 @@ from egressd.ipc.channel import Channel, pair
 from egressd.model.errors import EgressdError, KernelError, PolicyError, ProtocolError
 from egressd.processes import isolation
 from egressd.processes.cards import CARDS, Capability, Card, Namespace
-from egressd.processes.config import Account, Config, load
+from egressd.processes.config import Account, Config, ListenAddress, load
 from egressd.processes.remembered import forget
 from egressd.processes.ritual import Auditing
 
@@ -47,9 +47,10 @@ log = logging.getLogger("egressd")
 
 # The order of starting: what denies and records before what grants and answers.
 ORDER = ("auditor", "warden", "relay", "inspector", "resolver", "controller")
-# Started after them, where configured. Nobody waits for it: whether egressd enforces does not hang on it. It
-# has no channel to the others either; it asks at the control socket, as one who may read.
-OPTIONAL = "exporter"
+# Started after them, each where this key of the configuration says where it answers. Nobody waits for them:
+# whether egressd enforces does not hang on them. They have no channel to the others either; they ask at the
+# control socket, as those who may read.
+OPTIONAL = {"exporter": "metrics", "api": "api"}
 # Who talks to whom: (asker, its name for the other, the other, its name for the asker).
 RELATIONS = (
     ("controller", "warden", "warden", "controller"),
@@ -67,10 +68,11 @@ HELD = {
     "inspector": ("inspect4", "inspect6"),
     "resolver": ("udp4", "udp6", "tcp4", "tcp6"),
     "controller": ("control",),
-    OPTIONAL: ("metrics",),
+    "exporter": ("metrics",),
+    "api": ("api",),
 }
 HUNG_AFTER = 10.0  # seconds without a heartbeat
-_METRICS_BACKLOG = 1024  # connections that wait to be accepted
+_HTTP_BACKLOG = 1024  # connections that wait to be accepted
 _CREDENTIAL = "egressd-journal-key"  # journal_keys.CREDENTIAL, without what that imports
 _CREDENTIAL_BYTES = (1 << 16) + 1  # fits the buffer of a socket; a key has a hundred
 START_WITHIN = 30.0  # seconds for a process to say that it is ready
@@ -79,7 +81,7 @@ _CLONE_NEWNET = 0x4000_0000  # linux/sched.h
 
 def order(config: Config) -> tuple[str, ...]:
     """The processes there are, in the order of starting."""
-    return ORDER if config.metrics is None else (*ORDER, OPTIONAL)
+    return (*ORDER, *(name for name, key in OPTIONAL.items() if getattr(config, key) is not None))
 
 
 @dataclass(slots=True)
@@ -140,8 +142,9 @@ class Supervisor:
         for name in ORDER:
             self.start(self.children[name])
             self._serve_until(lambda name=name: self.children[name].ready or self.stopping)  # type: ignore[misc]
-        if OPTIONAL in self.children and not self.stopping:
-            self.start(self.children[OPTIONAL])
+        for name in OPTIONAL:
+            if name in self.children and not self.stopping:
+                self.start(self.children[name])
         self._serve_until(lambda: self.stopping)
         self._stop()
 
@@ -243,6 +246,8 @@ class Supervisor:
         for role, sock in ends.items():
             command += ["--fd", f"{role}={sock.fileno()}"]
         command += ["--uid", str(account.uid), "--gid", str(account.gid)]
+        for role in card.groups:
+            command += ["--group", str(self.accounts[role].gid)]
         command += ["--config-json", self.config.encode()]
         thread = self._gateway if card.namespace is Namespace.GATEWAY else self._here
         descriptors = [sock.fileno() for sock in ends.values()]
@@ -443,40 +448,50 @@ def open_control_socket(config: Config) -> socket.socket:
 
 
 def open_metrics_socket(config: Config) -> socket.socket | None:
-    """None where metrics are not configured. Bound while still root, so that nobody else takes the address
-    first, and a port below 1024 is a port like any other."""
+    """None where metrics are not configured. A path is for root and the group of the account: whoever is to
+    read joins that group."""
     where = config.metrics_address
-    if where is None:
-        return None
+    return where if where is None else _open_http(where, config.accounts()["metrics"], "metrics", mode=0o660)
+
+
+def open_api_socket(config: Config) -> socket.socket | None:
+    """None where the HTTP API is not configured. A path is for everybody: each peer is asked who it is."""
+    where = config.api_address
+    return where if where is None else _open_http(where, config.accounts()["api"], "the HTTP API", mode=0o666)
+
+
+def _open_http(where: ListenAddress, account: Account, what: str, *, mode: int) -> socket.socket:
+    """Bound while still root, so that nobody else takes the address first, and a port below 1024 is a port
+    like any other."""
     if where.address is None:
-        return _open_metrics_path(Path(where.path), config.accounts()["metrics"])
+        return _open_path(Path(where.path), account, what, mode=mode)
     sock = socket.socket(socket.AF_INET if where.address.version == 4 else socket.AF_INET6)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    _bound(sock, (str(where.address), where.port), str(config.metrics))
-    sock.listen(_METRICS_BACKLOG)
+    shown = str(where.address) if where.address.version == 4 else f"[{where.address}]"
+    _bound(sock, (str(where.address), where.port), what, shown=f"{shown}:{where.port}")
+    sock.listen(_HTTP_BACKLOG)
     return sock
 
 
-def _bound(sock: socket.socket, address: tuple[str, int] | str, shown: str) -> None:
+def _bound(sock: socket.socket, address: tuple[str, int] | str, what: str, *, shown: str) -> None:
     try:
         sock.bind(address)
     except OSError as error:
         sock.close()
-        raise KernelError(f"metrics cannot be offered at {shown}: {error.strerror}") from error
+        raise KernelError(f"{what} cannot be offered at {shown}: {error.strerror}") from error
 
 
-def _open_metrics_path(path: Path, account: Account) -> socket.socket:
-    """For root and the group of the account; whoever is to read joins that group."""
+def _open_path(path: Path, account: Account, what: str, *, mode: int) -> socket.socket:
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise KernelError(f"metrics: {path} is there already and is not a socket; name another path")
+            raise KernelError(f"{what}: {path} is there already and is not a socket; name another path")
         path.unlink()
     sock = socket.socket(socket.AF_UNIX)
     # Before listen(2) nobody can connect: there is no moment with another mode.
-    _bound(sock, str(path), str(path))
+    _bound(sock, str(path), what, shown=str(path))
     os.chown(path, 0, account.gid)
-    path.chmod(0o660)
-    sock.listen(_METRICS_BACKLOG)
+    path.chmod(mode)
+    sock.listen(_HTTP_BACKLOG)
     return sock
 
 
@@ -543,9 +558,9 @@ def serve(config: Config, *, debug: bool = False) -> int:
     _check_accounts(config)
     held, gateway = lay_foundation(config, debug=debug)
     held["control"] = open_control_socket(config)
-    metrics = open_metrics_socket(config)
-    if metrics is not None:
-        held["metrics"] = metrics
+    for role, opened in (("metrics", open_metrics_socket(config)), ("api", open_api_socket(config))):
+        if opened is not None:
+            held[role] = opened
     prepare_state(config)
     supervisor = Supervisor(config, held, gateway, credential=read_credential())
     _notify("STATUS=starting")

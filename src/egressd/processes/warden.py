@@ -23,7 +23,7 @@ import selectors
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
@@ -49,7 +49,7 @@ from egressd.processes.ritual import Auditing, begin
 from egressd.ruleset import build, diff, grants, observe
 from egressd.ruleset.build import Desired, LinkWant
 from egressd.ruleset.grants import Change
-from egressd.ruleset.layout import SLOTS, WORKSPACES, Mark, Pools
+from egressd.ruleset.layout import BLOCKS, SLOTS, WORKSPACES, Kind, Mark, Pools
 from egressd.ruleset.objects import Chain, Key, Objects, Set
 from egressd.ruleset.observe import Observed
 from egressd.ruleset.wants import NatEntry, WorkspaceWant
@@ -375,6 +375,33 @@ class Warden:
         found = {key: standing[key].real for key in map(_key, entries) if key in standing}
         return {key: real for key, real in found.items() if real is not None}
 
+    # ---- open connections to real addresses
+
+    def read_flows(self, received: Received[messages.ReadFlows]) -> Reply:
+        want = self._workspace(received.message.workspace)
+        led = self._conntrack.led(*_hosts_of(want))
+        found = sorted((mark, str(address)) for mark, address in led)
+        return _payload(received.message.request, msgspec.json.encode(found))
+
+    def cut_flows(self, received: Received[messages.CutFlows]) -> messages.Done:
+        began = time.monotonic()
+        message = received.message
+        want = self._workspace(message.workspace)
+        places = {_checked_flow(mark, address, want) for mark, address in message.flows}
+        self._close_ways({(mark, str(address)) for mark, address in places})
+        count = self._conntrack.cut(places, *_hosts_of(want))
+        return messages.Done(request=message.request, changes=count, microseconds=_since(began))
+
+    def _close_ways(self, places: Collection[tuple[int, str]]) -> None:
+        """No name may lead there any more, or the next connection would. The controller has seen to it."""
+        self._leads(())
+        ways = [entry for entry in self.standing.nat.values() if (entry.mark, entry.real) in places]
+        gone = [NatEntry(way.mark, way.synthetic, None, way.comment) for way in ways]
+        if gone:
+            self._ledger.run(build.nat(gone, self._leads(gone)))
+        for entry in gone:
+            self._note(entry)
+
     # ---- links
 
     def open_link(self, received: Received[messages.OpenLink]) -> messages.Done:
@@ -444,6 +471,7 @@ class Warden:
         for key in self.standing.nat.keys() - self._named_nat:
             del self.standing.nat[key]
         self.adopted = True
+        self._conntrack.resume()
         operations = self._restore()
         self._ledger.settled()
         return messages.Done(
@@ -557,6 +585,8 @@ HANDLERS: dict[type, Callable[[Warden, Received[Any]], Reply]] = {
     messages.ReadCounters: Warden.read_counters,
     messages.ReadRuleset: Warden.read_ruleset,
     messages.ReadDrift: Warden.read_drift,
+    messages.ReadFlows: Warden.read_flows,
+    messages.CutFlows: Warden.cut_flows,
 }
 
 _MAPS = ("out4", "out6", "cidr4", "cidr6")
@@ -578,6 +608,22 @@ def _decode(data: bytes) -> dict[str, WorkspaceWant]:
     if len(found) < len(wants):
         raise ProtocolError("a workspace is named twice")
     return found
+
+
+def _hosts_of(want: WorkspaceWant) -> tuple[int, int]:
+    """(mark, mask) of every connection of hosts of this workspace, on the way to their real addresses."""
+    first = int(Mark(kind=Kind.FORWARD, workspace=want.index, block=0))
+    return first, 0xFFFF_FFFF & ~(BLOCKS - 1)
+
+
+def _checked_flow(value: int, text: str, want: WorkspaceWant) -> tuple[int, IPv4Address | IPv6Address]:
+    try:
+        mark, address = Mark.of(value), ip_address(text)
+    except ValueError as error:
+        raise ProtocolError(str(error)) from error
+    if mark.workspace != want.index or mark.kind is not Kind.FORWARD:
+        raise ProtocolError(f"mark {value:#010x} is not of a host of workspace {want.workspace}")
+    return value, address
 
 
 def _key(entry: NatEntry) -> NatKey:

@@ -1,28 +1,26 @@
 """The directory of policies, read safely. Used by the controller and by `egressctl policy`.
 
-A policy decides who reaches what, so the way to it is as strict as its grammar: a file is opened without
-following a link and without waiting (a FIFO would hold the reader for ever), looked at while open, and
-read only if it is a regular file of at most 1 MiB that not everybody may write to. Files are opened
-relative to the directory's descriptor, so that renaming the directory meanwhile changes nothing.
+A policy decides who reaches what, so the way to it is as strict as its grammar: `plain_files`. A file may
+have 1 MiB.
 
 One broken file does not hide the others: each is either a `Policy` or a list of problems.
 """
 
 from __future__ import annotations
 
-import errno
 import functools
 import os
-import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 from publicsuffixlist import PublicSuffixList
 
 from egressd.model.errors import PolicyError, Problem
 from egressd.policy.compiled import Policy
 from egressd.policy.document import load
+from egressd.processes.plain_files import FLAGS, Unreadable, contents, open_directory
+from egressd.residency.registry import Registry
 from egressd.ruleset.layout import Pools
 
 __all__ = [
@@ -30,6 +28,7 @@ __all__ = [
     "MAX_BYTES",
     "SUFFIX",
     "broken_workspaces",
+    "policy_bytes",
     "public_suffixes",
     "read_policy_file",
     "read_workspaces",
@@ -38,41 +37,19 @@ __all__ = [
 MAX_BYTES: Final = 1 << 20
 SUFFIX: Final = ".yaml"
 DEFAULT_POOLS: Final = Pools()
-# O_NONBLOCK: opening a FIFO or a device does not wait (open(2)); it changes nothing for a regular file.
-# O_NOCTTY: opening a terminal does not make it ours.
-_FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-_KINDS: Final = {
-    stat.S_IFDIR: "a directory",
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
-_OPENING: Final = {
-    errno.ELOOP: ("it is a symbolic link", "put the file itself here"),
-    errno.ENXIO: ("it is a socket, not a regular file", "put the file itself here"),  # open(2) on AF_UNIX
-    errno.ENOENT: ("there is no such file", ""),
-    errno.EACCES: ("it may not be read", "make it readable for the user that runs this"),
-}
-
-
-class _Unreadable(Exception):
-    """Why a file is not read, and what to do about it."""
-
-    def __init__(self, text: str, remedy: str = "") -> None:
-        self.text, self.remedy = text, remedy
-        super().__init__(text)
+NOTHING_KNOWN: Final = Registry()
+_Loading: TypeAlias = Callable[[bytes, str, str | None], Policy]
 
 
 def read_workspaces(
-    directory: Path, *, pools: Pools = DEFAULT_POOLS
+    directory: Path, *, pools: Pools = DEFAULT_POOLS, registry: Registry = NOTHING_KNOWN
 ) -> tuple[dict[str, Policy], list[Problem]]:
     """Every policy of `directory` by workspace, and everything wrong with the files that are not here.
 
     `NAME.yaml` holds workspace NAME. Hidden files and editors' leavings (`.x`, `x~`) are passed over; any
     other name is a problem, because a policy that is silently not read is worse than a complaint.
     `broken_workspaces` names the workspaces whose last good policy should stay. `pools` are egressd's own
-    addresses, which no rule may touch.
+    addresses, which no rule may touch; `registry` is what is known about providers and published prefixes.
 
     PolicyError when the directory itself cannot be read or is open to everybody: nothing is known then, so
     nothing should change.
@@ -80,19 +57,21 @@ def read_workspaces(
     descriptor = _open_directory(directory)
     try:
         names = sorted(name for name in os.listdir(descriptor) if not _passed_over(name))  # noqa: PTH208
-        return _read_all(directory, names, descriptor, pools)
+        return _read_all(
+            directory, names, descriptor, functools.partial(_loaded, pools=pools, registry=registry)
+        )
     finally:
         os.close(descriptor)
 
 
 def _read_all(
-    directory: Path, names: Iterable[str], descriptor: int, pools: Pools
+    directory: Path, names: Iterable[str], descriptor: int, loading: _Loading
 ) -> tuple[dict[str, Policy], list[Problem]]:
     policies: dict[str, Policy] = {}
     problems: list[Problem] = []
     for name in names:
         try:
-            policy = _read_entry(directory / name, name, descriptor, pools)
+            policy = _read_entry(directory / name, name, descriptor, loading)
         except PolicyError as error:
             problems.extend(error.problems)
         else:
@@ -100,101 +79,74 @@ def _read_all(
     return policies, problems
 
 
-def _read_entry(path: Path, name: str, descriptor: int, pools: Pools) -> Policy:
+def _read_entry(path: Path, name: str, descriptor: int, loading: _Loading) -> Policy:
     if not name.endswith(SUFFIX):
         raise PolicyError(
             [Problem(str(path), 0, "", "it is not read: its name does not end in .yaml",
                      "name it WORKSPACE.yaml, or move it out of this directory")]
         )  # fmt: skip
-    opening = functools.partial(os.open, name, _FLAGS, dir_fd=descriptor)
-    return _read(str(path), opening, name.removesuffix(SUFFIX), pools)
+    opening = functools.partial(os.open, name, FLAGS, dir_fd=descriptor)
+    return _read(str(path), opening, name.removesuffix(SUFFIX), loading)
 
 
-def read_policy_file(path: Path, *, pools: Pools = DEFAULT_POOLS) -> Policy:
+def read_policy_file(
+    path: Path, *, pools: Pools = DEFAULT_POOLS, registry: Registry = NOTHING_KNOWN
+) -> Policy:
     """The policy in one file, which must be called after its workspace if it ends in `.yaml`.
 
     PolicyError lists everything wrong with it.
     """
     expected = path.name.removesuffix(SUFFIX) if path.name.endswith(SUFFIX) else None
-    return _read(str(path), lambda: os.open(path, _FLAGS), expected, pools)
+    loading = functools.partial(_loaded, pools=pools, registry=registry)
+    return _read(str(path), lambda: os.open(path, FLAGS), expected, loading)
 
 
-def _read(source: str, opening: Callable[[], int], expected_name: str | None, pools: Pools) -> Policy:
+def _read(source: str, opening: Callable[[], int], expected_name: str | None, loading: _Loading) -> Policy:
     try:
         data = _contents(opening)
-    except _Unreadable as error:
+    except Unreadable as error:
         raise PolicyError([Problem(source, 0, "", error.text, error.remedy)]) from error
+    return loading(data, source, expected_name)
+
+
+def _loaded(
+    data: bytes, source: str, expected_name: str | None, *, pools: Pools, registry: Registry
+) -> Policy:
     return load(
         data,
         source=source,
         expected_name=expected_name,
         is_public_suffix=public_suffixes(),
         own=pools.own,
+        registry=registry,
     )
 
 
 def _contents(opening: Callable[[], int]) -> bytes:
+    return contents(opening, limit=MAX_BYTES, large=_too_large)
+
+
+def policy_bytes(path: Path) -> bytes:
+    """What a policy file holds, read as carefully as `read_policy_file` does. PolicyError if it is not."""
     try:
-        descriptor = opening()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise _not_opened(error) from error
-    try:
-        _check(os.fstat(descriptor))
-        return _bounded(descriptor)
-    except OSError as error:
-        raise _not_opened(error) from error
-    finally:
-        os.close(descriptor)
+        return _contents(lambda: os.open(path, FLAGS))
+    except Unreadable as error:
+        raise PolicyError([Problem(str(path), 0, "", error.text, error.remedy)]) from error
 
 
-def _not_opened(error: OSError | ValueError) -> _Unreadable:
-    if isinstance(error, OSError) and error.errno in _OPENING:
-        return _Unreadable(*_OPENING[error.errno])
-    return _Unreadable(f"it cannot be read: {getattr(error, 'strerror', None) or error}")
-
-
-def _check(found: os.stat_result) -> None:
-    if not stat.S_ISREG(found.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
-        raise _Unreadable(f"it is {kind}, not a regular file", "put the file itself here")
-    if found.st_mode & stat.S_IWOTH:
-        raise _Unreadable("everybody may write to it, so anybody could widen it", "chmod o-w")
-    if found.st_size > MAX_BYTES:
-        raise _too_large(found.st_size)
-
-
-def _bounded(descriptor: int) -> bytes:
-    """All of it. The size is checked again: what grows while it is read, or says 0 as /proc does, is held
-    to the same bound."""
-    chunks: list[bytes] = []
-    size = 0
-    while chunk := os.read(descriptor, MAX_BYTES + 1 - size):
-        chunks.append(chunk)
-        size += len(chunk)
-        if size > MAX_BYTES:
-            raise _too_large(size)
-    return b"".join(chunks)
-
-
-def _too_large(size: int) -> _Unreadable:
-    return _Unreadable(
-        f"it has at least {size} bytes; a policy may have {MAX_BYTES}",
-        "split the workspace",
-    )
+def _too_large(size: int) -> Unreadable:
+    return Unreadable(f"it has at least {size} bytes; a policy may have {MAX_BYTES}", "split the workspace")
 
 
 def _open_directory(directory: Path) -> int:
     try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        return open_directory(directory)
     except OSError as error:
         text = f"the directory of policies cannot be read: {error.strerror}"
         raise PolicyError([Problem(str(directory), 0, "", text)]) from error
-    mode = os.fstat(descriptor).st_mode
-    if mode & stat.S_IWOTH:
-        os.close(descriptor)
-        text = "everybody may write to the directory, so anybody could add or replace a policy"
-        raise PolicyError([Problem(str(directory), 0, "", text, "chmod o-w")])
-    return descriptor
+    except Unreadable as error:
+        text = f"{error.text}, so anybody could add or replace a policy"
+        raise PolicyError([Problem(str(directory), 0, "", text, error.remedy)]) from error
 
 
 def _passed_over(name: str) -> bool:

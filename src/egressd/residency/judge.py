@@ -10,7 +10,7 @@ import enum
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from egressd.residency.jurisdictions import countries
+from egressd.residency.jurisdictions import named
 from egressd.residency.places import Declared, Observation, Pin, Placement, Scope
 
 __all__ = ["Code", "Finding", "contradiction", "judge_address", "judge_endpoint"]
@@ -99,8 +99,7 @@ def _unknown(declared: Declared | None, pin: Pin, name: str) -> Finding:
 
 
 def _declared(declared: Declared, pin: Pin, name: str) -> Finding:
-    outside = countries([declared.jurisdiction]) - pin.countries
-    if outside:
+    if declared.countries - pin.countries:
         text = (
             f"{name} is declared to be in {declared.jurisdiction} ({declared.region}), and the pin is {pin}"
         )
@@ -111,16 +110,17 @@ def _declared(declared: Declared, pin: Pin, name: str) -> Finding:
 
 def _inside(found: Iterable[str], pin: Pin, what: str) -> Finding:
     there = frozenset(found)
-    outside = sorted(there - pin.countries)
+    outside = there - pin.countries
     if not there:
         return Finding(Code.UNPLACED, f"{what}, and in which country that is, is not known")
     if outside:
-        return Finding(Code.OUTSIDE, f"{what}, and {', '.join(outside)} is not in {pin}")
+        verb = "is" if len(outside) == 1 else "are"
+        return Finding(Code.OUTSIDE, f"{what}, and {named(outside)} {verb} not in {pin}")
     return Finding(Code.INSIDE, what)
 
 
 def _where(placement: Placement) -> str:
-    where = ", ".join(placement.countries) or "nobody says where"
+    where = named(placement.countries) or "nobody says where"
     region = f"in {placement.region} ({where})" if placement.region else f"in {where}"
     return f"{region}: {placement.note}" if placement.note else region
 
@@ -133,10 +133,10 @@ def contradiction(placement: Placement, declared: Declared) -> str | None:
         return None
     if placement.region and declared.region != placement.region:
         return f"it declares {declared.region}, and its URL says {placement.region}"
-    outside = sorted(set(placement.countries) - countries([declared.jurisdiction]))
+    outside = set(placement.countries) - declared.countries
     if outside:
         what = placement.region or "its URL"
-        return f"it declares {declared.jurisdiction}, and {what} is in {', '.join(outside)}"
+        return f"it declares {declared.jurisdiction}, and {what} is in {named(outside)}"
     return None
 
 
@@ -175,4 +175,4 @@ def _judge_one(seen: Observation, pin: Pin) -> Finding:
         return Finding(Code.ANYCAST, f"{what}, which is announced from many places", "write vouch: REASON")
     if not seen.countries:
         return Finding(Code.CONFLICT, f"{what}, whose region {seen.region or 'is not told'} nobody can place")
-    return _inside(seen.countries, pin, f"{what}, {seen.region} ({', '.join(seen.countries)})")
+    return _inside(seen.countries, pin, f"{what}, {seen.region} ({named(seen.countries)})")

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from egressd.model.errors import Unfit
 from egressd.model.names import quoted
 
-__all__ = ["CODES", "EEA", "EU", "countries", "jurisdiction"]
+__all__ = ["CODES", "EEA", "EU", "countries", "jurisdiction", "named"]
 
 _COUNTRIES = """
 AD AE AF AG AI AL AM AO AQ AR AS AT AU AW AX AZ BA BB BD BE BF BG BH BI BJ BL BM BN BO BQ BR BS BT BV BW BY
@@ -40,6 +40,15 @@ def countries(codes: Iterable[str]) -> frozenset[str]:
             raise KeyError(code)
         found |= _BLOCS.get(code, {code})
     return frozenset(found)
+
+
+def named(found: Iterable[str]) -> str:
+    """Countries for a person, whole blocs by their names: "CH, EEA"."""
+    there = set(found)
+    for whole in ("EEA", "EU"):
+        if there >= _BLOCS[whole]:
+            return ", ".join(sorted(there - _BLOCS[whole] | {whole}))
+    return ", ".join(sorted(there))
 
 
 def jurisdiction(text: str) -> str:

@@ -52,8 +52,12 @@ class Declared:
     """`residency:` of a provider profile."""
 
     region: str
-    jurisdiction: str  # one of jurisdictions.CODES
+    jurisdiction: str  # one of jurisdictions.CODES, or several, as in "EEA, CH"
     source_url: str  # where the provider says so; "" if nothing was written
+
+    @property
+    def countries(self) -> frozenset[str]:
+        return countries(self.jurisdiction.split(", "))
 
 
 @dataclass(frozen=True, slots=True)

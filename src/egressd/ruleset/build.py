@@ -17,6 +17,12 @@ What the inspector sends on begins in the gateway, from its workspace's own sour
     inet local_out                   only what was translated
     inet local_in, chain dialled     back: the same rule as above
 
+A connection can be cut (kernel/conntrack.py): its entry then bears a mark of no kind, which nothing admits.
+
+    chains cut, cut_bare             what its client still sends: one segment without data is turned into a
+                                     reset and goes on to the host; then the client is refused. What its
+                                     host still sends: turned into resets as well
+
 Until the lookup gives it a mark of a kind, a packet carries a number below 16 that says how far it got:
 what remains is the reason for its denial.
 """
@@ -31,6 +37,7 @@ from egressd.model.identities import Link, check_workspace
 from egressd.ruleset import objects
 from egressd.ruleset.layout import (
     ADMITTED,
+    CUT,
     DIAL4,
     DIAL6,
     HOST_LINK,
@@ -38,11 +45,13 @@ from egressd.ruleset.layout import (
     INSPECTOR_PORT,
     LINK_GROUP,
     NFLOG_GROUP,
+    NUDGE,
     RELAY_PORT,
     RESOLVER4,
     RESOLVER6,
     RESOLVER_BLOCK,
     TABLE,
+    TOLD,
     UNLISTED_BLOCK,
     UPLINK,
     UPLINK_GATEWAY4,
@@ -90,6 +99,7 @@ LATE = {
     "inspector": "to be inspected, and no inspector listens",
     "dial": "dialled by the inspector, and no rule of that workspace allows it",
     "unresolved": "the name has no address in this slot",
+    "cut": "of a connection that was ended: its address may not be reached any more",
     "misrouted": "its way does not lead to where its mark permits",
 }
 _LOG_LIMIT = "limit rate 200/second burst 50 packets"  # per reason and workspace; counters see the rest
@@ -348,6 +358,10 @@ def _static_inet() -> Objects:
         _inet("chain", "revoked"): Chain(
             rules=_REVOKED, comment="answers of revoked hosts, turned into resets"
         ),
+        _inet("chain", "cut"): Chain(rules=_CUT_CHAIN, comment="connections that were ended"),
+        _inet("chain", "cut_bare"): Chain(
+            rules=_CUT_BARE, comment="the same without data: resets may go out"
+        ),
     }
     for reason in LATE:
         things[_inet("chain", f"late_{reason}")] = _late(reason)
@@ -392,6 +406,7 @@ def _static_chains() -> Objects:
                 _PASS,
             ),
             ("dial", "filter", "output", -150, "accept", "what the inspector may dial", _DIAL),
+            ("unseen", "filter", "output", -300, "accept", "segments of no connection", _UNSEEN),
             ("translate_out", "nat", "output", -100, "accept", "the same for the inspector", _TRANSLATE_OUT),
             ("local_in", "filter", "input", 0, "drop", "resolver, relay and inspector", _LOCAL_IN),
             ("local_out", "filter", "output", 0, "drop", "answers, refusals, nothing else", _LOCAL_OUT),
@@ -407,17 +422,23 @@ _STEERED = f"meta mark & {_RELAY} != {_ZERO}"
 _TO_INSPECT, _TO_RELAY = f"meta mark & {_INSPECT} == {_INSPECT}", f"meta mark & {_INSPECT} == {_RELAY}"
 _NOT_A_QUESTION = f"meta mark & {mark_text(Kind.RESOLVE)} == {_ZERO}"
 _TO_TRANSLATE = f"meta mark & {_DIRECT} == {_FORWARD}"  # bit 31 without bit 28
+_FRESH = f"ct mark {_ZERO}"
+# An entry keeps the mark it was begun with: one that is cut at this moment must not be given another.
+_KEEP = f"{_FRESH} ct mark set meta mark"
+_IS_CUT = f"ct mark >= {mark_text(CUT)} ct mark < {_LEAST_ADMITTED}"
+_NUDGE = f"meta mark {mark_text(NUDGE)} meta l4proto tcp"
 
 _STEER = (
     f"iifgroup != {LINK_GROUP} return",
     f"meta mark < {_LEAST_ADMITTED} goto late_unmarked",
     # the many: the guard has looked them up, conntrack knows them, and their mark stands in their entry
-    f"ct state established ct direction original meta mark >= {_FORWARD} accept",
+    f"ct state established ct direction original meta mark >= {_FORWARD} ct mark >= {_FORWARD} accept",
     # untracked: somebody's `notrack`; what conntrack does not see is neither translated nor disguised
     "ct state invalid,untracked goto late_invalid",
     "ct direction reply goto late_reply",
+    f"{_IS_CUT} goto cut",
     # an ICMP error bears the entry of the connection it is about (nf_conntrack_inet_error): it keeps its mark
-    "ct state != related ct mark set meta mark",
+    f"ct state != related {_KEEP}",
     # questions to the resolver are not connections anybody would count, and linger for half a minute
     f"ct state new {_NOT_A_QUESTION} iifname vmap @connections",
     # the inspector and the relay serve all sandboxes: whoever begins ten thousand connections a second would
@@ -434,6 +455,9 @@ _TRANSLATE = (
     f"{_LINKS_IN} meta mark @opened",
     f"{_LINKS_IN} {_TO_TRANSLATE} dnat ip to meta mark . ip daddr map @real4",
     f"{_LINKS_IN} {_TO_TRANSLATE} dnat ip6 to meta mark . ip6 daddr map @real6",
+    # Here and not when it is forwarded: the backstop among the routes would say that the host is unreachable,
+    # of which the sender of a datagram is not told (icmp_err_convert), and nobody would count it.
+    f"{_LINKS_IN} {_TO_TRANSLATE} goto late_unresolved",
 )
 # Not of type `route`: that would ask routing before the translation, for a synthetic address. The translation
 # asks by itself, for every packet (nf_nat_ipv4_local_fn), and by then the mark is there.
@@ -449,7 +473,8 @@ def _dialling(ip: str, digit: str, mask: str) -> tuple[str, ...]:
         f"meta mark set {_ZERO}",
         f"ct direction original meta mark set {lookup}",
         f"meta mark {_ZERO} goto late_dial",
-        "ct mark set meta mark",
+        f"{_IS_CUT} goto cut",
+        _KEEP,
     )
 
 
@@ -468,7 +493,50 @@ _PASS = (
 )
 # The sandbox may be waiting for just this answer and say nothing itself: dropped, the connection would hang
 # until its next word. As a reset in sequence (RFC 5961 3.2) it ends at once, and its data is never delivered.
-_REVOKED = ('counter name "revoked"', "tcp flags set rst accept", "drop")
+_REVOKED = (
+    'counter name "revoked"',
+    f"{_IS_CUT} goto cut",
+    "tcp flags set rst accept",
+    "drop",
+)
+
+
+def _bare(ip: str) -> tuple[str, ...]:
+    """Segments without data. Options and the like have been refused: the header's length is known. One rule
+    for each length, since nft 1.0.6 aborts on a concatenation with a field of four bits."""
+    length = "ip length" if ip == "ip" else "ip6 length"
+    return tuple(
+        f"tcp doff {n} {length} {(20 if ip == 'ip' else 0) + 4 * n} goto cut_bare" for n in range(5, 16)
+    )
+
+
+# The first segment without data becomes the host's reset: its sequence number is the one that a reset must
+# have (RFC 5961 3.2). Data would go along, so until then it waits; so do the host's answers, which as resets
+# would silence the client too early. From then on the client is refused, and what the host says is turned
+# into a reset, where it has data. Where it has none it may go on: a host that has not believed its reset,
+# since data had been on the way, asks again, and the sandbox answers with another one.
+_CUT_RESETS = "limit rate 10/second burst 20 packets"
+_UNTOLD = f"ct mark & {mark_text(TOLD)} == {_ZERO}"
+_CUT_CHAIN = (
+    f"{_UNTOLD} ct direction reply drop",
+    *_bare("ip"),
+    *_bare("ip6"),
+    f'{_UNTOLD} meta l4proto tcp counter name "late_cut" drop',
+    "ct direction reply tcp flags set rst accept",
+    "ct direction reply drop",
+    "goto late_cut",
+)
+_CUT_BARE = (
+    "ct direction reply tcp flags & fin == fin tcp flags set rst accept",  # no orderly end
+    "ct direction reply accept",
+    f"{_UNTOLD} ct mark set ct mark | {mark_text(TOLD)} tcp flags set rst accept",
+    # as the kernel makes them, and few: their headers, too, could carry words
+    f"tcp flags & rst == rst tcp doff 5 {_CUT_RESETS} accept",
+    "goto late_cut",
+)
+# What the warden sends so that an end of a connection that was cut says something (kernel/nudge.py). Not
+# tracked: the connection's own entry has these addresses the other way round.
+_UNSEEN = (f"{_NUDGE} notrack",)
 _NEIGHBOURS = "icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept"
 # Not @in, which counts what sandboxes received: of a host that is read on one port and forwarded on another,
 # both have the one mark.
@@ -486,6 +554,7 @@ _LOCAL_IN = (
     f"{_UP_IN} ip daddr {DIAL4} goto dialled",
     f"{_UP_IN} ip6 daddr {DIAL6} goto dialled",
     f"{_LO_IN} {_WITHIN}",
+    f"{_LO_IN} {_NUDGE} accept",
     'counter name "stray"',
 )
 _LOCAL_OUT = (
@@ -499,6 +568,8 @@ _LOCAL_OUT = (
     f"{_LO_OUT} {_TO_TRANSLATE} ct status dnat accept",
     f"{_LO_OUT} {_TO_TRANSLATE} goto late_unresolved",
     f"{_LO_OUT} {_WITHIN}",
+    f"{_LINKS_OUT} {_NUDGE} accept",
+    f"{_LO_OUT} {_NUDGE} accept",
     f"{_UP_OUT} {_NEIGHBOURS}",
     'counter name "stray"',
 )

@@ -24,7 +24,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 from egressd.model.identities import Link
 
-__all__ = ["Kind", "Mark", "Pools", "dial_source"]
+__all__ = ["Kind", "Mark", "Pools", "begun_with", "dial_source"]
 
 TABLE = "egressd"  # both `table netdev egressd` and `table inet egressd`, in the gateway
 HOST_TABLE = "egressd_host"  # `table inet egressd_host`, in the host
@@ -73,6 +73,11 @@ class Kind(enum.IntFlag):
 
 
 ADMITTED = 0xE000_0000  # any of these bits: the guard let it pass
+# The mark of a connection (conntrack) begins as that of its packets. One that was cut keeps whose it is; its
+# kind becomes CUT, which nothing admits. TOLD: its host has got its reset, as far as that can be.
+CUT, TOLD = 1 << 28, 1 << 27
+# On a packet that the warden itself sends: one that no guard has judged has a number below 16.
+NUDGE = 3
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -95,6 +100,11 @@ class Mark:
         if kind not in (Kind.FORWARD, Kind.RELAY, Kind.INSPECT, Kind.RESOLVE, Kind.DIRECT):
             raise ValueError(f"{value:#010x} is not a mark")
         return cls(kind=kind, workspace=rest >> 14, block=rest & (BLOCKS - 1))
+
+
+def begun_with(value: int) -> int:
+    """The mark that a connection had before it was cut, if it was: those of hosts alone are cut."""
+    return value & ~(CUT | TOLD) | Kind.FORWARD if value & 0xF000_0000 == CUT else value
 
 
 def dial_source(workspace: int) -> tuple[IPv4Address, IPv6Address]:

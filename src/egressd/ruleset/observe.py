@@ -311,7 +311,7 @@ def _expression(item: Json) -> str:
     """One statement or match. Every field must be accounted for."""
     [(word, body)] = item.items()
     match word, body:
-        case (("accept" | "drop" | "return" | "masquerade"), None):
+        case (("accept" | "drop" | "return" | "masquerade" | "notrack"), None):
             return str(word)
         case (("counter" | "quota"), str(name)):
             return f'{word} name "{name}"'
@@ -390,8 +390,9 @@ def _operand(operand: Any, *, mark: bool = False, quoted: bool = False) -> str:
             return f"ct {key}"
         case {"payload": {"protocol": str(protocol), "field": str(name), **x}, **rest} if not rest and not x:
             return f"{protocol} {name}"
-        case {"&": [left, right], **rest} if not rest:
-            return f"{_operand(left)} & {_operand(right, mark=_is_mark(left))}"
+        case {"&": [left, right]} | {"|": [left, right]} if len(operand) == 1:
+            [sign] = operand
+            return f"{_operand(left)} {sign} {_operand(right, mark=_is_mark(left))}"
         case {"concat": list(parts), **rest} if not rest:
             return " . ".join(_operand(part) for part in parts)
         case {"map": target, **rest} if not rest:
@@ -431,6 +432,8 @@ def _member(member: Any) -> str:
     match member:
         case {"prefix": {"addr": str(address), "len": int(length), **more}, **rest} if not rest and not more:
             return str(ip_network(f"{address}/{length}"))
+        case {"prefix": _}:  # of a number: nft's word for its upper bits
+            raise _ForeignError("prefix")
     return _operand(member)
 
 

@@ -50,7 +50,7 @@ def want(policy: Policy, allocation: Allocation, pools: Pools) -> WorkspaceWant:
     return WorkspaceWant(
         workspace=policy.workspace,
         index=index,
-        guard=policy.guard.value,
+        guard=policy.holding.value,
         elements=tuple(sorted(set(elements), key=order)),
         connections=policy.limits.connections,
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import msgspec
@@ -21,13 +21,17 @@ from egressd.ipc.channel import Channel, Received
 from egressd.model.errors import ProtocolError, Refused
 from egressd.model.verdicts import Reason
 
-__all__ = ["DEFAULT_RUN_DIR", "Control"]
+__all__ = ["DEFAULT_RUN_DIR", "Control", "NotRunning"]
 
 DEFAULT_RUN_DIR = "/run/egressd"
 SOCKET = "control.sock"
 _PATIENCE = 30.0  # seconds without an answer after which the daemon is taken for dead
 _PROVING = 120.0  # the same for a proof, for which the auditor may take a minute
 M = TypeVar("M")
+
+
+class NotRunning(Refused):
+    """Nobody listens: there is no egressd with this run directory now."""
 
 
 class Control:
@@ -87,16 +91,25 @@ class Control:
 
     # ---- verbs that read, and apply
 
+    def for_user(self, uid: int, gids: Iterable[int]) -> None:
+        """Before anything else, from root or the HTTP API's account: ask for that user. Never answered; where
+        it is not allowed the next question is refused."""
+        self._send(messages.ForUser(uid=uid, gids=tuple(gids)))
+
     def ask(self, what: str, *, workspace: str | None = None) -> Any:
-        """One of "status", "counters", "ruleset", "policy", "diff"; the JSON document."""
+        """One of "status", "counters", "ruleset", "policy", "diff", "workspaces"; the JSON document."""
         return self._answer(messages.Ask(what=what, workspace=workspace))  # type: ignore[arg-type]
 
     def why(self, workspace: str, subject: str) -> Any:
         return self._answer(messages.Why(workspace=workspace, subject=subject))
 
-    def apply(self, *, dry_run: bool = False) -> Any:
-        """Read the policies again and make them so; with `dry_run`, say what would change."""
-        return self._answer(messages.Apply(dry_run=dry_run))
+    def select_route(self, workspace: str, route: str) -> Any:
+        return self._answer(messages.SelectRoute(workspace=workspace, route=route))
+
+    def apply(self, *, dry_run: bool = False, why: str = "") -> Any:
+        """Read the policies again and make them so; with `dry_run`, say what would change. `why` is put on
+        record."""
+        return self._answer(messages.Apply(dry_run=dry_run, why=why))
 
     def prove(
         self,
@@ -169,7 +182,7 @@ def _connect(run_dir: str) -> socket.socket:
         connection.connect(path)
     except (FileNotFoundError, ConnectionRefusedError):
         connection.close()
-        raise Refused(
+        raise NotRunning(
             Reason.UNAVAILABLE, f"egressd is not running (nobody listens at {path}): systemctl start egressd"
         ) from None
     except OSError as error:

@@ -1,6 +1,6 @@
-"""YAML bytes to plain data that remembers its lines: the smallest YAML a policy needs, and nothing else.
+"""YAML bytes to plain data that remembers its lines: the smallest YAML our files need, and nothing else.
 
-Built from the parser's events, not from its loader, because a policy is read by people before it is read
+Built from the parser's events, not from its loader, because such a file is read by people before it is read
 by us, and both must see the same thing:
 
 - No anchors, aliases, tags, directives or second documents: what stands on a line is what counts there.

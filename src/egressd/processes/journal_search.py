@@ -32,7 +32,7 @@ from egressd.journal.records import Fields, RecordError, stamp
 from egressd.model.errors import Unfit
 from egressd.model.names import canonical, is_pattern, matches
 
-__all__ = ["Found", "Journal", "Query", "Search", "Tail", "host_of"]
+__all__ = ["Found", "Journal", "Query", "Search", "Tail", "host_of", "number_of"]
 
 Found: TypeAlias = tuple[bytes, Line]
 
@@ -55,7 +55,10 @@ class Query:
     """All of what is not None must hold. `since` counts, `until` does not belong to it any more."""
 
     workspace: str | None = None
+    workspaces: frozenset[str] | None = None  # of any of these
     sandbox: str | None = None  # "eg7"
+    route: str | None = None
+    after: int | None = None  # with a greater number
     host: str | None = None  # a canonical name, a pattern as policies have them, or an address
     events: frozenset[str] | None = None
     reasons: frozenset[str] | None = None
@@ -67,6 +70,9 @@ class Query:
         return (
             (self.events is None or record.event in self.events)
             and (self.workspace is None or fields.get("workspace") == self.workspace)
+            and (self.workspaces is None or fields.get("workspace") in self.workspaces)
+            and (self.route is None or fields.get("route") == self.route)
+            and (self.after is None or record.seq > self.after)
             and (self.sandbox is None or _device(fields.get("link")) == self.sandbox)
             and (self.reasons is None or fields.get("reason") in self.reasons)
             and (self.since is None or record.time >= stamp(self.since))
@@ -127,6 +133,10 @@ class _Sieve:
         groups: list[tuple[bytes, ...]] = []
         if query.workspace is not None:
             groups.append((_pair("workspace", query.workspace),))
+        if query.workspaces is not None:
+            groups.append(tuple(_pair("workspace", name) for name in sorted(query.workspaces)))
+        if query.route is not None:
+            groups.append((_pair("route", query.route),))
         if query.sandbox is not None:
             groups.append((_pair("link", query.sandbox), b'"link":' + query.sandbox[2:].encode()))
         if query.reasons is not None:
@@ -196,15 +206,19 @@ class Journal:
 
     def spans(self, query: Query) -> list[Span]:
         """What can hold a match, oldest first."""
-        found = []
-        for segment, end in self.ends.items():
-            if query.since is None and query.until is None:
-                found.append(Span(segment, 0, end))
-                continue
-            with closing(_File(self.directory, segment)) as file:
-                spans = [Span(segment, *part) for part in _narrowed(file, end, query)]
-                found += [span for span in spans if span.start < span.end]
-        return found
+        return [span for segment in self.ends for span in self.spans_of(segment, query)]
+
+    def spans_of(self, segment: int, query: Query) -> list[Span]:
+        """The same, of one segment."""
+        end = self.ends[segment]
+        timed = query.since is not None or query.until is not None
+        if not timed and query.after is None:
+            return [Span(segment, 0, end)]
+        with closing(_File(self.directory, segment)) as file:
+            after = 0 if query.after is None else _after(file, end, query.after)
+            parts = list(_narrowed(file, end, query)) if timed else [(0, end)]
+        spans = [Span(segment, max(start, after), stop) for start, stop in parts]
+        return [span for span in spans if span.start < span.end]
 
     def batches(self, spans: Sequence[Span], *, reverse: bool = False) -> Iterator[list[bytes]]:
         """The lines of these spans without their newlines, some at a time; newest first if `reverse`."""
@@ -285,10 +299,35 @@ class _File:
             at = newline + 1
         return None
 
+    def number_from(self, offset: int, end: int) -> tuple[int, int] | None:
+        """The same, with its number instead of its time."""
+        found = self.line_from(offset, end)
+        if found is None:
+            return None
+        line, _, _ = self.read(found[0], min(end, found[0] + 2 * _GRAIN)).partition(b"\n")
+        number = number_of(line)
+        return None if number is None else (found[0], number)
+
+
+def _after(file: _File, end: int, number: int) -> int:
+    """Where lines of a greater number begin, or a little before: numbers only grow."""
+    low, high = 0, end
+    while high - low > _GRAIN:
+        middle = (low + high) // 2
+        found = file.number_from(middle, high)
+        if found is None:
+            return low
+        at, seen = found
+        if seen <= number:
+            low = at
+        else:
+            high = middle
+    return low
+
 
 def _narrowed(file: _File, end: int, query: Query) -> Iterator[tuple[int, int]]:
-    since = stamp(query.since - _SLACK).encode() if query.since else None
-    until = stamp(query.until + _SLACK).encode() if query.until else None
+    since = _apart(query.since, -_SLACK)
+    until = _apart(query.until, _SLACK)
     for start, stop, ordered in _runs(file, end):
         if not ordered:
             yield start, stop
@@ -296,6 +335,14 @@ def _narrowed(file: _File, end: int, query: Query) -> Iterator[tuple[int, int]]:
         first = start if since is None else _bisect(file, start, stop, since)[0]
         last = stop if until is None else _bisect(file, first, stop, until)[1]
         yield first, last
+
+
+def _apart(time: datetime | None, slack: timedelta) -> bytes | None:
+    """As a record spells it. At the ends of the calendar there is no slack, and nothing that needs it."""
+    try:
+        return None if time is None else stamp(time + slack).encode()
+    except OverflowError:
+        return None
 
 
 def _runs(file: _File, end: int) -> Iterator[tuple[int, int, bool]]:
@@ -414,7 +461,7 @@ class Tail:
             with closing(_File(self._directory, self._segment)) as file:
                 self._identity = file.identity()
                 lines = file.read(max(0, self._offset - _GRAIN), self._offset).split(b"\n")
-            self._seen = next((n for n in map(_seq, lines[-2:-1]) if n is not None), -1)
+            self._seen = next((n for n in map(number_of, lines[-2:-1]) if n is not None), -1)
 
     def read(self) -> list[bytes]:
         """The whole lines that are new; none is no reason to stop."""
@@ -449,7 +496,7 @@ class Tail:
         self._segment, self._offset, self._seen, self._identity = 0, 0, -1, None
 
     def _is_new(self, line: bytes) -> bool:
-        number = _seq(line)
+        number = number_of(line)
         if number is None:
             return True
         if number <= self._seen:
@@ -461,6 +508,7 @@ class Tail:
 _SEQ = re.compile(rb'"seq":([0-9]{1,19}),"time":"[^"]{27}"\}$')
 
 
-def _seq(line: bytes) -> int | None:
+def number_of(line: bytes) -> int | None:
+    """The number of a line without its newline, which is not read any further."""
     found = _SEQ.search(line, max(len(line) - 80, 0))
     return int(found[1]) if found else None
