@@ -67,7 +67,7 @@ class Daemon:
         self.gateway = gateway
         self.run_dir = f"/run/{gateway}"
         self.directory = f"daemon-{gateway}"
-        for name in ("workspaces", "state"):
+        for name in ("workspaces", "state", "residency"):
             lab.path(f"{self.directory}/{name}").mkdir(parents=True, exist_ok=True)
         for stale in lab.path(f"{self.directory}/workspaces").iterdir():
             stale.unlink()  # an earlier daemon's in this lab: its names would be looked up, and seen
@@ -77,6 +77,7 @@ class Daemon:
             "workspaces_dir": lab.inside(f"{self.directory}/workspaces"),
             "run_dir": self.run_dir,
             "state_dir": lab.inside(f"{self.directory}/state"),
+            "residency_dir": lab.inside(f"{self.directory}/residency"),
             "upstream": list(upstream),
             "user": "same" if lab.single_user else ACCOUNTS,
             "gateway": gateway,

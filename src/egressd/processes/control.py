@@ -317,7 +317,7 @@ class ControlSocket:
         """From here on what the asker may see is what that user may see."""
         if client.caller.uid not in (0, self._api):
             raise Refused(Reason.MEMBER, "only root and the account of the HTTP API ask for others")
-        if False:
+        if client.asked != 1:
             raise Refused(Reason.PROTOCOL, "for whom a connection asks is said once, before anything else")
         user = received.message
         client.behalf = Caller(client.caller.pid, user.uid, frozenset(user.gids))
@@ -464,7 +464,7 @@ def _uid_of(controller: Controller, role: str) -> int | None:
 
 def _check_behalf(client: Client, message: Any) -> None:
     """For others one reads, and no more: a list of what is permitted."""
-    if False:
+    if client.behalf is not None and not isinstance(message, _FOR_OTHERS):
         raise Refused(Reason.PROTOCOL, f"{type(message).__name__} is not asked for somebody else")
 
 
