@@ -95,12 +95,21 @@ def tried(call):
         return "done"
     except OSError as error:
         return errno.errorcode[error.errno]
+def shared(family, kind, option, place):
+    sock = socket.socket(family, kind)
+    for number in option:
+        sock.setsockopt(1, number, 1)  # SO_REUSEADDR, SO_REUSEPORT
+    sock.bind((place, 53))
+    kind == 1 and sock.listen()
 sock = socket.socket()
+places = ((2, "169.254.53.53"), (2, "0.0.0.0"), (10, "fd53:53::53"), (10, "::"))
 print(json.dumps({
+    f"the resolver's port: {place} {kind} {option}": tried(lambda: shared(family, kind, option, place))
+    for family, place in places for kind in (1, 2) for option in ((), (2,), (15,), (2, 15))
+} | {
     "a mark": tried(lambda: sock.setsockopt(1, 36, b"\1\x40\0\x80")),
     "transparent": tried(lambda: sock.setsockopt(0, 19, 1)),
     "transparent, IPv6": tried(lambda: socket.socket(10).setsockopt(41, 75, 1)),
-    "the resolver's port": tried(lambda: socket.socket(2, 2).bind(("169.254.53.53", 53))),
     "raw": tried(lambda: socket.socket(2, 3, 1)),
     "raw, IPv6": tried(lambda: socket.socket(10, 3, 58)),
     "packets": tried(lambda: socket.socket(17, 3, 3)),
@@ -179,6 +188,8 @@ def test_the_inspector_taken_over_reaches_what_some_workspace_may_and_nothing_el
 
 def test_the_inspector_taken_over_has_no_power_over_the_gateway(daemon: Any) -> None:
     powers = json.loads(taken_over(daemon, "/usr/bin/python3", "-I", "-c", POWERS).check().out)
+    taken = {powers.pop(what) for what in list(powers) if what.startswith("the resolver's port")}
+    assert taken == {"EADDRINUSE"}, "low ports are free to everybody there, and this one is not"
     assert set(powers.values()) <= {"EPERM", "EACCES"}, powers
     for command in (
         ["nft", "flush", "ruleset"], ["nft", "list", "ruleset"], ["ip", "rule", "flush"],

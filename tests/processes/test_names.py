@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Iterable
 from ipaddress import IPv4Address, IPv6Address
 
+import msgspec
 import pytest
 
 from egressd.ipc import messages
-from egressd.model.errors import Refused
+from egressd.ipc.peer import PeerGone
+from egressd.model.errors import EgressdError, Refused
 from egressd.model.verdicts import Reason
 from egressd.policy.compiled import Budgets, Ech, Guard, HostRule, Limits, Policy, Port, Protocol, Verify
 from egressd.processes.names import Addresses, Admitting, Use, sites_of
@@ -157,7 +160,7 @@ def test_changes_that_arrive_together_travel_together() -> None:
         await asyncio.sleep(0)
 
     async def run() -> None:
-        admitting = Admitting(write, lambda _: None)
+        admitting = Admitting(write, lambda _: lambda: None)
         await asyncio.gather(*(admitting.admit((entry(number),)) for number in range(1000)))
 
     asyncio.run(run())
@@ -171,12 +174,126 @@ def test_a_refused_batch_is_told_to_all_who_wait_and_not_taken_for_granted() -> 
         raise Refused(Reason.UNAVAILABLE, "no warden")
 
     async def run() -> list[BaseException | None]:
-        admitting = Admitting(write, done.extend)
+        admitting = Admitting(write, lambda entries: lambda: done.extend(entries))
         return await asyncio.gather(*(admitting.admit((entry(n),)) for n in range(3)), return_exceptions=True)
 
     outcomes = asyncio.run(run())
     assert [type(outcome) for outcome in outcomes] == [Refused] * 3
     assert done == []
+
+
+def test_one_way_that_is_refused_fails_nobody_elses() -> None:
+    """Nor does a way that is to be closed stay open because of it."""
+    poison, closing = entry(1), NatEntry(entry(2).mark, entry(2).synthetic, None, "a.example")
+    done: list[NatEntry] = []
+
+    async def write(entries: tuple[NatEntry, ...]) -> None:
+        await asyncio.sleep(0)
+        if poison in entries:
+            raise Refused(Reason.ADDRESS, "nowhere")
+
+    async def run() -> list[BaseException | None]:
+        admitting = Admitting(write, lambda entries: lambda: done.extend(entries))
+        wanted = ((entry(0),), (poison,), (closing,), (entry(3), poison))
+        return await asyncio.gather(*map(admitting.admit, wanted), return_exceptions=True)
+
+    outcomes = asyncio.run(run())
+    assert [type(outcome) for outcome in outcomes] == [type(None), Refused, type(None), Refused]
+    assert done == [entry(0), closing]
+
+
+def test_what_was_sent_and_not_acknowledged_is_taken_back_with_its_rule() -> None:
+    addresses = Addresses(Pools())
+    addresses.use([Use(1, 5, rule("a.example"))])
+    addresses.sending(addresses.learn(resolved("a.example", ONE)))
+    assert addresses.in_doubt and addresses.entries() == ()
+    gone = addresses.use([])
+    assert len(gone) == 8 and {e.real for e in gone} == {None}
+    addresses.sending(gone)()
+    assert not addresses.in_doubt and addresses.use([]) == ()
+
+
+def test_while_one_way_is_on_its_way_another_is_sent_behind_it_though_the_kernel_has_it() -> None:
+    addresses = Addresses(Pools())
+    addresses.use([Use(1, 5, rule("a.example"))])
+    addresses.sending(addresses.learn(resolved("a.example", ONE)))()
+    moved = addresses.sending(addresses.learn(resolved("a.example", TWO)))
+    back = addresses.learn(resolved("a.example", ONE))
+    assert {e.real for e in back} == {str(ONE)} and len(back) == 4
+    done = addresses.sending(back)
+    moved()
+    assert addresses.in_doubt, "the first word is not the last one"
+    done()
+    assert not addresses.in_doubt and {e.real for e in addresses.entries()} == {str(ONE), str(SIX)}
+
+
+class Moody:
+    """A warden that does what it is told in the order it is told, or refuses it; and that is waited for, or
+    given up on before it is done."""
+
+    def __init__(self, dice: random.Random) -> None:
+        self._dice, self._hung = dice, list[tuple[NatEntry, ...]]()
+        self.led: dict[tuple[int, str], str] = {}
+        self.good = False  # from now on
+
+    async def write(self, entries: tuple[NatEntry, ...]) -> None:
+        mood = 1.0 if self.good else self._dice.random()
+        if mood < 0.2:
+            self._hung.append(entries)
+            raise PeerGone("no reply")
+        await asyncio.sleep(0)
+        if mood < 0.4:
+            raise Refused(Reason.UNAVAILABLE, "no")
+        for one in (*self._hung, entries):
+            for each in one:
+                self.led.pop((each.mark, each.synthetic), None)
+                if each.real is not None:
+                    self.led[each.mark, each.synthetic] = each.real
+        self._hung.clear()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_whatever_the_warden_does_what_is_acknowledged_of_a_change_is_so(seed: int) -> None:
+    """A name leads to ONE on the one set of terms, to TWO on the other, and workspaces change between them.
+    Nobody leads where his terms do not, once the kernel has acknowledged the change."""
+    dice = random.Random(seed)
+    leads = {"any": TWO, "EU": ONE}
+
+    async def run() -> None:
+        addresses, warden = Addresses(Pools()), Moody(dice)
+        admitting = Admitting(warden.write, addresses.sending)
+        terms = {1: "any", 2: "EU"}
+
+        async def tried(entries: tuple[NatEntry, ...]) -> bool:
+            try:
+                await admitting.admit(entries)
+            except EgressdError:
+                return False
+            return True
+
+        def wrong() -> list[str]:
+            known = {w: str(leads[on]) for w, on in terms.items()}
+            return [real for (mark, _), real in warden.led.items() if real != known[Mark.of(mark).workspace]]
+
+        looking: list[asyncio.Future[bool]] = []
+        for _ in range(40):
+            if dice.random() < 0.4:
+                workspace = dice.choice([1, 2])
+                terms[workspace] = dice.choice(["any", "EU"])
+                uses = [Use(w, 5 * w, rule("a.example"), on) for w, on in terms.items()]
+                if await tried(addresses.use(uses)):
+                    assert not wrong()
+            else:
+                on = dice.choice(["any", "EU"])
+                found = msgspec.structs.replace(resolved("a.example", leads[on], six=None), terms=on)
+                looking.append(asyncio.ensure_future(tried(addresses.learn(found))))
+                await asyncio.sleep(0)
+        await asyncio.gather(*looking)
+        warden.good = True
+        assert await tried(addresses.corrections()) and not wrong() and not addresses.in_doubt
+        assert warden.led == {(e.mark, e.synthetic): e.real for e in addresses.entries()}
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("count", [1, 512, 513, 2000])
@@ -186,5 +303,5 @@ def test_no_batch_is_larger_than_a_message_may_be(count: int) -> None:
     async def write(entries: tuple[NatEntry, ...]) -> None:
         batches.append(len(entries))
 
-    asyncio.run(Admitting(write, lambda _: None).admit(tuple(entry(n) for n in range(count))))
+    asyncio.run(Admitting(write, lambda _: lambda: None).admit(tuple(entry(n) for n in range(count))))
     assert sum(batches) == count and max(batches) <= 512

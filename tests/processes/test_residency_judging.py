@@ -274,7 +274,7 @@ def change_of_pin(w: World) -> None:
 
 
 @pytest.mark.parametrize("change", [change_of_table, change_of_pin])
-def test_other_terms_take_the_ways_first_then_tell_the_resolver_then_cut(
+def test_other_terms_take_the_ways_first_then_cut_then_tell_the_resolver(
     tmp_path: Path, change: Callable[[World], None]
 ) -> None:
     async def dialogue(w: World, _: Any) -> None:
@@ -288,7 +288,7 @@ def test_other_terms_take_the_ways_first_then_tell_the_resolver_then_cut(
         order = [word for word in w.order() if word.split()[0] in ("warden", "resolver")]
         assert order == [
             f"warden {word}" if word != "SetNames" else f"resolver {word}"
-            for word in ("SetWorkspaces", "SetNat", "SetNames", "ReadFlows", "CutFlows")
+            for word in ("SetWorkspaces", "SetNat", "ReadFlows", "CutFlows", "SetNames")
         ]
         assert led(w) == {None}
         names = next(n for n in w.payload(messages.SetNames) if n.workspace == "acme")

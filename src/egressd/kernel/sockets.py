@@ -62,7 +62,10 @@ def _bound(version: int, kind: int, place: tuple[str, int], *, transparent: bool
             sock.setsockopt(socket.IPPROTO_IP, _IP_TRANSPARENT, 1)
         elif transparent:
             sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_TRANSPARENT, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if kind == socket.SOCK_STREAM:
+            # Not of datagrams: whoever in the gateway set it as well could bind there, too, of any user,
+            # and the newest gets them all (udp_lib_lport_inuse). Low ports are free to everybody there.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(place)
         if kind == socket.SOCK_DGRAM:
             enlarge(

@@ -30,7 +30,7 @@ from egressd.ipc.peer import Peer, PeerGone
 from egressd.model.errors import EgressdError, PolicyError, Problem, ProtocolError, Refused
 from egressd.model.identities import Link
 from egressd.model.verdicts import Reason
-from egressd.policy import diff
+from egressd.policy import barring, diff
 from egressd.policy.compiled import Policy
 from egressd.policy.decide import rule_for
 from egressd.processes import evidence, names, reports, ritual
@@ -40,7 +40,7 @@ from egressd.processes.leases import Leases, LinkNumbers, Sandbox
 from egressd.processes.name_blocks import NameTelling
 from egressd.processes.registry_files import builtin_catalogue
 from egressd.processes.remembered import Account, Remembered, Retiring
-from egressd.processes.residency import Files, Residency, rejudged, tables_of
+from egressd.processes.residency import Files, Residency, tables_of
 from egressd.processes.snapshots import Snapshots
 from egressd.processes.workspaces import broken_workspaces, public_suffixes, read_workspaces
 from egressd.residency.registry import Registry
@@ -106,7 +106,7 @@ class Controller:
         self._closing: set[Link] = set()
         self._unbalanced = False
         self._tasks: set[asyncio.Task[None]] = set()
-        self.admitting = names.Admitting(self._set_nat, self.addresses.acknowledged)
+        self.admitting = names.Admitting(self._set_nat, self.addresses.sending)
         self.control: ControlSocket | None = None
 
     # ---- the other processes
@@ -170,8 +170,8 @@ class Controller:
             await self._set_workspaces(with_grants(self.wants, self.grants.held, self.pools))
             for sandbox in list(self.leases.by_link.values()):
                 await warden.ask(_keep(warden, sandbox))
-            for batch in names.batches(self.addresses.entries()):
-                await warden.ask(messages.SetNat(request=warden.next_request(), entries=batch))
+            # as names are known by now, behind whatever is under way already
+            await self.admitting.admit(self.addresses.everything())
             await warden.ask(messages.Settle(request=warden.next_request()))
             await self.residency.cut()
             self.settled.set()
@@ -332,6 +332,7 @@ class Controller:
             _unexpected(peer, received)
 
     async def _resolved(self, message: messages.Resolved) -> messages.Admitted:
+        names.check_addresses(message, private=message.private, pools=self.pools)
         led, refused = self.residency.admit(message)
         await self.admitting.admit(self.addresses.learn(led))
         return messages.Admitted(request=message.request, refused=refused)
@@ -408,9 +409,11 @@ class Controller:
 
     # ---- policy
 
-    async def apply(self, *, dry_run: bool = False, by: str = "start", why: str = "") -> dict[str, Any]:
+    async def apply(
+        self, *, dry_run: bool = False, by: str = "start", why: str = "", about: str = ""
+    ) -> dict[str, Any]:
         """Read the directory again and make it true, as one change. The answer of `policy apply`. Who wanted
-        it, and what he was asked to do, are put on record."""
+        it, and what he was asked to do (`about` one workspace, or all), are put on record."""
         async with self.changing:
             began = time.monotonic()
             wanted, problems, registry = await self._read()
@@ -418,10 +421,13 @@ class Controller:
             if not dry_run:
                 before = self.policies
                 self._record_registry(registry, by)
-                await self._become(wanted, registry)
-                self.problems = problems
-                self._record_changes(before, changes, problems, by, why)
-                self._after_a_change(changes)
+                try:
+                    await self._become(wanted, registry)
+                finally:
+                    if self.policies is wanted:  # in force, though somebody may still have to be told
+                        self.problems = problems
+                        self._record_changes(before, changes, problems, by, why=why, about=about)
+                        self._after_a_change(changes)
             return {
                 "changes": [_change_document(workspace, change) for workspace, change in changes],
                 "problems": [str(problem) for problem in problems],
@@ -444,7 +450,8 @@ class Controller:
     def _last_good(self, broken: Container[str], registry: Registry) -> dict[str, Policy]:
         """A file that broke keeps its last good policy, as far as it is good by this registry; a file that
         was never good gives none."""
-        return {name: rejudged(policy, registry) for name, policy in self.policies.items() if name in broken}
+        held = {name: policy for name, policy in self.policies.items() if name in broken}
+        return {name: barring.judged(policy, registry) for name, policy in held.items()}
 
     async def begin(self) -> None:
         """What the directory says at the start. The warden hears of it when it is connected."""
@@ -511,16 +518,26 @@ class Controller:
             self._close_account(name)
         ways = self._stand(wanted, allocation, wants, held, registry)
         self._granting.record_gone(gone)
-        await self.admitting.admit(ways)
-        await self._take_back_what_was_under_way()
-        await self._tell_the_others()
-        await self.residency.cut()
+        try:
+            await self._lead(ways)
+        finally:  # this is the policy: whatever the warden said, the others are to hear of it
+            await self.residency.cut()  # first: one of those who are told may take its time
+            await self._tell_the_others()
 
-    async def _take_back_what_was_under_way(self) -> None:
-        """Ways on terms that were in force a moment ago, and which the kernel has only now."""
-        if self.residency.due:
-            await self.admitting.done()
-            await self.admitting.admit(self.addresses.superfluous())
+    async def _lead(self, ways: Sequence[NatEntry]) -> None:
+        """What closes ways comes first, and does not depend on the rest."""
+        await self.admitting.admit(tuple(way for way in ways if way.real is None))
+        await self.admitting.admit(tuple(way for way in ways if way.real is not None))
+
+    async def make_good(self) -> None:
+        """What the warden did not acknowledge, and connections that could not be judged, once more."""
+        await self.admitting.rest(within=1.0)
+        if self.addresses.in_doubt or self.residency.due:
+            async with self.changing:
+                try:
+                    await self._lead(self.addresses.corrections())
+                finally:
+                    await self.residency.cut()
 
     async def _last_snapshots(self, leaving: Collection[str]) -> None:
         """Of workspaces that are about to go: their sandboxes have ended, these are their last numbers.
@@ -573,7 +590,9 @@ class Controller:
         changes: Iterable[tuple[str, diff.Change]],
         problems: Iterable[Problem],
         by: str,
+        *,
         why: str = "",
+        about: str = "",
     ) -> None:
         for workspace, change in changes:
             old, new = before.get(workspace), self.policies.get(workspace)
@@ -586,7 +605,7 @@ class Controller:
                     "by": by,
                     "policy": new.digest if new else None,
                     "policy_before": old.digest if old else None,
-                    **({"why": why} if why else {}),
+                    **({"why": why} if why and about in ("", workspace) else {}),
                 },
             )
         for problem in problems:
@@ -676,6 +695,8 @@ class Controller:
         """Read the books for ever; what does not add up is an alarm, told once."""
         while True:
             began = time.monotonic()
+            with contextlib.suppress(EgressdError):
+                await self.make_good()
             with contextlib.suppress(Refused, PeerGone):
                 await self.check_books()
             self.auditing.flush()

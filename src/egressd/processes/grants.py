@@ -26,11 +26,11 @@ from egressd.ipc import messages
 from egressd.ipc.peer import PeerGone
 from egressd.model.errors import EgressdError, PolicyError, Refused, Unfit
 from egressd.model.identities import Link
-from egressd.model.names import canonical, covering
+from egressd.model.names import canonical
 from egressd.model.verdicts import Reason
 from egressd.policy.compiled import Barred, HostRule, Policy
-from egressd.policy.decide import governing, rule_for
-from egressd.processes.names import sites_of
+from egressd.policy.decide import governing, rule_for, written_among
+from egressd.processes.names import check_addresses, sites_of
 from egressd.processes.residency import in_force
 from egressd.residency.registry import Registry
 from egressd.ruleset import allocate, plan
@@ -143,7 +143,7 @@ def _governed(grant: Grant, rules: Mapping[str, HostRule | Barred] | None) -> Gr
     """The grant under these host rules, or why there is none."""
     if rules is None:
         return "the workspace was removed"
-    rule = next((rules[host] for host in covering(grant.host) if host in rules), None)
+    rule = written_among(rules, grant.host)
     if isinstance(rule, Barred):
         return f"{rule.rule.key} is barred: {rule.finding.text}"
     if rule is None:
@@ -189,6 +189,7 @@ class Granting:
         not granted, and then nothing of it is."""
         controller = self._controller
         rule = self._rule(message)
+        check_addresses(message, private=rule.private, pools=controller.pools)
         policy = controller.policies[message.workspace]
         message, refused = controller.residency.admit_grant(message, policy, rule)
         held = controller.grants.of(message.workspace).get(message.host)

@@ -10,18 +10,21 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from egressd.dns.table import WorkspaceNames
 from egressd.ipc import messages
-from egressd.model.errors import EgressdError
+from egressd.ipc.peer import PeerGone
+from egressd.model.addresses import objection
+from egressd.model.errors import EgressdError, Refused
 from egressd.model.verdicts import Reason
 from egressd.policy.compiled import Ech, HostRule, Policy, Verify
 from egressd.ruleset.layout import SLOTS, Kind, Mark, Pools
 from egressd.ruleset.plan import comment
 from egressd.ruleset.wants import NatEntry
 
-__all__ = ["Addresses", "Admitting", "Key", "Use", "batches", "names_of", "sites_of"]
+__all__ = ["Addresses", "Admitting", "Key", "Use", "batches", "check_addresses", "names_of", "sites_of"]
 
 Slots4: TypeAlias = tuple[IPv4Address | None, ...]
 Slots6: TypeAlias = tuple[IPv6Address | None, ...]
 Key: TypeAlias = tuple[str, bool, str]  # host, private, terms (see messages.NameTerms)
+_Place: TypeAlias = tuple[int, str]  # mark, synthetic address
 _BATCH = 512  # messages.SetNat's bound
 
 
@@ -41,7 +44,11 @@ class Addresses:
     pools: Pools
     learned: dict[Key, tuple[Slots4, Slots6]] = field(default_factory=dict)
     _users: dict[Key, list[tuple[int, int]]] = field(default_factory=dict)  # (workspace index, block)
-    _kernel: dict[tuple[int, str], NatEntry] = field(default_factory=dict)
+    _kernel: dict[_Place, NatEntry] = field(default_factory=dict)
+    # What was sent and not acknowledged, by the number of the last sending: it is on its way, or the warden
+    # hung, and may do it yet. Should the policy change meanwhile, that must not be what stays.
+    _doubtful: dict[_Place, int] = field(default_factory=dict)
+    _sendings: int = 0
     # Entries of a rule, made once per set of addresses: ten thousand names are eighty thousand of them, which
     # every change of any policy goes through.
     _made: dict[tuple[Key, tuple[int, int]], tuple[tuple[Slots4, Slots6], tuple[NatEntry, ...]]] = field(
@@ -66,22 +73,38 @@ class Addresses:
             for (key, user), made in self._made.items()
             if key in self.learned and user in self._users[key]
         }
-        fresh = [e for key in self.learned for e in self._missing(key, self._users[key])]
-        return (*self.superfluous(), *fresh)
+        return self.corrections()
 
-    def superfluous(self) -> tuple[NatEntry, ...]:
-        """What takes out of the kernel the ways that it has and nobody is to use."""
-        wanted = {
-            (entry.mark, entry.synthetic)
+    def corrections(self) -> tuple[NatEntry, ...]:
+        """What has to change in the kernel, as far as is known of it: first what takes out ways that nobody
+        is to use, then what opens or turns others."""
+        fresh = [e for key in self.learned for e in self._missing(key, self._users.get(key, ()))]
+        return (*self._superfluous(), *fresh)
+
+    def everything(self) -> tuple[NatEntry, ...]:
+        """For a warden that starts again, and keeps nothing that it is not told of."""
+        ways = [entry for entry in self._wanted().values() if entry.real is not None]
+        return (*self._superfluous(), *ways)
+
+    @property
+    def in_doubt(self) -> bool:
+        """Is there anything of which nobody knows whether the kernel has it?"""
+        return bool(self._doubtful)
+
+    def _superfluous(self) -> Iterator[NatEntry]:
+        wanted = self._wanted()
+        for place in {**self._kernel, **self._doubtful}:
+            if place not in wanted:
+                known = self._kernel.get(place)
+                yield NatEntry(*place, None, known.comment if known else "in doubt")
+
+    def _wanted(self) -> dict[_Place, NatEntry]:
+        return {
+            (entry.mark, entry.synthetic): entry
             for key in self.learned
             for user in self._users.get(key, ())
             for entry in self._entries(key, user)
         }
-        return tuple(
-            NatEntry(e.mark, e.synthetic, None, e.comment)
-            for place, e in self._kernel.items()
-            if place not in wanted
-        )
 
     def join(
         self, user: tuple[int, int], rule: HostRule, slots: tuple[Slots4, Slots6], *, terms: str = ""
@@ -111,6 +134,22 @@ class Addresses:
             self._users.pop(key, None)
             self.learned.pop(key, None)
 
+    def sending(self, entries: tuple[NatEntry, ...]) -> Callable[[], None]:
+        """These are going to be sent, behind what was before. Returns what is to be called once the kernel
+        has acknowledged them."""
+        self._sendings += 1
+        number = self._sendings
+        places = [(entry.mark, entry.synthetic) for entry in entries]
+        self._doubtful.update(dict.fromkeys(places, number))
+
+        def done() -> None:
+            for place in places:
+                if self._doubtful.get(place) == number:  # else there is more on the way
+                    del self._doubtful[place]
+            self.acknowledged(entries)
+
+        return done
+
     def acknowledged(self, entries: Iterable[NatEntry]) -> None:
         """The kernel now leads there."""
         for entry in entries:
@@ -120,7 +159,7 @@ class Addresses:
                 self._kernel[entry.mark, entry.synthetic] = entry
 
     def entries(self) -> tuple[NatEntry, ...]:
-        """Everything the kernel was told, for a warden that starts again."""
+        """Everything the kernel has acknowledged."""
         return tuple(self._kernel.values())
 
     def users(self, key: Key) -> Sequence[tuple[int, int]]:
@@ -135,8 +174,9 @@ class Addresses:
     def _missing(self, key: Key, users: Iterable[tuple[int, int]]) -> Iterable[NatEntry]:
         for user in users:
             for entry in self._entries(key, user):
-                known = self._kernel.get((entry.mark, entry.synthetic))
-                if (known.real if known else None) != entry.real:
+                place = entry.mark, entry.synthetic
+                known = self._kernel.get(place)
+                if place in self._doubtful or (known.real if known else None) != entry.real:
                     yield entry
 
     def _entries(self, key: Key, user: tuple[int, int]) -> tuple[NatEntry, ...]:
@@ -156,19 +196,40 @@ class Addresses:
                 yield NatEntry(mark, str(synthetic), None if real is None else str(real), comment(key[0]))
 
 
+@dataclass(slots=True)
+class _Waiting:
+    """Somebody who wants these ways, and what to call when they are there."""
+
+    entries: tuple[NatEntry, ...]
+    acknowledged: Callable[[], None]
+    future: asyncio.Future[None]
+
+    def succeed(self) -> None:
+        self.acknowledged()
+        if not self.future.done():
+            self.future.set_result(None)
+
+    def fail(self, error: EgressdError) -> None:
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
 class Admitting:
     """Gathers changes that arrive together into few kernel batches; each waiter is told the truth.
 
-    Ten thousand names resolving at once are some dozens of batches instead of ten thousand.
+    Ten thousand names resolving at once are some dozens of batches instead of ten thousand. One way that is
+    refused fails a batch as a whole; then each waiter has one of its own, so that nobody can keep the ways of
+    others open, or closed, by asking for what cannot be.
     """
 
     def __init__(
         self,
         write: Callable[[tuple[NatEntry, ...]], Awaitable[None]],
-        done: Callable[[Iterable[NatEntry]], None],
+        sending: Callable[[tuple[NatEntry, ...]], Callable[[], None]],
     ) -> None:
-        self._write, self._done = write, done
-        self._queue: list[tuple[tuple[NatEntry, ...], asyncio.Future[None]]] = []
+        """`sending` is told of everything when it is queued, and returns what to call once it is done."""
+        self._write, self._sending = write, sending
+        self._queue: list[_Waiting] = []
         self._flushing: asyncio.Task[None] | None = None
 
     async def admit(self, entries: tuple[NatEntry, ...]) -> None:
@@ -176,45 +237,64 @@ class Admitting:
         if not entries:
             return
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._queue.append((entries, future))
+        self._queue.append(_Waiting(entries, self._sending(entries), future))
         if self._flushing is None or self._flushing.done():
             self._flushing = asyncio.create_task(self._flush())
         await future
 
-    async def done(self) -> None:
-        """Returns when nothing is under way of what was to be admitted up to now."""
+    async def rest(self, within: float) -> None:
+        """Returns when nothing is under way, and after so many seconds at the latest: there may always be
+        something."""
         if self._flushing is not None:
-            await asyncio.wait([self._flushing])
+            await asyncio.wait([self._flushing], timeout=within)
 
     async def _flush(self) -> None:
         while self._queue:
-            batch, waiters = self._next_batch()
+            waiting = self._next()
             try:
-                for part in batches(batch):
-                    await self._write(part)
-                self._done(batch)
-            except EgressdError as error:
-                for waiter in waiters:
-                    if not waiter.done():
-                        waiter.set_exception(error)
-            else:
-                for waiter in waiters:
-                    if not waiter.done():
-                        waiter.set_result(None)
+                await self._send(waiting)
+            except PeerGone as error:
+                for one in waiting:
+                    one.fail(error)
+            except EgressdError:
+                await self._send_apart(waiting)
 
-    def _next_batch(self) -> tuple[tuple[NatEntry, ...], list[asyncio.Future[None]]]:
-        batch: dict[tuple[int, str], NatEntry] = {}
-        waiters = []
-        while self._queue and len(batch) < _BATCH:
-            entries, future = self._queue.pop(0)
-            batch.update({(entry.mark, entry.synthetic): entry for entry in entries})
-            waiters.append(future)
-        return tuple(batch.values()), waiters
+    async def _send_apart(self, waiting: Iterable[_Waiting]) -> None:
+        for one in waiting:
+            try:
+                await self._send([one])
+            except EgressdError as error:
+                one.fail(error)
+
+    async def _send(self, waiting: Sequence[_Waiting]) -> None:
+        whole = {(entry.mark, entry.synthetic): entry for one in waiting for entry in one.entries}
+        for part in batches(tuple(whole.values())):
+            await self._write(part)
+        for one in waiting:
+            one.succeed()
+
+    def _next(self) -> list[_Waiting]:
+        waiting: list[_Waiting] = []
+        places: set[_Place] = set()
+        while self._queue and len(places) < _BATCH:
+            waiting.append(self._queue.pop(0))
+            places.update((entry.mark, entry.synthetic) for entry in waiting[-1].entries)
+        return waiting
 
 
 def batches(entries: Sequence[NatEntry]) -> Iterator[tuple[NatEntry, ...]]:
     """In pieces that one message can carry."""
     return (tuple(entries[at : at + _BATCH]) for at in range(0, len(entries), _BATCH))
+
+
+def check_addresses(message: messages.Resolved | messages.GrantName, *, private: bool, pools: Pools) -> None:
+    """Refused for what a resolver never shows (dns/sift.py), unless somebody has taken it over: addresses
+    that no name may lead to. Among them are those that carry an IPv4 address, of which no table knows where
+    they lead."""
+    for address in (*message.slots4, *message.slots6):
+        against = None if address is None else objection(address, private=private, own=pools.own)
+        if against is not None:
+            raise Refused(Reason.ADDRESS, f"{message.host} may not lead to {address} ({against})")
 
 
 def names_of(

@@ -19,7 +19,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -31,7 +31,6 @@ from egressd.ipc.peer import PeerGone
 from egressd.model.addresses import Address
 from egressd.model.errors import Refused
 from egressd.model.verdicts import Reason
-from egressd.policy import barring
 from egressd.policy.compiled import HostRule, Policy
 from egressd.processes.names import Key, Slots4, Slots6
 from egressd.processes.registry_files import TABLES, read_registry
@@ -43,7 +42,7 @@ from egressd.ruleset.layout import Mark
 if TYPE_CHECKING:
     from egressd.processes.controller import Controller
 
-__all__ = ["Files", "Judged", "Residency", "evidence", "in_force", "rejudged", "tables_of"]
+__all__ = ["Files", "Judged", "Residency", "evidence", "in_force", "tables_of"]
 
 log = logging.getLogger("controller")
 
@@ -109,23 +108,9 @@ def _state_of(directory: Path) -> object | None:
     return [(path, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for path, s in stats]
 
 
-# ---- of policies
-
-
-def rejudged(policy: Policy, registry: Registry) -> Policy:
-    """A policy that stays although its file is broken, by what is known today."""
-    if not policy.pin:
-        return policy
-    terms = barring.Terms(policy.pin, policy.local_only, registry)
-    providers = tuple(barring.judged(provider, terms) for provider in policy.providers)
-    written = sorted((*policy.rules, *(one.rule for one in policy.barred)), key=lambda rule: rule.line)
-    rules, barred = barring.parted(written, providers, terms)
-    return replace(policy, providers=providers, rules=rules, barred=barred)
-
-
 def tables_of(registry: Registry) -> list[str]:
     """`aws@sha256:…`, one for each table of prefixes."""
-    return [f"{table.name}@{table.digest}" for table in registry.prefixes.names]
+    return [str(table) for table in registry.prefixes.names]
 
 
 # ---- terms
@@ -141,6 +126,7 @@ class Residency:
         self._names: dict[int, str] = {}  # index -> workspace
         self._known = ""  # digest of the registry in force
         self._uncut: set[str] = set()  # workspaces whose open connections are still to be judged
+        self._hindered: dict[str, str] = {}  # of these: why they could not be, as it was told
 
     def stand(self, policies: Mapping[str, Policy], registry: Registry) -> None:
         """From now on these are in force. Who is pinned, and on other terms than before, is due for `cut`."""
@@ -281,7 +267,7 @@ class Residency:
 
     async def cut(self) -> None:
         """End what is open to addresses that are refused by now. A workspace whose connections could not be
-        judged is due again when the warden is another, or with the next change."""
+        judged is due again: soon (`Controller.make_good`), or when the warden is another."""
         for workspace in sorted(self._uncut):
             policy = self._controller.policies.get(workspace)
             try:
@@ -289,9 +275,13 @@ class Residency:
                     await self._cut_of(policy)
             except (Refused, PeerGone) as error:
                 text = f"open connections could not be judged anew: workspace {workspace}: {error}"
-                self._controller.alarm("flows-not-cut", text, {"workspace": workspace, "text": str(error)})
+                if self._hindered.get(workspace) != str(error):
+                    fields = {"workspace": workspace, "text": str(error)}
+                    self._controller.alarm("flows-not-cut", text, fields)
+                self._hindered[workspace] = str(error)
             else:
                 self._uncut.discard(workspace)
+                self._hindered.pop(workspace, None)
 
     async def _cut_of(self, policy: Policy) -> None:
         controller = self._controller
