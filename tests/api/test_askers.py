@@ -50,8 +50,17 @@ def client(
 ) -> Iterator[tuple[socket.socket, subprocess.Popen[str]]]:
     """(our end, the process at the other one)"""
     family, where = listener.family, listener.getsockname()
-    words = [where, "0"] if family == socket.AF_UNIX else [where[0], str(where[1])]
-    argv = [sys.executable, "-I", "-S", "-c", CLIENT, str(uid), str(int(family)), *words, *map(str, groups)]
+    words = (where, "0") if family == socket.AF_UNIX else (where[0], str(where[1]))
+    with connected(uid, family, words, listener, *groups) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def connected(
+    uid: int, family: int, where: tuple[str, str], listener: socket.socket, *groups: int
+) -> Iterator[tuple[socket.socket, subprocess.Popen[str]]]:
+    """The same, by a socket of this family, to what it calls this place."""
+    argv = [sys.executable, "-I", "-S", "-c", CLIENT, str(uid), str(int(family)), *where, *map(str, groups)]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None and process.stdout.readline() == "there\n"
@@ -88,6 +97,20 @@ def test_over_tcp_it_is_the_user_whose_socket_it_is(address: str, listening: soc
             assert asker == Asker(uid, None)
             # Groups come from the user database, which knows of no 4999: they are not the process's to say.
             assert askers.complete(asker).gids == ((0,) if uid == 0 else ())
+
+
+@as_root
+def test_an_ipv6_socket_that_holds_an_ipv4_connection_is_somebodys_too() -> None:
+    """As all of Java's do."""
+    with socket.socket(socket.AF_INET) as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        mapped = ("::ffff:127.0.0.1", str(listener.getsockname()[1]))
+        with connected(4001, socket.AF_INET6, mapped, listener) as (sock, process):
+            assert askers.at(sock) == Asker(4001, None)
+            tell(process, "close")
+            with pytest.raises(Unknown):
+                askers.at(sock)
 
 
 @as_root
@@ -162,13 +185,19 @@ ASKED = Attempt(
 
 
 def message(
-    *, state: int = 1, uid: int = 4001, number: int = 77, port: int = 40000, family: int = 2
+    *,
+    state: int = 1,
+    uid: int = 4001,
+    number: int = 77,
+    port: int = 40000,
+    family: int = 2,
+    mapped: bytes = b"",
 ) -> bytes:
-    """inet_diag_msg"""
+    """inet_diag_msg; `mapped`: what stands before IPv4 addresses"""
     ends = (
         struct.pack("!HH", port, 8000)
-        + bytes([127, 0, 0, 1]).ljust(16, b"\0")
-        + bytes([127, 0, 0, 2]).ljust(16, b"\0")
+        + (mapped + bytes([127, 0, 0, 1])).ljust(16, b"\0")
+        + (mapped + bytes([127, 0, 0, 2])).ljust(16, b"\0")
     )
     body = bytes([family, state, 0, 0]) + ends + bytes(12) + bytes(12) + struct.pack("=II", uid, number)
     return struct.pack("=IHHII", 16 + len(body), 20, 0, 0, 0) + body
@@ -186,6 +215,10 @@ def message(
         (message(uid=0, number=0), None),  # an orphan
         (message(port=40001), None),  # another's
         (message(family=10), None),
+        (message(family=10, mapped=bytes(10) + b"\xff\xff"), 4001),  # ::ffff:127.0.0.1
+        (message(family=10, mapped=bytes(12)), None),  # ::127.0.0.1 is another address
+        (message(family=2, mapped=bytes(10) + b"\xff\xff"), None),
+        (message(family=10, mapped=bytes(10) + b"\xff\xff", uid=0, number=0), None),
         (message()[:-1], None),
         (b"", None),
         (struct.pack("=IHHIIi", 20, 2, 0, 0, 0, -2), None),  # ENOENT

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from egressd.journal import records
 from egressd.journal.records import Record
 from egressd.processes import journal_search
-from egressd.processes.journal_pages import TooLong, page
+from egressd.processes.journal_pages import MOST_BYTES, TooLong, page
 from egressd.processes.journal_search import Query, read
 
 START = datetime(2026, 11, 21, 10, 0, tzinfo=UTC)
@@ -89,7 +89,38 @@ def test_pages_are_what_looking_at_every_line_finds(
 
 def test_who_may_see_nothing_is_shown_nothing(lines: tuple[Path, list[bytes]]) -> None:
     found = page(str(lines[0]), Query(workspaces=frozenset()), limit=100, over=lambda: False)
-    assert found.lines == ()
+    assert (found.lines, found.after) == ((), None)
+
+
+def test_a_page_has_no_more_bytes_than_may_wait_for_who_does_not_read_it(tmp_path: Path) -> None:
+    """Records hold what sandboxes say: 1000 of the longest would be 64 MiB in an answer."""
+    word = "\U0001f600" * 1000  # 12 bytes each, as a record spells it
+    made = [
+        records.encode(Record(number, records.stamp(START), "controller", "attempt",
+                              {"workspace": "acme", "a": word, "b": word, "c": word}))
+        for number in range(400)
+    ]  # fmt: skip
+    (tmp_path / "0001.jsonl").write_bytes(b"".join(made))
+    lines = [line.rstrip(b"\n") for line in made]
+    whole = Query(workspaces=frozenset({"acme"}))
+    last = page(str(tmp_path), whole, limit=1000, over=lambda: False)
+    assert last.after is None and last.lines == tuple(lines[-len(last.lines) :])
+    seen: list[bytes] = []
+    after: int | None = -1
+    while after is not None:
+        query = Query(workspaces=frozenset({"acme"}), after=after)
+        found = page(str(tmp_path), query, limit=1000, over=lambda: False)
+        assert sum(map(len, found.lines)) < MOST_BYTES + len(lines[0])
+        seen, after = [*seen, *found.lines], found.after
+    assert seen == lines and len(last.lines) < len(lines)
+
+
+def test_for_who_may_see_nothing_no_file_is_read(tmp_path: Path) -> None:
+    """It would keep a disk busy, and tell how long the journal is."""
+    (tmp_path / "0001.jsonl").mkdir()  # to open it is an error
+    with pytest.raises(IsADirectoryError):
+        page(str(tmp_path), Query(workspaces=frozenset({"acme"})), limit=1, over=lambda: False)
+    assert page(str(tmp_path), Query(workspaces=frozenset()), limit=1, over=lambda: True).lines == ()
 
 
 def test_a_name_in_another_field_is_no_workspace(tmp_path: Path) -> None:

@@ -447,11 +447,13 @@ class Apply(_Message, frozen=True, tag=True):
     change. For root and the daemon's user.
 
     With `dry_run`, only answer what would change. `why` is recorded with the change: what the caller was
-    asked to do ("guard acme enforce").
+    asked to do ("guard acme enforce"). If that is `about` one workspace, it is recorded with changes of that
+    one alone: members read the records of theirs, and changes of others may be applied with it.
     """
 
     dry_run: bool = False
     why: Annotated[str, Meta(max_length=256)] = ""
+    about: Annotated[str, Meta(max_length=64)] = ""
 
 
 class Prove(_Message, frozen=True, tag=True):

@@ -20,6 +20,7 @@ _REQUEST = struct.Struct("=BBBxI")  # inet_diag_req_v2: family, protocol, extens
 _NO_COOKIE = b"\xff" * 8  # INET_DIAG_NOCOOKIE: whichever socket it is
 _INODE = 4 + 48 + 16  # in inet_diag_msg: after its bytes, its inet_diag_sockid and four numbers
 _UID = _INODE - 4
+_MAPPED = b"\0" * 10 + b"\xff\xff"  # RFC 4291 section 2.5.5.2
 _ENDS = slice(4, 4 + 36)  # of it: both ports and both addresses, before the device and the cookie
 # linux/tcp_states.h: ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING
 _CONNECTED = frozenset({1, 4, 5, 8, 9, 11})
@@ -61,19 +62,30 @@ def owner(answer: bytes, attempt: Attempt) -> int | None:
     The uid of a socket that no process has any more reads 0, as if it were root's (an orphan, one in
     TIME_WAIT, a connection not yet accepted: net/ipv4/inet_diag.c), and where no connection is found the
     answer is about whoever listens at its port. So it has to be connected, between these very ends, and
-    somebody's.
+    somebody's. An IPv6 socket may hold an IPv4 connection (RFC 3493 section 3.7; all of Java's do): asked for
+    IPv4, the kernel finds it, and tells it with mapped addresses.
     """
-    asked = question(attempt)
     for piece in pieces(answer):
-        if isinstance(piece, Malformed) or asked is None:
+        if isinstance(piece, Malformed):
             return None
         body = piece.body
         if piece.kind == _SOCK_DIAG_BY_FAMILY and len(body) >= _INODE + 4:
             uid, number = struct.unpack_from("=II", body, _UID)
-            there = body[0] == asked[HEADER.size] and body[1] in _CONNECTED
-            ends = asked[HEADER.size + _REQUEST.size :][:36]
-            return uid if there and number and body[_ENDS] == ends else None
+            there = (body[0], body[_ENDS]) in _spellings(attempt) and body[1] in _CONNECTED
+            return uid if there and number else None
     return None
+
+
+def _spellings(attempt: Attempt) -> tuple[tuple[int, bytes], ...]:
+    """Family and ends, as an answer about this TCP connection may have them."""
+    asked = question(attempt)
+    if asked is None:
+        return ()
+    family, ends = asked[HEADER.size], asked[HEADER.size + _REQUEST.size :][:36]
+    if family != _INET:
+        return ((family, ends),)
+    mapped = b"".join(_MAPPED + ends[at : at + 4] for at in (4, 20))
+    return (_INET, ends), (_INET6, ends[:4] + mapped)
 
 
 def row(table: bytes, port: int) -> int | None:

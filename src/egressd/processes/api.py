@@ -19,7 +19,6 @@ import functools
 import http
 import logging
 import re
-import signal
 import socket
 import sys
 import threading
@@ -32,9 +31,6 @@ from urllib.parse import unquote
 
 import msgspec
 
-from egressd.ipc import messages
-from egressd.ipc.channel import Received
-from egressd.ipc.peer import Peer
 from egressd.journal import dsse
 from egressd.journal.records import stamp
 from egressd.model.errors import ProtocolError, Refused
@@ -412,27 +408,9 @@ def _json(body: bytes, kind: str = JSON, *headers: tuple[str, str]) -> Answer:
 
 
 async def run(start: Start) -> None:
-    """Serve until the supervisor is gone, or says so."""
-    ended = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, ended.set)
-    supervisor = Peer(
-        start.take("supervisor"), messages.TO_CHILD, handler=_unexpected, gone=lambda *_: ended.set()
-    )
     api = Api(Questions(start.config.run_dir), f"{start.config.state_dir}/journal")
     with contextlib.closing(api):
-        async with api.serving(start.take("api")):
-            supervisor.send(messages.Ready())
-            while not ended.is_set():
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(ended.wait(), messages.HEARTBEAT)
-                if not ended.is_set():
-                    supervisor.send(messages.Heartbeat())
-
-
-def _unexpected(_: Peer, received: Received[Any]) -> None:
-    """It has no neighbours: nothing is said to it."""
-    received.close()
+        await http_server.serve(start, api, role="api")
 
 
 def main() -> int:

@@ -24,6 +24,7 @@ __all__ = ["ENDPOINTS", "JSON", "NDJSON", "PROBLEM", "Endpoint", "Malformed", "P
 
 JSON, NDJSON, PROBLEM = "application/json", "application/x-ndjson", "application/problem+json"
 _MAX_VALUE = 1024  # characters, decoded
+_MAX_WORDS = 64  # of a query: each that is wrong takes a while to be said, and nobody knows yet who asks
 Schema = dict[str, Any]
 
 
@@ -329,6 +330,8 @@ def read(endpoint: Endpoint, query: str) -> dict[str, Any]:
 
     A plus sign is a plus sign (RFC 3986), so that an offset of a time may stand as it is.
     """
+    if query.count("&") >= _MAX_WORDS:
+        raise Malformed({"query": f"has more than {_MAX_WORDS} parameters"})
     known = {parameter.name: parameter for parameter in endpoint.parameters}
     values: dict[str, Any] = {}
     wrong: dict[str, str] = {}

@@ -219,6 +219,7 @@ def _problems(document: dict[str, Any], found: tree.Tree) -> Iterator[Problem]:
 
 def _problems_together(document: dict[str, Any], found: tree.Tree) -> Iterator[Problem]:
     """What no key shows alone. Each key is good by now."""
+    yield from _shared_sockets(_convert(document), found)
     if "user" not in document:
         return  # default accounts are looked up at the start, where they are needed
     for role, number, text in (
@@ -236,6 +237,18 @@ def _problems_together(document: dict[str, Any], found: tree.Tree) -> Iterator[P
             else:
                 remedy = f"add one to `user`: {role}: '{number}', or the name of an account"
             yield found.problem((role,), text, f"{remedy}, or remove the line")
+
+
+def _shared_sockets(config: Config, found: tree.Tree) -> Iterator[Problem]:
+    """A socket that stands at a path already is taken for an old one of ours, and removed."""
+    taken = {os.path.normpath(config.control_socket): "the control socket"}
+    for role in _OPTIONAL:
+        address: ListenAddress | None = getattr(config, f"{role}_address")
+        if address is None or not address.path:
+            continue
+        other = taken.setdefault(os.path.normpath(address.path), role)
+        if other != role:
+            yield found.problem((role,), f"{address.path} is the path of {other}, too", "name another path")
 
 
 def _absolute(*fields: str) -> Callable[[Config], None]:

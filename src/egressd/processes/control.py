@@ -379,7 +379,9 @@ class ControlSocket:
             raise Refused(Reason.MEMBER, "only root and the daemon's own user apply policies: use sudo")
         message = received.message
         by = who(client.caller, peer.channel.socket, accepted=client.accepted)
-        document = await self.controller.apply(dry_run=message.dry_run, by=by, why=message.why)
+        document = await self.controller.apply(
+            dry_run=message.dry_run, by=by, why=message.why, about=message.about
+        )
         await self._send(peer, document)
 
     async def select_route(

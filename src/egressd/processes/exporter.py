@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
 import gzip
 import http
 import logging
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,9 +27,6 @@ from prometheus_client.core import CollectorRegistry, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.openmetrics import exposition as openmetrics
 
-from egressd.ipc import messages
-from egressd.ipc.channel import Received
-from egressd.ipc.peer import Peer
 from egressd.model.errors import EgressdError
 from egressd.processes import http_server
 from egressd.processes.http_server import Answer, Exchange, Request, Server, accepts, parse
@@ -213,27 +208,8 @@ def _health(reading: Reading) -> Answer:
 
 
 async def run(start: Start) -> None:
-    """Serve until the supervisor is gone, or says so."""
-    ended = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, ended.set)
-    supervisor = Peer(
-        start.take("supervisor"), messages.TO_CHILD, handler=_unexpected, gone=lambda *_: ended.set()
-    )
     run_dir = start.config.run_dir
-    exporter = Exporter(lambda: ask_controller(run_dir))
-    async with exporter.serving(start.take("metrics")):
-        supervisor.send(messages.Ready())
-        while not ended.is_set():
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(ended.wait(), messages.HEARTBEAT)
-            if not ended.is_set():
-                supervisor.send(messages.Heartbeat())
-
-
-def _unexpected(_: Peer, received: Received[Any]) -> None:
-    """It has no neighbours: nothing is said to it."""
-    received.close()
+    await http_server.serve(start, Exporter(lambda: ask_controller(run_dir)), role="metrics")
 
 
 def main() -> int:

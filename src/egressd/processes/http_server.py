@@ -15,11 +15,18 @@ import contextlib
 import http
 import logging
 import re
+import signal
 import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["Answer", "Bounds", "Exchange", "Request", "Server", "accepts", "parse"]
+from egressd.ipc import messages
+from egressd.ipc.channel import Received
+from egressd.ipc.peer import Peer
+from egressd.processes.ritual import Start
+
+__all__ = ["Answer", "Bounds", "Exchange", "Request", "Server", "accepts", "parse", "serve"]
 
 log = logging.getLogger("http")
 
@@ -29,7 +36,7 @@ _ACCEPTS = 8  # connections per turn of the loop
 _BACKLOG = 1024  # connections that wait to be accepted: a full queue costs a client a second (SYN again)
 _LINGER = 1.0  # seconds for what a client still sends when its answer is out
 # RFC 9110, 5.6.2 and 5.5: a name is a token, a value has no control characters but tabs
-_LINE = re.compile(r"([A-Z]{1,16}) (/[!-~]*) HTTP/1\.([01])")
+_LINE = re.compile(r"([A-Z]{1,16}) (/[!-~]*) HTTP/1\.[01]")
 _FIELD = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*")
 
 
@@ -50,7 +57,6 @@ class Request:
     method: str
     path: str
     query: str = ""
-    minor: int = 1  # HTTP/1.N
     fields: tuple[tuple[str, str], ...] = ()
 
     def values(self, name: str) -> tuple[str, ...]:
@@ -89,7 +95,6 @@ def parse(head: bytes) -> Request | http.HTTPStatus:
         method=found[1],
         path=path,
         query=query,
-        minor=int(found[3]),
         fields=tuple((field[1].lower(), field[2]) for field in fields if field),
     )
 
@@ -184,6 +189,7 @@ class Server:
                 request = await self._request(reader)
         except TimeoutError:
             self._reproach(writer)
+            await self._let_it_finish(reader, writer)
             raise
         if self._waiting.pop(writer, self) is self:
             return  # it had to make room just now
@@ -195,7 +201,7 @@ class Server:
         await self._let_it_finish(reader, writer)
 
     def _reproach(self, writer: asyncio.StreamWriter) -> None:
-        """Say why, if there is room for it; nobody waits until it has arrived."""
+        """Say why, if there is room for it."""
         self.answered[str(http.HTTPStatus.REQUEST_TIMEOUT.value)] += 1
         writer.write(encoded(self.problem(http.HTTPStatus.REQUEST_TIMEOUT), body=True))
 
@@ -234,3 +240,28 @@ async def _send(writer: asyncio.StreamWriter, data: bytes) -> None:
     for place in range(0, len(data), _PIECE):
         writer.write(view[place : place + _PIECE])
         await writer.drain()
+
+
+# ---- as a process
+
+
+async def serve(start: Start, server: Server, *, role: str) -> None:
+    """Over the listener of this role, until the supervisor is gone, or says so."""
+    ended = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, ended.set)
+    supervisor = Peer(
+        start.take("supervisor"), messages.TO_CHILD, handler=_unexpected, gone=lambda *_: ended.set()
+    )
+    async with server.serving(start.take(role)):
+        supervisor.send(messages.Ready())
+        while not ended.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(ended.wait(), messages.HEARTBEAT)
+            if not ended.is_set():
+                supervisor.send(messages.Heartbeat())
+
+
+def _unexpected(_: Peer, received: Received[Any]) -> None:
+    """It has no neighbours: nothing is said to it."""
+    received.close()

@@ -313,6 +313,9 @@ class _Inspection:
     # ---- checkpoints
 
     def _read_checkpoints(self) -> None:
+        # Both may be written meanwhile. What `checkpoint` says was in `checkpoints` before, so it is read
+        # first; and what is added there from now on is not looked at as its end.
+        single, size = latest(self._directory), _size(self._directory / "checkpoints")
         good: list[tuple[Checkpoint, Finding]] = []
         end, trusted = 0, False
         for offset, note in _checkpoints(self._directory):
@@ -321,23 +324,22 @@ class _Inspection:
             checkpoint, trusted = self._opened(note, place, trusted=trusted)
             if checkpoint is not None:
                 good.append((checkpoint, place))
-        single = latest(self._directory)
         if single is not None:
             place = Finding("checkpoint", "")
             checkpoint, alone = self._opened(single, place, trusted=trusted)
             if checkpoint is not None and (not good or checkpoint.size >= good[-1][0].size):
                 trusted = alone
             good += [(checkpoint, place)] if checkpoint is not None else []
-        self._check_end(end, single)
+        self._check_end(end, size, single)
         self._take(good, trusted=trusted)
 
-    def _check_end(self, end: int, single: str | None) -> None:
-        """What follows the last whole checkpoint may be one that is being written, or that a crash cut short.
-        The one in `checkpoint` is not: it was written there after it was written here."""
+    def _check_end(self, end: int, size: int, single: str | None) -> None:
+        """What follows the last whole checkpoint, up to `size`, may be one that is being written, or that a
+        crash cut short. The one in `checkpoint` is not: it was written there after it was written here."""
         try:
             with (self._directory / "checkpoints").open("rb") as file:
                 file.seek(end)
-                rest = file.read(notes.MAX_NOTE).decode("utf-8", "ignore")
+                rest = file.read(max(0, min(size - end, notes.MAX_NOTE))).decode("utf-8", "ignore")
         except FileNotFoundError:
             return
         text = (single or "").partition("\n\n")[0] + "\n\n"
@@ -452,6 +454,14 @@ class _Inspection:
             return (self._directory / name).read_bytes()
         except FileNotFoundError:
             return b""
+
+
+def _size(path: Path) -> int:
+    """In bytes; 0 if there is no such file."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _begins_checkpoint(rest: str, name: str) -> bool:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-__all__ = ["FLAGS", "Unreadable", "contents", "open_directory"]
+__all__ = ["FLAGS", "Unreadable", "check", "contents", "open_directory"]
 
 # O_NONBLOCK: opening a FIFO or a device does not wait (open(2)); it changes nothing for a regular file.
 # O_NOCTTY: opening a terminal does not make it ours.
@@ -53,7 +53,7 @@ def contents(opening: Callable[[], int], *, limit: int, large: Callable[[int], U
         raise _not_opened(error) from error
     try:
         found = os.fstat(descriptor)
-        _check(found)
+        check(found)
         if found.st_size > limit:
             raise large(found.st_size)
         return _bounded(descriptor, limit, large)
@@ -69,7 +69,8 @@ def _not_opened(error: OSError | ValueError) -> Unreadable:
     return Unreadable(f"it cannot be read: {getattr(error, 'strerror', None) or error}")
 
 
-def _check(found: os.stat_result) -> None:
+def check(found: os.stat_result) -> None:
+    """`Unreadable` unless it is a regular file to which not everybody may write."""
     if not stat.S_ISREG(found.st_mode):
         kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
         raise Unreadable(f"it is {kind}, not a regular file", "put the file itself here")

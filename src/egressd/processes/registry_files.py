@@ -24,9 +24,8 @@ from egressd.residency.catalogue import Catalogue
 from egressd.residency.prefixes import Prefixes, Table
 from egressd.residency.registry import Registry
 
-__all__ = ["DEFAULT_DIRECTORY", "SUFFIX", "TABLES", "builtin_catalogue", "read_registry", "read_table"]
+__all__ = ["SUFFIX", "TABLES", "builtin_catalogue", "read_registry", "read_table"]
 
-DEFAULT_DIRECTORY: Final = "/etc/egressd/residency"
 TABLES: Final = "tables"
 SUFFIX: Final = ".json"
 MAX_CATALOGUE: Final = 1 << 20

@@ -18,13 +18,13 @@ from egressd.ipc.peer import PeerGone
 from egressd.model.errors import Problem, Refused, Unfit
 from egressd.model.identities import Link
 from egressd.model.names import canonical, is_pattern
-from egressd.model.verdicts import Reason
+from egressd.model.verdicts import Reason, Verdict
+from egressd.policy.as_json import policy_document
 from egressd.policy.compiled import CidrRule, Guard, HostRule, LocalRule, Policy, Rule
-from egressd.policy.decide import rule_for
+from egressd.policy.decide import Decision, rule_for
 from egressd.policy.explain import Subject
 from egressd.policy.explain import why as explain
 from egressd.processes import evidence
-from egressd.processes.policy_document import policy_document
 from egressd.processes.workspaces import broken_workspaces
 from egressd.ruleset.books import Books, Difference, Equation, books, contradictions, equations, sum_tallies
 from egressd.ruleset.layout import RESOLVER_BLOCK, UNLISTED_BLOCK, Kind, Mark
@@ -479,14 +479,30 @@ async def why(controller: Controller, policy: Policy, subject: str) -> Document:
     if meant != subject:
         details.insert(0, f"in a sandbox {subject} is {meant}")
     details += await _leads(controller, policy, found.subject)
+    decision, nowhere = found.decision, _nowhere(controller, policy, found.subject)
+    if decision.allowed and nowhere:
+        details.insert(0, f"by its rule it would be allowed: {decision.text}")
+        decision = Decision(Verdict.DENIED, Reason.RESIDENCY, decision.rule, nowhere)
     return {
         "subject": subject,
         "workspace": policy.workspace,
-        "verdict": str(found.decision.verdict),
-        "reason": found.decision.reason.value,
-        "text": found.decision.text,
+        "verdict": str(decision.verdict),
+        "reason": decision.reason.value,
+        "text": decision.text,
         "details": details,
     }
+
+
+def _nowhere(controller: Controller, policy: Policy, subject: Subject) -> str:
+    """Why a listed name leads nowhere now, where residency has refused every address of it; else ""."""
+    name = _name_of(subject)
+    rule = rule_for(policy, name) if name else None
+    if rule is None or rule.wildcard:
+        return ""
+    refused = controller.residency.refusals(policy, rule)
+    if not refused or _addresses(controller, policy, rule):
+        return ""
+    return f"every address of {name} is refused, the last one because {refused[-1].finding.text}"
 
 
 def _meant(controller: Controller, policy: Policy, subject: str) -> str:

@@ -110,33 +110,35 @@ def _no_such(policy: Policy, route: str) -> str:
 
 def _record(selection: Selection) -> tuple[str, dict[str, Scalar]]:
     """Event and fields; who asked, and by which registry it was decided, comes beside."""
-    if not selection.selected:
+    chosen = selection.selected
+    if chosen is None:
         fields = {"route": selection.route, "code": selection.code, "text": selection.text}
         return "route-refused", dict(fields)
     return "route-selected", {
         "route": selection.route,
-        "provider": selection.provider,
-        "host": selection.host,
-        "declared_region": selection.declared_region,
-        "jurisdiction": selection.jurisdiction,
-        "addresses": ", ".join(selection.addresses),
-        "prefixes": ", ".join(selection.prefixes),
-        "tables": ", ".join(selection.tables),
+        "provider": chosen.provider,
+        "host": chosen.host,
+        "declared_region": chosen.declared_region,
+        "jurisdiction": chosen.jurisdiction,
+        "addresses": ", ".join(chosen.addresses),
+        "prefixes": ", ".join(chosen.prefixes),
+        "tables": ", ".join(chosen.tables),
         "code": selection.code,
+        "text": selection.text,
         "policy": selection.policy,
     }
 
 
 def _document(selection: Selection, registry: str) -> dict[str, Any]:
     """The key is a reference here, as in the policy; egressd never has another."""
-    chosen = next((one for one in selection.candidates if one.provider == selection.provider), None)
+    chosen = selection.selected
     return {
         "workspace": selection.workspace,
         "route": selection.route,
         "policy": selection.policy,
         "pin": list(selection.pin),
         "registry": registry,
-        "selected": None if chosen is None else _candidate(chosen) | {"api_key": selection.api_key},
+        "selected": None if chosen is None else _candidate(chosen) | {"api_key": chosen.api_key},
         "code": selection.code,
         "reason": selection.text,
         "remedy": selection.remedy,

@@ -106,10 +106,10 @@ class Control:
     def select_route(self, workspace: str, route: str) -> Any:
         return self._answer(messages.SelectRoute(workspace=workspace, route=route))
 
-    def apply(self, *, dry_run: bool = False, why: str = "") -> Any:
+    def apply(self, *, dry_run: bool = False, why: str = "", about: str = "") -> Any:
         """Read the policies again and make them so; with `dry_run`, say what would change. `why` is put on
-        record."""
-        return self._answer(messages.Apply(dry_run=dry_run, why=why))
+        record, with changes of the workspace `about` alone if it is about one."""
+        return self._answer(messages.Apply(dry_run=dry_run, why=why, about=about))
 
     def prove(
         self,
