@@ -26,19 +26,49 @@ from lab import topology  # noqa: E402
 from lab.capture import Capture  # noqa: E402
 from lab.daemon import Daemon  # noqa: E402
 from lab.internet import Internet, start_internet  # noqa: E402
-from lab.machine import VENV, Lab, LabError, Result, closed_to_others  # noqa: E402
+from lab.machine import VENV, Lab, LabError, Process, Result, closed_to_others, poll  # noqa: E402
 
 CLIENTS = PROJECT / "demo" / "clients"
 MARKER = "sk-secret-4711"  # what the captured program tries to get out; see clients/get_out.py
 PROBE = 9  # the discard port, to which the capture sends what it waits for
 AT_ONCE = 50.0  # milliseconds within which a denial must be told
 SHORT = 60  # letters of a command line that are shown
+WORDS = 58  # letters of a record's line before its words
 QUIET = 0.3  # seconds without a frame after which the uplink is taken to be still
 
 LISTED, SEARCHED = "eu.api.openai.test", "*.search.test"  # hosts of the policy, see tests/lab/daemon.py
 NEIGHBOUR = "api.openai.test"  # the same server, and not on the list
 GRANTED = ("oslo.search.test", "rome.search.test", "lima.search.test")  # as many as the policy's budget
 ONE_TOO_MANY = "cairo.search.test"
+
+# Of the part about residency: two hosts, and the places that a list gives their addresses
+HERE, THERE = "eu.models.test", "us.models.test"
+HERE_AT, THERE_AT = ("11.22.33.193", "2a10:5353::c1"), ("11.22.33.209", "2a10:5353::d1")
+PREFIXES = """\
+11.22.33.192/28    DE    # as their provider publishes them
+2a10:5353::c0/124  DE
+11.22.33.208/28    US
+2a10:5353::d0/124  US
+"""
+PINNED = """\
+workspace: acme
+guard: enforce
+{members:<34}# as before
+residency: {{jurisdictions: [EU]}}  # contract 4711: in the EU, or not at all
+providers:
+  frankfurt: {{type: openai-compatible, base_url: "https://eu.models.test/v1"}}
+  virginia:
+    type: openai-compatible
+    base_url: https://us.models.test/v1
+    residency: {{region: us-1, jurisdiction: US, source_url: "https://models.test/regions"}}
+routes:
+  default: {{providers: [virginia, frankfurt]}}
+  overflow: {{provider: virginia}}  # nobody in the EU behind this one
+allow:
+  - provider: frankfurt
+  - provider: virginia
+  - local: ollama
+"""
 
 # What the captured program tries: (kind, target, port, what that is)
 ROADS = (
@@ -126,17 +156,30 @@ class Stage:
             argv, shown=f"python {program} {shown if len(shown) < SHORT else '…'}", receipt=receipt
         )
 
-    def run(self, argv: list[str], *, shown: str, receipt: str | None = None) -> Result:
+    def run(
+        self, argv: list[str], *, shown: str, receipt: str | None = None, only: tuple[str, ...] = ("",)
+    ) -> Result:
+        """Run a command in a sandbox, showing it and what it said: the lines that hold one of `only`."""
+        extra = f"--receipt {receipt} " if receipt else ""
+        self.story.command(f"egressctl run -w acme {extra}-- {shown}")
+        result = self.daemon.sandbox("acme", argv, *self._options(receipt), timeout=60)
+        lines = (result.out + result.err).splitlines()
+        self.story.show("\n".join(line for line in lines if any(word in line for word in only)))
+        return result
+
+    def start(self, program: str, *words: str) -> Process:
+        """Run one of the clients in a sandbox, and go on."""
+        self.story.command(f"egressctl run -w acme -- python {program} {shlex.join(words)} &")
+        argv = [str(VENV / "bin" / "python"), "-B", str(CLIENTS / program), *words]
+        return self.daemon.start_sandbox("acme", argv, *self._options(None))
+
+    def _options(self, receipt: str | None) -> list[str]:
         options = ["--receipt", self.paper(receipt)] if receipt else []
-        options += [
+        return [
+            *options,
             "--bind-ro", str(VENV), "--bind-ro", str(CLIENTS), "--bind-ro", self.lab.inside("trust"),
             "--env", f"SSL_CERT_FILE={self.lab.inside('trust/ca.pem')}",
         ]  # fmt: skip
-        extra = f"--receipt {receipt} " if receipt else ""
-        self.story.command(f"egressctl run -w acme {extra}-- {shown}")
-        result = self.daemon.sandbox("acme", argv, *options, timeout=60)
-        self.story.show(result.out + result.err)
-        return result
 
     def paper(self, name: str) -> str:
         """Where evidence is put, as it is called in the lab: a directory of the lab's unprivileged user."""
@@ -157,6 +200,21 @@ class Stage:
             time.sleep(QUIET)
             if not self.uplink.frames(since=before):
                 return self.uplink.settle()
+
+    @property
+    def policy(self) -> str:
+        """The policy's file, as it is now."""
+        return self.lab.path(f"{self.daemon.directory}/workspaces/acme.yaml").read_text()
+
+    def ctl(self, *words: str, lines: int | None = None, uid: int | None = -1) -> Result:
+        """Show a command and what it said: its first `lines`. As a member, or as `uid`."""
+        self.story.command(f"egressctl {shlex.join(words)}" + (f" | head -{lines}" if lines else ""))
+        result = self.daemon.ctl(*words, uid=self.lab.user if uid == -1 else uid)
+        self.story.show("\n".join((result.out + result.err).splitlines()[:lines]))
+        return result
+
+    def why(self, name: str, text: str) -> bool:
+        return text in self.daemon.ctl("why", "-w", "acme", name).out
 
     def heard(self, port: int) -> set[str]:
         """The names that servers of the internet were asked for on that port."""
@@ -378,11 +436,127 @@ def _receipt(stage: Stage) -> None:
     )
 
 
+def pinned(stage: Stage) -> None:
+    story, daemon = stage.story, stage.daemon
+    story.step("Only in the EU: residency, routes and switches")
+    daemon.write_policy("acme", PINNED.format(members=f"members: [user:{stage.lab.user}]"))
+    before = stage.policy
+    story.command("cat workspaces/acme.yaml; egressctl policy apply | tail -1")
+    stage.internet.set(HERE, at(HERE_AT))
+    told = daemon.ctl("policy", "apply").check()
+    story.show(before + told.out.splitlines()[-1])
+    stage.lab.path("prefixes.txt").write_text(PREFIXES)
+    story.command("cat prefixes.txt; egressctl residency import prefixes.txt --provider models | head -1")
+    told = daemon.ctl("residency", "import", stage.lab.inside("prefixes.txt"), "--provider", "models")
+    story.show(PREFIXES + (told.out.partition("\n")[0] + told.err))
+    told.check()
+    poll(lambda: stage.why(HERE, "11.22.33.192/28"), what=f"{HERE} is placed")
+    page = stage.run(["curl", "-sS", f"https://{HERE}/"], shown=f"curl https://{HERE}/")
+    story.expect(held=_fetched(page), text="a host whose addresses are published for the EU is reached")
+    _routed(stage)
+    _switched(stage, before)
+    _moved_out(stage)
+
+
+def _fetched(result: Result) -> bool:
+    """A page of the host in the EU, from where that is."""
+    return result.status == 0 and result.out.strip() in [f"{HERE} at {address}" for address in HERE_AT]
+
+
+def _routed(stage: Stage) -> None:
+    story = stage.story
+    selected, refused = (
+        stage.ctl("route", "-w", "acme", "default"),
+        stage.ctl("route", "-w", "acme", "overflow"),
+    )
+    story.expect(
+        held=selected.status == 0
+        and selected.out.startswith(f"frankfurt https://{HERE}/v1\n")
+        and all(f"address: {address} in " in selected.out for address in HERE_AT),
+        text="the first that complies is named, with its evidence",
+    )
+    story.expect(
+        held=refused.status == 1 and not refused.out and "us-1" in refused.err,
+        text="and where none does, none: blocked, never a fallback",
+    )
+
+
+def _switched(stage: Stage, before: str) -> None:
+    story = stage.story
+    story.say("A program talks to that host, over one connection, and somebody turns external routing off:")
+    talking = stage.start("keep_talking.py", HERE)
+    poll(lambda: "connected" in talking.out, timeout=10, what="it talks")
+    told = stage.ctl("local-only", "acme", "on", lines=1, uid=None)
+    applied = time.monotonic()
+    poll(lambda: " answers" in talking.out or talking.status() is not None, what="it is cut")
+    spent = (time.monotonic() - applied) * 1000
+    talking.wait(10)
+    story.command("fg")
+    story.show(talking.out + talking.err)
+    story.expect(
+        held=told.status == 0 and "then the connection broke" in talking.out and spent < 10 * AT_ONCE,
+        text="cut in the middle of it, at once",
+    )
+    far = stage.run(["curl", "-sS", f"https://{HERE}/"], shown=f"curl https://{HERE}/")
+    near = stage.run(["curl", "-sS", "http://localhost:11434/"], shown="curl http://localhost:11434/")
+    story.expect(
+        held=far.status == 6 and near.status == 0, text="what is far is out of reach, what is local is not"
+    )
+    told = stage.ctl("local-only", "acme", "off", lines=1, uid=None)
+    poll(lambda: stage.why(HERE, "11.22.33.192/28"), what=f"{HERE} is placed again")
+    far = stage.run(["curl", "-sS", f"https://{HERE}/"], shown=f"curl https://{HERE}/")
+    story.expect(held=_fetched(far), text="and back")
+    lines = stage.policy.splitlines()
+    story.expect(
+        held=[line for line in lines if line != "local_only: false"] == before.splitlines(),
+        text="the file says `local_only: false` now, and is otherwise as it was, comments and all",
+    )
+
+
+def _moved_out(stage: Stage) -> None:
+    story = stage.story
+    story.say(f"The DNS record of {HERE} changes, to {THERE_AT[0]} and {THERE_AT[1]}:")
+    began = stage.quiet()
+    stage.internet.set(HERE, at(THERE_AT))
+    poll(lambda: stage.why(HERE, "US is not in EU"), timeout=15, what="the new record is seen")
+    words = ["dig", "+nocookie", HERE]
+    shown = f"{shlex.join(words)} | grep -e status: -e EDE:"
+    result = stage.run(words, shown=shown, only=("status:", "EDE:"))
+    said = f"{THERE_AT[0]} is in 11.22.33.208/28"
+    story.expect(
+        held="NXDOMAIN" in result.out and "(Blocked)" in result.out and said in result.out,
+        text="DNS answers Blocked, with the reason",
+    )
+    for address in THERE_AT:
+        shown = f"[{address}]" if ":" in address else address
+        stage.run(["curl", "-sS", "-m", "5", f"http://{shown}/"], shown=f"curl http://{shown}/")
+    stage.quiet()
+    outside = {ip_address(address) for address in THERE_AT}
+    frames = [frame for frame in stage.uplink.frames(since=began) if frame.destination in outside]
+    story.expect(held=not frames, text=f"frames on the uplink to those addresses: {len(frames)}")
+    asked = ("audit", "--event", "residency-refused", "-n", "2")
+    story.command(f"egressctl {shlex.join(asked)} | cut -c {WORDS + 1}-")
+    told = stage.daemon.ctl(*asked, uid=None).out.splitlines()
+    story.show("\n".join(line[WORDS:] for line in told))
+    records = [json.loads(line)["fields"] for line in stage.daemon.ctl("--json", *asked).out.splitlines()]
+    found = {(one["host"], one["address"], one["code"], one["table"]) for one in records}
+    story.expect(
+        held=found == {(HERE, address, "outside", "models") for address in THERE_AT},
+        text="and the journal says which address, which prefix, and whose list says so",
+    )
+
+
+def at(addresses: tuple[str, str]) -> topology.Records:
+    """A second's TTL: what changes is seen with the next refresh, some seconds later."""
+    return topology.Records({"A": [addresses[0]], "AAAA": [addresses[1]]}, ttl=1)
+
+
 def verdict(stage: Stage) -> None:
     story, uplink = stage.story, stage.uplink
     story.step("The judge: every frame that crossed the uplink, captured")
     zone = topology.zone()
     hosts = {text for name in (LISTED, SEARCHED) for texts in zone[name].types.values() for text in texts}
+    hosts |= {*HERE_AT}
     permitted = {ip_address(text) for text in hosts} | {topology.DNS4, topology.DNS6}
     sent = uplink.frames(outgoing=True)
     strays = [frame for frame in sent if frame.destination not in permitted]
@@ -395,10 +569,10 @@ def verdict(stage: Stage) -> None:
     )
     story.expect(held=not foreign, text="none under a sandbox's or a synthetic address")
     story.expect(held=not uplink.holding(MARKER.encode()), text="the secret is in none of them")
-    names = {LISTED, *GRANTED}
+    names = {LISTED, HERE, *GRANTED}
     story.expect(
         held=stage.heard(443) == stage.heard(53) == names,
-        text=f"all servers together were asked for {LISTED}, the three names, and no other",
+        text=f"all servers together were asked for {LISTED}, {HERE}, the three names, no other",
     )
     elsewhere = [
         entry
@@ -434,7 +608,7 @@ def main() -> int:
             story.command("cat workspaces/acme.yaml")
             story.show(lab.path(f"{daemon.directory}/workspaces/acme.yaml").read_text())
             stage = Stage(story, lab, internet, host, uplink, daemon)
-            for part in (allowed, denied, neighbour, wildcard, captured, counted, proved, verdict):
+            for part in (allowed, denied, neighbour, wildcard, captured, counted, proved, pinned, verdict):
                 part(stage)
     story.step("Everything is gone again")
     story.say(

@@ -32,6 +32,7 @@ uplink `up0`. Nothing here touches the real network; all of it is gone when you 
   box curl http://169.254.169.254/               cloud metadata
   egressctl counters acme       what was let through, what was denied, and that it adds up
   egressctl why -w acme evil.test
+  egressctl residency acme EU   pin it, and then: egressctl status, why, policy lint
   ip netns exec egressd nft list ruleset         the kernel's own word
   tcpdump -ni up0               the uplink   (lab-net is the other end: ip netns exec lab-net …)
 """
