@@ -33,8 +33,8 @@ STAMPS := .lab
 PROMETHEUS := $(STAMPS)/prometheus/usr/bin/prometheus
 CODE := src tests bench demo completions
 # What codespell takes for mistakes: EDE is Extended DNS Error, FO are the Faroe Islands, nd is mdoc's Nd, iif is
-# nft's; the last four are mistakes that tests make on purpose.
-WORDS := ede,fo,nd,iif,blocs,nown,gaurd,exmaple,conters,chek
+# nft's; the last six are mistakes that tests make on purpose.
+WORDS := ede,fo,nd,iif,blocs,nown,gaurd,exmaple,conters,chek,defautl,workspce
 
 export PYTHONPATH := tests
 

@@ -69,6 +69,15 @@ def test_every_problem_of_a_bad_file_with_its_line(egressctl: Any, place: Path) 
     assert {"2", "4", "6"} <= set(lines)
 
 
+def test_a_remark_on_a_whole_line_has_no_place_in_it(egressctl: Any, place: Path) -> None:
+    path = place / "acme.yaml"
+    pin = "residency: {jurisdictions: [EU]}"
+    path.write_text(f"workspace: acme\nguard: enforce\n{pin}\nallow:\n  - host: api.openai.com\n")
+    told = egressctl("policy", "check", path)
+    assert told.status == 0
+    assert f"{path}:5: remark: api.openai.com is barred by residency: " in told.err
+
+
 def test_remarks_are_told_and_are_no_problems(egressctl: Any, place: Path) -> None:
     path = good(place)
     path.write_text(GOOD.replace("guard: enforce", "guard: observe"))

@@ -22,7 +22,7 @@ from egressd.cli.lint_sarif import NOT_VERIFIED, SCHEMA
 from egressd.cli.policy import RESIDENCY_DIR
 from egressd.policy.lint import Finding, Report, Unverified
 from egressd.policy.lint_rules import PAGE, RULES, Level
-from egressd.processes.registry_files import DEFAULT_DIRECTORY
+from egressd.processes.config import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 CLEAN = "workspace: acme\nguard: enforce\nallow:\n  - host: db.internal.example\n"
@@ -121,7 +121,7 @@ def test_the_exit_status_is_the_same_in_every_form(
         ),
         (["--disable", "invalid-policy"], "invalid-policy cannot be disabled"),
         (["--pin", "EUR"], "--pin: 'EUR' is not a jurisdiction"),
-        (["--pin", "EU,"], "--pin: '' is not a jurisdiction"),
+        (["--pin", ","], "--pin: no jurisdiction is named"),
         (["--format", "xml"], "argument --format: invalid choice: 'xml'"),
         (["--json", "--format", "sarif"], "--json and --format sarif exclude each other"),
     ],
@@ -138,7 +138,7 @@ def test_a_command_line_without_files(egressctl: Any) -> None:
 
 
 def test_the_directory_is_the_one_that_the_daemon_has() -> None:
-    assert RESIDENCY_DIR == DEFAULT_DIRECTORY
+    assert Config().residency_dir == RESIDENCY_DIR
 
 
 # ---- text

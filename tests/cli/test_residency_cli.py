@@ -98,6 +98,8 @@ def test_the_table_is_everybodys_to_read_and_nothing_is_left_beside_it(ctl: Any,
     directory = place / "residency" / "tables"
     assert [path.name for path in directory.iterdir()] == ["aws.json"]
     assert stat.S_IMODE((directory / "aws.json").stat().st_mode) == 0o644
+    for made in (directory, directory.parent):
+        assert stat.S_IMODE(made.stat().st_mode) == 0o755
 
 
 def test_a_second_import_says_what_is_other(ctl: Any, place: Path) -> None:
@@ -116,8 +118,26 @@ def test_a_second_import_says_what_is_other(ctl: Any, place: Path) -> None:
         "removed": 4,
         "moved": {"count": 1, "examples": [{"prefix": "3.120.0.0/14", "text": "eu-central-1 -> us-east-1"}]},
     }
-    assert told["remarks"] == [f"it is older than the table before, which was published on {TODAY}"]
+    assert told["remarks"] == [
+        f"it is older than the table before, which was published on {TODAY}",
+        "more prefixes have gone than are left: was only a part of it downloaded?",
+    ]
     assert kept(place).published != TODAY
+
+
+def test_a_list_of_another_kind_is_no_later_edition(ctl: Any, place: Path) -> None:
+    """In the place of AWS's own, what lies in the US would be in no table, and could be vouched for."""
+    ctl("import", place / "ip-ranges.json")
+    (place / "own.txt").write_text("3.120.0.0/14\n")
+    words = ("import", place / "own.txt", "--provider", "aws", "--region", "eu-central-1")
+    told = ctl(*words)
+    assert told.status == 1 and kept(place).format == "aws"
+    assert "there is a table aws, of aws and the format aws: this is no later edition of it" in told.err
+    assert "--name aws puts this one (cidr) there" in told.err
+    assert ctl(*words, "--name", "own").status == 0
+    assert (kept(place).format, kept(place, "own").format) == ("aws", "cidr")
+    assert ctl(*words, "--name", "aws").status == 0
+    assert kept(place).format == "cidr"
 
 
 def test_a_check_changes_nothing(ctl: Any, place: Path) -> None:
@@ -236,7 +256,9 @@ def test_a_running_egressd_is_asked_to_apply(egressctl: Any, daemon: Any, place:
     daemon.document = APPLIED
     told = egressctl("residency", "import", place / "ip-ranges.json", "--run-dir", daemon.run_dir)
     assert told.status == 0
-    assert told.out.endswith(f"written: {place}/own/tables/aws.json\nno changes, applied in 1.5 ms\n")
+    assert told.out.endswith(
+        f"written: {place}/own/tables/aws.json\nrules: no changes; addresses judged anew in 1.5 ms\n"
+    )
     assert daemon.asked[-1] == messages.Apply(why="residency import aws")
 
 
@@ -331,7 +353,7 @@ def test_a_table_that_is_broken(ctl: Any, place: Path) -> None:
         (["2a05:d014::/35", "--pin", "EU"], 1, ["complies, inside: ", "refused, no-prefix: "]),
         (["bedrock-runtime.eu-west-1.amazonaws.com", "--pin", "EU"], 0, ["aws-bedrock", "complies"]),
         (["bedrock-runtime.us-east-1.amazonaws.com", "--pin", "EU"], 1, ["refused, outside: "]),
-        (["nobody.example", "--pin", "EU"], 0, ["in no catalogue", "complies, by-address: "]),
+        (["nobody.example", "--pin", "EU"], 0, ["in no catalogue", "left open, by-address: "]),
         (["https://3.0.0.1/v1", "--pin", "EU"], 1, ["refused, outside: "]),
     ],
 )  # fmt: skip

@@ -210,7 +210,7 @@ def test_a_dry_run_shows_the_difference_and_changes_nothing(alone: Scene) -> Non
         (("residency", "acme", "XX"), "'XX' is not a jurisdiction"),
         (("residency", "acme", "eu"), "did you mean EU?"),
         (("residency", "acme", "EU", "none"), "'none' is not a jurisdiction"),
-        (("residency", "acme", ","), "no jurisdiction is named (say EU, or EEA,CH, or none)"),
+        (("residency", "acme", ","), "no jurisdiction is named (say EU, or EEA,CH)"),
         (("guard", "../acme", "on"), "'../acme' is not a workspace name"),
         (("guard", "-w", "acme", "on"), "unrecognized arguments: -w"),
         (("guard",), "required: WORKSPACE"),
@@ -269,8 +269,8 @@ def as_second_name(path: Path) -> None:
         (as_second_name, "has another name (a hard link)"),
         (lambda path: path.chmod(0o646), "everybody may write to"),
         (lambda path: path.parent.chmod(0o777), "anybody could add or replace a policy: chmod o-w"),
-        (lambda path: (path.unlink(), os.mkfifo(path)), "is not a regular file"),
-        (lambda path: (path.unlink(), path.mkdir()), "is not a regular file"),
+        (lambda path: (path.unlink(), os.mkfifo(path)), "it is a FIFO, not a regular file"),
+        (lambda path: (path.unlink(), path.mkdir()), "it is a directory, not a regular file"),
         (lambda path: path.write_text(POLICY + "#" * (1 << 20)), "is larger than a policy may be"),
     ],
 )
@@ -491,6 +491,24 @@ def test_the_lock_is_for_those_who_may_write(alone: Scene) -> None:
     assert (alone.directory / ".egressctl.lock").stat().st_mode & 0o777 == 0o660
 
 
+def test_a_lock_that_is_another_name_of_something_is_not_given_away(alone: Scene) -> None:
+    """Whoever may write into the directory can link any file there: it would become theirs to write."""
+    other = alone.directory.parent / "shadow"
+    other.write_text("root:*")
+    other.chmod(0o600)
+    (alone.directory / ".egressctl.lock").hardlink_to(other)
+    alone.directory.chmod(0o775)
+    try:
+        told = alone("guard", "acme", "on")
+        assert told.status == 125 and ".egressctl.lock is no file of egressctl's: look what it is" in told.err
+        assert other.stat().st_mode & 0o777 == 0o600 and alone.text == POLICY
+        (alone.directory / ".egressctl.lock").unlink()
+        os.mkfifo(alone.directory / ".egressctl.lock")
+        assert alone("guard", "acme", "on").status == 125
+    finally:
+        other.unlink()
+
+
 # ---- with egressd
 
 
@@ -502,7 +520,8 @@ def test_a_running_egressd_applies_it_and_is_told_why(scene: Scene) -> None:
         "acme: - guard: changed from observe to enforce\n"
     )
     assert scene.text == POLICY.replace("observe ", "enforce ")
-    assert applies(scene.daemon) == [messages.Apply(dry_run=True), messages.Apply(why="guard acme enforce")]
+    asked = messages.Apply(why="guard acme enforce", about="acme")
+    assert applies(scene.daemon) == [messages.Apply(dry_run=True), asked]
 
 
 @pytest.mark.parametrize(
@@ -515,7 +534,7 @@ def test_a_running_egressd_applies_it_and_is_told_why(scene: Scene) -> None:
 )
 def test_what_was_asked_for_is_what_is_put_on_record(scene: Scene, words: tuple[str, ...], why: str) -> None:
     assert scene(*words).status == 0
-    assert applies(scene.daemon)[-1] == messages.Apply(why=why)
+    assert applies(scene.daemon)[-1] == messages.Apply(why=why, about="acme")
 
 
 def test_the_document_for_programs(scene: Scene) -> None:
@@ -539,7 +558,7 @@ def test_what_the_file_says_already_and_is_not_in_force_is_applied(scene: Scene)
     told = scene("guard", "acme", "on")
     assert told.status == 0
     assert "guard of acme: enforce (file and kernel)\n" in told.out
-    assert applies(scene.daemon)[-1] == messages.Apply(why="guard acme enforce")
+    assert applies(scene.daemon)[-1] == messages.Apply(why="guard acme enforce", about="acme")
 
 
 def test_other_changes_that_come_with_it_are_not_hidden(scene: Scene) -> None:
@@ -561,8 +580,8 @@ def test_a_file_that_egressd_refuses_is_put_back(scene: Scene) -> None:
     assert "it was put back, and nothing has changed" in told.err
     assert scene.text == POLICY
     assert applies(scene.daemon)[1:] == [
-        messages.Apply(why="guard acme enforce"),
-        messages.Apply(why="guard acme enforce: put back"),
+        messages.Apply(why="guard acme enforce", about="acme"),
+        messages.Apply(why="guard acme enforce: put back", about="acme"),
     ]
 
 

@@ -86,6 +86,8 @@ def test_accounts_and_directories_are_those_of_the_default_configuration(tmp_pat
     tmpfiles = [tool("systemd-tmpfiles"), root, "--create", ROOT / "systemd" / "egressd.tmpfiles"]
     done = subprocess.run(tmpfiles, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    for directory in (Config().run_dir, Config().workspaces_dir, f"{Config().state_dir}/journal"):
+    config = Config()
+    journal = f"{config.state_dir}/journal"
+    for directory in (config.run_dir, config.workspaces_dir, config.residency_dir, journal):
         assert (tmp_path / directory.lstrip("/")).is_dir()
     assert (tmp_path / "etc/egressd/workspaces").stat().st_mode & 0o007 == 0

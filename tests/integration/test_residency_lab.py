@@ -216,7 +216,9 @@ def test_what_the_catalogue_bars_is_not_even_asked_for(daemon: Any, internet: An
 def test_a_record_that_moves_out_is_refused_within_one_refresh(daemon: Any, internet: Any) -> None:
     """At a TTL of one second that is five seconds. What is open leads inside, and stays."""
     four, six = probe(daemon, [("resolve", "moves.test", "4"), ("resolve", "moves.test", "6")])
+    internet.forget()
     with Chatter(daemon, ["tcp4 moves.test 7", "tcp6 moves.test 7"]) as chatter:
+        poll(lambda: len(served(internet)) == 2, what="both connections are told by the far end")
         internet.forget()
         try:
             internet.set("moves.test", records([*US[2]]), standing=True)

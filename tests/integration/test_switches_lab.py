@@ -80,7 +80,8 @@ def changes(daemon: Any) -> list[dict[str, Any]]:
         for segment in sorted(daemon.lab.path(f"{daemon.directory}/state/journal").glob("*.jsonl"))
         for line in segment.read_text().splitlines()
     ]
-    return [line["fields"] for line in lines if line["event"] == "policy-changed" and "why" in line["fields"]]
+    changes = [line["fields"] for line in lines if line["event"] == "policy-changed"]
+    return [fields for fields in changes if fields.get("why", "").startswith("local-only")]
 
 
 def test_local_only_cuts_hosts_at_once_and_nothing_else(daemon: Any) -> None:

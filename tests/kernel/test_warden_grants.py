@@ -317,7 +317,7 @@ def raced(world: World, warden: Warden) -> Any:
 
 
 def test_a_batch_that_the_kernel_refuses_changes_nothing(world: World, warden: Warden) -> None:
-    for _ in range(10):
+    for _ in range(50):
         answer = raced(world, warden)
         if isinstance(answer, messages.Failed):
             break

@@ -365,6 +365,12 @@ def test_what_the_reader_would_not_read_is_not_edited(text: str, says: str) -> N
         ("workspace: acme\nguard: >-\n  off\n", "guard", "enforce", "not written on one line"),
         ("workspace: acme\nguard: [off]\n", "guard", "enforce", "not written on one line"),
         ("workspace: acme\nresidency: EU\n", "residency", ("CH",), "not a list of jurisdictions"),
+        (
+            "workspace: acme\nresidency:\n  jurisdictions:\n  - # EU\n  - CH # x\n",
+            "residency",
+            ("EEA", "CH"),
+            "not a list of jurisdictions",
+        ),
         ("workspace: acme\nresidency: {jurisdictions: []}\n", "residency", ("CH",), "not a list"),
         ("workspace: acme\nresidency: {jurisdictions: [[EU]]}\n", "residency", ("CH",), "not a list"),
         (

@@ -12,15 +12,14 @@ from policy_texts import BROKEN, CATALOGUE, KNOWN, NO_TABLES, allowing, pinned, 
 from test_policy_document import FULL
 
 from egressd.model.verdicts import Reason
-from egressd.policy.barring import judge_network
 from egressd.policy.compile import canonical
-from egressd.policy.compiled import Guard, Policy, Protocol, jurisdictions_text
+from egressd.policy.compiled import Guard, Policy, Protocol
 from egressd.policy.decide import barred_for, decide_address, decide_flow, decide_name, governing, rule_for
 from egressd.policy.diff import diff
 from egressd.policy.explain import explain_policy, why
 from egressd.policy.remarks import remarks
 from egressd.residency.judge import Code
-from egressd.residency.jurisdictions import EEA, EU
+from egressd.residency.jurisdictions import EEA, EU, named
 from egressd.residency.places import Pin
 from egressd.residency.registry import Registry
 
@@ -131,7 +130,7 @@ def test_networks(network: str, code: Code | None, vouched: Code | None) -> None
 
 @pytest.mark.parametrize("vouched", [True, False])
 def test_the_reason_names_the_network_and_the_worst_part_of_it(vouched: bool) -> None:
-    found = judge_network(ip_network("3.0.0.0/8"), vouched=vouched, pin=Pin(("EU",)), registry=KNOWN)
+    found = KNOWN.judge_network(ip_network("3.0.0.0/8"), vouched=vouched, pin=Pin(("EU",)))
     assert "in 3.0.0.0/8, 3.80.0.0 is in 3.80.0.0/12 of aws, us-east-1 (US)" in found.text
 
 
@@ -734,8 +733,8 @@ def test_remarks_on_what_is_known() -> None:
 
 
 def test_countries_as_people_write_them() -> None:
-    assert jurisdictions_text(EU) == "EU"
-    assert jurisdictions_text(EEA | {"CH"}) == "EEA, CH"
-    assert jurisdictions_text(["FR", "DE"]) == "DE, FR"
-    assert jurisdictions_text(()) == ""
+    assert named(EU) == "EU"
+    assert named(EEA | {"CH"}) == "CH, EEA"
+    assert named(["FR", "DE"]) == "DE, FR"
+    assert named(()) == ""
     assert CATALOGUE.regions("openai")["eu"] == tuple(sorted(EEA | {"CH"}))

@@ -12,7 +12,7 @@ from policy_texts import allowing, policy
 from egressd.model.names import covering, matches
 from egressd.model.verdicts import Reason, Verdict
 from egressd.policy.compiled import Budgets, Guard, Limits, Policy, Port, Protocol
-from egressd.policy.decide import Decision, decide_address, decide_flow, decide_name, rule_among, rule_for
+from egressd.policy.decide import Decision, decide_address, decide_flow, decide_name, rule_for, written_among
 
 RULES = (
     "host: api.example.com",  # line 4
@@ -269,7 +269,7 @@ def test_the_one_rule_against_a_plainer_statement_of_it(written: set[str], name:
         matching, key=lambda r: (not r.wildcard, r.host.count("."), not r.host.startswith("**")), default=None
     )
     assert rule_for(made, name) == best
-    assert rule_among({rule.host: rule for rule in made.hosts}, name) == best
+    assert written_among({rule.host: rule for rule in made.hosts}, name) == best
     assert {rule.host for rule in matching} == set(covering(name)) & written
     assert decide_name(made, name).rule == best
     for port in (Port(443, Protocol.TCP), Port(80, Protocol.TCP)):

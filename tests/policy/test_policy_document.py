@@ -849,3 +849,30 @@ def test_any_slip_of_the_keyboard(data: st.DataObject) -> None:
     end = data.draw(st.integers(start, min(start + 20, len(FULL))))
     text = FULL[:start] + data.draw(st.text(max_size=3)) + FULL[end:]
     judge(text.encode("utf-8", "surrogatepass"))
+
+
+KEY = "sk-Planted0Planted0Planted0"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"allow:\n  - host: {KEY}\n",
+        f"allow:\n  - {{host: api.example.com, {KEY}: 1}}\n",
+        f"allow:\n  - {{cidr: {KEY}, ports: [443]}}\n",
+        f"routes: {{{KEY}: {{provider: x}}}}\n",
+        f"providers: {{{KEY}: {{type: openai, base_url: 'https://a.example'}}}}\n",
+        f"residency: {{jurisdictions: [{KEY}]}}\n",
+        f"members: [{KEY}]\n",
+        f"{KEY}: {KEY}\n",
+        f"limits: {{wall: {KEY}, {KEY}: 1}}\n",
+        f"api_key: {KEY[3:12]}\nallow:\n  - host: {KEY[3:12]}\n",
+        f"allow: [\n{KEY}: ]: {KEY}\n",
+    ],
+)
+def test_no_problem_repeats_a_key_that_stands_in_the_wrong_place(text: str) -> None:
+    """Problems are recorded, and shown to whoever asks why."""
+    with pytest.raises(PolicyError) as refused:
+        load(f"workspace: acme\n{text}".encode(), source="f", expected_name="acme", is_public_suffix=PUBLIC)
+    assert refused.value.problems
+    assert all(KEY[3:12].lower() not in str(problem).lower() for problem in refused.value.problems)

@@ -116,7 +116,7 @@ def test_what_is_declared_for_a_host() -> None:
     assert made.declared("acme.openai.azure.com", KNOWN) == "francecentral (FR)"
     assert made.declared("bedrock-runtime.eu-central-1.amazonaws.com", KNOWN) == "eu-central-1 (DE)"
     assert made.declared("bedrock-runtime.eu-west-2.amazonaws.com", KNOWN) == "eu-west-2 (UK)"
-    assert made.declared("eu.api.openai.com", KNOWN) == "eu (EEA, CH)"
+    assert made.declared("eu.api.openai.com", KNOWN) == "eu (CH, EEA)"
     assert made.declared("llm.example.com", KNOWN) == ""
     assert made.declared("*.example.com", KNOWN) == ""
 

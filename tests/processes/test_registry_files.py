@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from egressd.processes.config import Config
-from egressd.processes.registry_files import DEFAULT_DIRECTORY, MAX_CATALOGUE, read_registry, read_table
+from egressd.processes.registry_files import MAX_CATALOGUE, read_registry, read_table
 from egressd.residency.judge import Code
 from egressd.residency.places import Pin
 from egressd.residency.prefixes import Group, Source, Table
@@ -198,7 +197,3 @@ def test_no_descriptor_is_left_open(directory: Path) -> None:
         harm(directory / "tables" / "aws.json")
     read_registry(directory)
     assert sorted(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
-
-
-def test_the_directory_is_the_configurations() -> None:
-    assert Config().residency_dir == DEFAULT_DIRECTORY

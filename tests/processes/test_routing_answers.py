@@ -242,7 +242,7 @@ def test_a_selection_is_recorded_with_its_evidence(tmp_path: Path) -> None:
                     "declared_region": "eu-1", "jurisdiction": "DE", "addresses": f"{DE4}, {DE6}",
                     "prefixes": "11.22.33.0/24, 2a10:1::/32", "tables": document["selected"]["tables"][0],
                     "code": "inside", "by": "uid 4001", "registry": document["registry"],
-                    "policy": document["policy"],
+                    "policy": document["policy"], "text": document["reason"],
                 },
             )
         ]  # fmt: skip
@@ -427,6 +427,30 @@ def test_who_changed_a_policy_and_what_he_was_asked_is_on_record(tmp_path: Path)
         await client.ask(messages.Apply())
         (record,) = w.records("policy-changed")
         assert "why" not in record
+        client.close()
+
+    play(tmp_path, dialogue)
+
+
+def test_what_was_asked_about_one_workspace_is_not_told_to_members_of_others(tmp_path: Path) -> None:
+    """What was written before is applied with it: their records are for their members, who read them."""
+
+    async def dialogue(w: World) -> None:
+        client = w.client()
+        w.write("rival", PINNED)
+        await client.ask(messages.Apply())
+        w.told.clear()
+        for name in ("acme", "rival"):
+            w.write(name, PINNED.replace("enforce", "off"))
+        await client.ask(messages.Apply(why="guard acme off", about="acme"))
+        whys = {record["workspace"]: record.get("why") for record in w.records("policy-changed")}
+        assert whys == {"acme": "guard acme off", "rival": None}
+        w.told.clear()
+        for name in ("acme", "rival"):
+            w.write(name, PINNED)
+        await client.ask(messages.Apply(why="residency import aws"))
+        whys = {record["workspace"]: record.get("why") for record in w.records("policy-changed")}
+        assert whys == dict.fromkeys(("acme", "rival"), "residency import aws")
         client.close()
 
     play(tmp_path, dialogue)

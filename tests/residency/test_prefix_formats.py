@@ -73,6 +73,8 @@ AWS = aws(
     ("15.177.0.0/18", "GLOBAL", "ROUTE53_HEALTHCHECKS"),
     ("35.180.1.0/24", "eu-west-3", "ROUTE53_HEALTHCHECKS"),
     ("52.219.0.0/20", "eu-west-3", "S3", "GLOBAL"),
+    ("18.60.0.0/24", "us-east-1", "EC2", "eu-central-1"),
+    ("18.60.1.0/24", "eu-west-1", "EC2", "eu-west-12"),
     ("2a05:d014::/36", "eu-central-1", "AMAZON"),
     ("2600:9000::/28", "GLOBAL", "CLOUDFRONT"),
 )
@@ -86,6 +88,9 @@ AWS = aws(
         ("2a05:d014::1", ("2a05:d014::/36", "eu-central-1", ("DE",), False)),
         # a Wavelength Zone in Casablanca, of the region in Paris
         ("13.34.9.1", ("13.34.9.0/24", "eu-west-3-cmn-wlz-1", (), False)),
+        # a group that is not its region's: whichever is wrong, nothing is placed there
+        ("18.60.0.1", ("18.60.0.0/24", "us-east-1/eu-central-1", (), False)),
+        ("18.60.1.1", ("18.60.1.0/24", "eu-west-1/eu-west-12", (), False)),
         ("15.197.0.1", ("15.197.0.0/16", "GLOBAL", (), True)),
         ("99.82.170.1", ("99.82.170.0/24", "eu-west-3", (), True)),
         ("52.84.0.1", ("52.84.0.0/15", "GLOBAL", (), True)),
@@ -232,6 +237,21 @@ AZURE = azure(
 
 
 @pytest.mark.parametrize(
+    ("cloud", "edition"),
+    [
+        ("Public", ""),
+        ("", ""),
+        ("AzureGovernment", "azure-azuregovernment"),
+        ("China", "azure-china"),
+        ("../../x", "azure-x"),
+    ],
+)
+def test_a_sovereign_clouds_list_takes_nobodys_place(cloud: str, edition: str) -> None:
+    document = json.loads(AZURE) | {"cloud": cloud}
+    assert read(json.dumps(document).encode(), name="list.json").edition == edition
+
+
+@pytest.mark.parametrize(
     ("address", "seen"),
     [
         ("20.50.0.1", ("20.50.0.0/16", "westeurope", ("NL",), False)),
@@ -292,6 +312,27 @@ def test_a_plain_list() -> None:
     assert where(table, "5.42.0.1") == ("5.42.0.1/32", "GRA", ("FR",), False)
     assert where(table, "5.42.0.2") == (None, "", (), False)
     assert where(table, "2001:41d0::1") == ("2001:41d0::/32", "GRA", ("FR",), False)
+
+
+@pytest.mark.parametrize(
+    ("region", "country", "seen"),
+    [
+        ("us-east-1", "DE", ()),
+        ("us-east-1", "EU", ()),
+        ("eu-central-1", "DE", ("DE",)),
+        ("eu-central-1", "FR", ()),
+        ("home", "DE", ("DE",)),  # none of AWS's: who imports it says what it is
+    ],
+)
+def test_no_country_is_given_to_a_region_that_is_known_to_be_elsewhere(
+    region: str, country: str, seen: tuple[str, ...]
+) -> None:
+    table = made(b"5.39.0.0/17\n", provider="aws", region=region, country=country)
+    assert where(table, "5.39.0.1")[2] == seen
+    found = intake(table, regions)
+    assert found.conflicts == (0 if seen else 1)
+    both = made(b"5.39.0.0/17 home\n5.39.0.0/17 us-east-1\n", provider="aws", country="DE")
+    assert where(both, "5.39.0.1")[2] == ()
 
 
 def test_a_country_of_the_importers() -> None:

@@ -259,6 +259,16 @@ def test_a_table_becomes_stale(published: date | None, today: date, stale: bool)
     assert [name.name for name in found] == (["aws"] if stale else [])
 
 
+@pytest.mark.parametrize(
+    ("today", "stale"), [(date(2026, 11, 21), False), (date(2026, 11, 20), False), (date(2026, 11, 19), True)]
+)
+def test_a_table_imported_in_a_time_to_come_is_stale(today: date, stale: bool) -> None:
+    """The clock was wrong then, or is now: how old it is, nobody knows."""
+    made = table(group("eu-west-1", "3.0.0.0/8"), published=None)
+    assert made.imported == date(2026, 11, 21)
+    assert bool(prefixes(made).stale(today)) == stale
+
+
 def test_the_digest_is_of_everything_in_the_tables() -> None:
     one = table(group("eu-west-1", "3.0.0.0/8"))
     others = [

@@ -353,6 +353,36 @@ def test_two_entries_may_not_share_a_name() -> None:
     assert all(one.startswith("1.yaml") for one in told)
 
 
+@pytest.mark.parametrize(
+    ("host", "domain", "of"),
+    [
+        ("bedrock-runtime.us-east-1.amazonaws.com", "amazonaws.com", "aws-bedrock"),
+        ("vpce-1.bedrock.us-east-1.vpce.amazonaws.com", "amazonaws.com", "aws-bedrock"),
+        ("us-central1-aiplatform.googleapis.com", "googleapis.com", "google-vertex"),
+        ("acme.openai.azure.com", "azure.com", "azure-openai"),
+        ("us-{resource}.openai.azure.com", "openai.azure.com", "azure-openai"),
+        ("{resource}.api.cognitive.microsoft.com", "api.cognitive.microsoft.com", "azure-openai"),
+        ("api.openai.com", "openai.com", "openai"),
+    ],
+)
+def test_no_new_entry_places_names_of_another_anew(host: str, domain: str, of: str) -> None:
+    """Neither by saying more than the other nor by saying less."""
+    mine = f"""
+providers:
+  mine:
+    title: Mine
+    source: https://mine.example/
+    domains: [{domain}]
+    regions: {{home: DE}}
+    endpoints: [{{hosts: ["{host}"], scope: region, region: home}}]
+"""
+    with pytest.raises(PolicyError) as refused:
+        Catalogue.load([*FILES, ("mine.yaml", mine.encode())])
+    told = [str(problem) for problem in refused.value.problems]
+    assert all(f"{host} of mine fits the same names as" in one for one in told)
+    assert any(f" of {of} (to replace it, write the whole entry {of})" in one for one in told)
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_a_damaged_file_is_read_or_refused_with_problems(data: st.DataObject) -> None:

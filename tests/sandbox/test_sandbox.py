@@ -70,7 +70,7 @@ def test_errors_are_the_ones_a_caller_expects(gateway: Gateway) -> None:
         """,
     )
     assert said.splitlines() == [
-        "Refused member", "Refused unavailable", "Refused files", "Refused unavailable", "TimeoutExpired ",
+        "Refused member", "NotRunning unavailable", "Refused files", "Refused unavailable", "TimeoutExpired ",
         "TimeoutExpired ", "CalledProcessError ", "ValueError ",
     ]  # fmt: skip
 

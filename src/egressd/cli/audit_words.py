@@ -24,7 +24,16 @@ _LONGEST = 400  # characters of one field: a policy's change may be pages, and -
 # verdict -> the events that are one
 VERDICTS: Final[dict[str, frozenset[str]]] = {
     "denied": frozenset({"denied", "dns-denied", "relay-denied", "attempt"}),
-    "refused": frozenset({"flow-refused", "dns-refused-address", "spawn-refused", "policy-refused"}),
+    "refused": frozenset(
+        {
+            "flow-refused",
+            "dns-refused-address",
+            "spawn-refused",
+            "policy-refused",
+            "residency-refused",
+            "route-refused",
+        }
+    ),
     "observed": frozenset({"observed", "dns-would-deny"}),
     "allowed": frozenset({"flow", "flow-closed", "relay-closed"}),
     "granted": frozenset({"name-granted"}),
@@ -34,7 +43,7 @@ _ALARMS: Final = frozenset(
     {
         "tampered", "drift", "books-unbalanced", "books-restarted", "lost", "log-ended", "journal-torn",
         "journal-damaged", "journal-truncated", "clock-stepped", "peer-broken",
-        "sandbox-lost", "process-hung", "process-killed",
+        "sandbox-lost", "process-hung", "process-killed", "registry-broken", "flows-not-cut",
     }
 )  # fmt: skip
 
@@ -273,7 +282,38 @@ def _released(fields: Fields) -> str:
 
 def _policy(fields: Fields) -> str:
     wider = " (gives more)" if fields.get("widens") else ""
-    return f"policy changed by {_get(fields, 'by')}: {_get(fields, 'change')}{wider}"
+    asked = f" ({_get(fields, 'why')})" if _get(fields, "why") else ""
+    return f"policy changed by {_get(fields, 'by')}{asked}: {_get(fields, 'change')}{wider}"
+
+
+def _placed(fields: Fields) -> str:
+    """An address of a name, judged: where it lies, by which table."""
+    table, digest = _get(fields, "table"), _get(fields, "table_digest")
+    return _join(
+        f"name {_get(fields, 'host')}: {_get(fields, 'text')} [{_get(fields, 'code')}]",
+        f"declared {_get(fields, 'declared')}" if _get(fields, "declared") else "",
+        f"by table {table}, {digest[:19]}" if table else "",
+    )
+
+
+def _route(fields: Fields) -> str:
+    asked = f"route {_get(fields, 'route')}, asked by {_get(fields, 'by')}"
+    if not _get(fields, "provider"):
+        return f"{asked}: none; {_get(fields, 'text')} [{_get(fields, 'code')}]"
+    where = _get(fields, "addresses") or "nowhere yet"
+    return f"{asked}: {_get(fields, 'provider')}, {_get(fields, 'host')} at {where} [{_get(fields, 'code')}]"
+
+
+def _cut(fields: Fields) -> str:
+    where = f"{_get(fields, 'address')} of {_get(fields, 'host')}"
+    return f"open connections to {where} were ended: {_get(fields, 'text')} [{_get(fields, 'code')}]"
+
+
+def _registry(fields: Fields) -> str:
+    tables = _get(fields, "tables") or "none"
+    return (
+        f"catalogue and prefixes changed by {_get(fields, 'by')}: {_get(fields, 'registry')}; tables {tables}"
+    )
 
 
 def _policy_refused(fields: Fields) -> str:
@@ -347,6 +387,12 @@ _TELLERS: Final[Mapping[str, Teller]] = {
     "name-granted": _granted,
     "name-released": _released,
     "policy-changed": _policy,
+    "residency-admitted": _placed,
+    "residency-refused": _placed,
+    "route-selected": _route,
+    "route-refused": _route,
+    "flows-cut": _cut,
+    "registry-changed": _registry,
     "policy-refused": _policy_refused,
     "lost": _lost,
     "journal-opened": _journal_opened,

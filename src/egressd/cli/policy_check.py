@@ -65,7 +65,7 @@ def _print(findings: Findings) -> None:
     for problem in findings.problems:
         print(escape(str(problem)), file=sys.stderr)
     for remark in findings.remarks:
-        print(escape(str(replace(remark, where=f"remark: {remark.where}"))), file=sys.stderr)
+        print(escape(str(replace(remark, where=f"remark: {remark.where}".rstrip(": ")))), file=sys.stderr)
     for policy in findings.policies:
         rules = f"{len(policy.rules)} rule{'' if len(policy.rules) == 1 else 's'}"
         print(f"{policy.workspace}: ok, guard {policy.guard}, {rules}, {policy.digest[:19]}")

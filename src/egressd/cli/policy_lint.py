@@ -25,7 +25,6 @@ from egressd.policy.lint import Finding, Report, lint
 from egressd.policy.lint_rules import INVALID_POLICY, RULES, Level
 from egressd.processes.registry_files import read_registry
 from egressd.processes.workspaces import SUFFIX, policy_bytes, read_policy_file, read_workspaces
-from egressd.residency.jurisdictions import jurisdiction
 from egressd.residency.places import Pin
 from egressd.residency.registry import Registry
 
@@ -86,7 +85,7 @@ def _pin(args: argparse.Namespace) -> Pin | None:
     if args.pin is None:
         return None
     try:
-        return Pin(tuple(sorted({jurisdiction(code.strip()) for code in args.pin.split(",")})))
+        return Pin.of(args.pin)
     except Unfit as error:
         raise SystemExit(args.parser.error(f"--pin: {error}")) from error  # error() has left already
 

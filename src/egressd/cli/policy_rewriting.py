@@ -5,8 +5,7 @@ One writer at a time holds the lock beside the file. What he read he replaces on
 there: an editor knows nothing of the lock. The new file has its predecessor's owner, mode and extended
 attributes (access lists among them), and is on the disk before it gets the name.
 
-The same ways are refused as where policies are read (processes/workspaces.py): a link, a device, a directory
-that everybody may write to.
+The same ways are refused as where policies are read (processes/plain_files.py), and a file with two names.
 """
 
 # ruff: noqa: PTH208 - relative to the directory's descriptor, so that nobody can swap the way to it
@@ -21,17 +20,18 @@ import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from egressd.model.errors import EgressdError
 from egressd.policy.document import MAX_BYTES
+from egressd.processes.plain_files import FLAGS, Unreadable, check, open_directory
 from egressd.processes.workspaces import SUFFIX
 
 __all__ = ["NotReplaced", "PolicyFile"]
 
 _LOCK: Final = ".egressctl.lock"  # hidden names are passed over where policies are read
 _LOCK_WITHIN: Final = 10.0  # seconds; another one's apply takes a part of one
-_READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _FRESH: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _ACCESS: Final = "system.posix_acl_access"  # acl(5)
 
@@ -79,6 +79,11 @@ class PolicyFile:
             self._lock = os.open(
                 _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._directory
             )
+            found = os.fstat(self._lock)
+            if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+                # whoever may write here could have made it another name of any file, and it is given away now
+                text = f"{self.directory}/{_LOCK} is no file of egressctl's"
+                raise NotReplaced(f"{text}: look what it is, and remove it")
             if within.st_mode & stat.S_IWGRP:  # whoever may write here may lock
                 with contextlib.suppress(OSError):
                     os.fchown(self._lock, -1, within.st_gid)
@@ -99,7 +104,7 @@ class PolicyFile:
 
     def _contents(self) -> tuple[bytes, os.stat_result]:
         try:
-            descriptor = os.open(self.name, _READ, dir_fd=self._directory)
+            descriptor = os.open(self.name, FLAGS, dir_fd=self._directory)
         except OSError as error:
             raise NotReplaced(self._not_opened(error)) from error
         try:
@@ -124,10 +129,10 @@ class PolicyFile:
         return f"{self.path} cannot be read: {_why(error)}"
 
     def _check(self, found: os.stat_result) -> None:
-        if not stat.S_ISREG(found.st_mode):
-            raise NotReplaced(f"{self.path} is not a regular file: put the file itself there")
-        if found.st_mode & stat.S_IWOTH:
-            raise NotReplaced(f"everybody may write to {self.path}, so anybody could widen it: chmod o-w")
+        try:
+            check(found)
+        except Unreadable as error:
+            raise NotReplaced(f"{self.path}: {error.text}: {error.remedy}") from error
         if found.st_nlink > 1:
             text = f"{self.path} has another name (a hard link), which would keep the old policy"
             raise NotReplaced(f"{text}: remove that one")
@@ -204,7 +209,7 @@ class PolicyFile:
                 owner = f"{like.st_uid}:{like.st_gid}"
                 text = f"{self.path} belongs to {owner}, and you cannot give it to them: use sudo"
                 raise NotReplaced(text) from error
-        old = os.open(self.name, _READ, dir_fd=self._directory)
+        old = os.open(self.name, FLAGS, dir_fd=self._directory)
         try:
             _copy_attributes(old, descriptor)
         finally:
@@ -248,14 +253,12 @@ def _unless_essential(name: str) -> Iterator[None]:
 
 def _open_directory(directory: str) -> int:
     try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        return open_directory(Path(directory))
     except OSError as error:
         raise NotReplaced(f"the directory of policies {directory} cannot be read: {_why(error)}") from error
-    if os.fstat(descriptor).st_mode & stat.S_IWOTH:
-        os.close(descriptor)
-        text = f"everybody may write to {directory}, so anybody could add or replace a policy"
-        raise NotReplaced(f"{text}: chmod o-w")
-    return descriptor
+    except Unreadable as error:
+        text = f"{directory}: {error.text}, so anybody could add or replace a policy"
+        raise NotReplaced(f"{text}: {error.remedy}") from error
 
 
 def _why(error: OSError) -> str:

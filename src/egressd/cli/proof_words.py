@@ -151,11 +151,11 @@ def _places(summary: Summary, paint: Paint) -> str:
         [
             escape(p.host), escape(p.address), "admitted" if p.admitted else f"refused: {escape(p.code)}",
             escape(p.prefix) or "-", escape(f"{p.provider} {p.region}".strip()) or "-",
-            escape(p.table) or "-", escape(p.declared) or "-",
+            escape(p.table) or "-", escape(p.declared) or "-", _moment(p.first), _moment(p.last),
         ]
         for p in summary.places
     ]  # fmt: skip
-    head = ["host", "real address", "verdict", "published prefix", "of", "table", "declared"]
+    head = ["host", "real address", "verdict", "published prefix", "of", "table", "declared", "first", "last"]
     return _table(head, rows, "", paint) if rows else ""
 
 

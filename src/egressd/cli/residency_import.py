@@ -86,13 +86,17 @@ def _understood(args: argparse.Namespace, place: Where) -> tuple[Document, Table
     listing = read(data, name=name, form=form, given=given)
     source = Source(_printable(name), f"sha256:{digest}", len(data), checked)
     today = datetime.now(UTC).date()
-    table = as_table(listing, name=args.name or _name(listing.provider), source=source, imported=today)
+    called = args.name or _name(listing.edition or listing.provider)
+    table = as_table(listing, name=called, source=source, imported=today)
     show("comparing")
     registry = read_registry(place.directory)
     before, remark = _before(place.directory / TABLES / f"{table.name}{SUFFIX}")
+    if before is not None and args.name is None:
+        _refuse_another_kind(before, table, name)
     came = intake(table, registry.catalogue.cloud_region)
-    document = _document(table, came, None if before is None else changes(before, table))
-    document["remarks"] += [remark] if remark else _order(before, table, today)
+    other = None if before is None else changes(before, table)
+    document = _document(table, came, other)
+    document["remarks"] += [remark] if remark else [*_order(before, table, today), *_shrunk(table, other)]
     show("")
     return document, table
 
@@ -204,6 +208,23 @@ def _before(path: Path) -> tuple[Table | None, str]:
         return None, f"the table before cannot be read, and is replaced: {error.problems[0].text}"
 
 
+def _refuse_another_kind(before: Table, table: Table, name: str) -> None:
+    """A plain list of three prefixes with `--provider aws` is not the next edition of ip-ranges.json. In its
+    place, what lies elsewhere would lie in no table, and could be vouched for."""
+    if (before.format, before.provider) == (table.format, table.provider):
+        return
+    text = f"there is a table {before.name}, of {before.provider} and the format {before.format}"
+    remedy = f"--name with another name keeps both; --name {before.name} puts this one ({table.format}) there"
+    raise PolicyError([Problem(name, 0, "", f"{text}: this is no later edition of it", remedy)])
+
+
+def _shrunk(table: Table, other: Changes | None) -> list[str]:
+    """Half a list is well formed, too, where a publisher's server has cut it between two entries."""
+    if other is None or other.removed <= sum(len(group.prefixes) for group in table.groups):
+        return []
+    return ["more prefixes have gone than are left: was only a part of it downloaded?"]
+
+
 def _order(before: Table | None, table: Table, today: date) -> list[str]:
     remarks = []
     if table.published and table.published > today:
@@ -218,7 +239,7 @@ def _order(before: Table | None, table: Table, today: date) -> list[str]:
 
 def _write(table: Table, directory: Path) -> Path:
     """The file is there whole or not at all, for everybody to read; it survives a crash once this returns."""
-    directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+    _make(directory)
     path = directory / f"{table.name}{SUFFIX}"
     descriptor, name = tempfile.mkstemp(prefix=f".{table.name}.", dir=directory)
     try:
@@ -233,6 +254,14 @@ def _write(table: Table, directory: Path) -> Path:
         raise
     _sync(directory)
     return path
+
+
+def _make(directory: Path) -> None:
+    """For everybody to read, whatever the umask: egressd reads it as a user of its own."""
+    missing = [each for each in (directory, *directory.parents) if not each.exists()]
+    for each in reversed(missing):
+        each.mkdir(exist_ok=True)
+        each.chmod(0o755)
 
 
 def _sync(directory: Path) -> None:
@@ -388,7 +417,9 @@ def _outcome(document: Document, paint: Paint) -> list[str]:
     if document["applied"] is not None:
         from egressd.cli.policy_changes import render as applied  # noqa: PLC0415
 
-        lines.append(applied(document["applied"], paint=paint))
+        # "no changes" is about rules: where their names lead is judged anew
+        told = applied(document["applied"], paint=paint)
+        lines.append(told.replace("no changes, applied in", "rules: no changes; addresses judged anew in"))
     if document["refused"]:
         lines.append(paint.bad("NOT APPLIED") + f": {escape(document['refused'])}")
     return lines

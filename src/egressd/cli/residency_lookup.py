@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from dataclasses import asdict
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from typing import Any
@@ -18,8 +17,8 @@ from egressd.model.errors import Unfit
 from egressd.model.names import quoted
 from egressd.processes.registry_files import read_registry
 from egressd.residency.endpoints import Endpoint
-from egressd.residency.judge import Finding
-from egressd.residency.jurisdictions import jurisdiction
+from egressd.residency.judge import Code, Finding
+from egressd.residency.jurisdictions import named
 from egressd.residency.places import Observation, Pin, Placement
 from egressd.residency.registry import Registry
 
@@ -28,7 +27,7 @@ __all__ = ["look_up", "render", "run"]
 
 def run(args: argparse.Namespace) -> int:
     try:
-        subject, pin = _subject(args.subject), _pin(args.pin)
+        subject, pin = _subject(args.subject), Pin() if args.pin is None else Pin.of(args.pin)
     except Unfit as error:
         if args.json:
             print_json({"error": {"text": str(error)}})
@@ -62,12 +61,6 @@ def _network(text: str) -> Network:
     if str(network) != text:
         raise Unfit(f"{quoted(text)} has bits set behind its length", f"is {network} meant?")
     return network
-
-
-def _pin(text: str | None) -> Pin:
-    """Of `EU`, `EEA,CH` or `EEA/CH`."""
-    words = re.split(r"[,/\s]+", text or "")
-    return Pin(tuple(sorted({jurisdiction(word) for word in words if word})))
 
 
 def look_up(subject: Address | Network | Endpoint, *, pin: Pin, registry: Registry) -> Document:
@@ -154,7 +147,7 @@ def _endpoint_lines(found: Document, paint: Paint) -> list[str]:
         lines = ["  by its URL: in no catalogue"]
     else:
         region = f", region {escape(found['region'])}" if found["region"] else ""
-        where = ", ".join(found["countries"])
+        where = named(found["countries"])
         lines = [f"  by its URL: {escape(found['provider'] or 'a known owner')}, {found['scope']}{region}"]
         lines[0] += f" ({where})" if where else ""
         lines += [f"    {escape(found['note'])}"] if found["note"] else []
@@ -176,7 +169,9 @@ def _said(seen: Document) -> str:
         return f"{told}: {escape(seen['conflict'])}"
     if seen["anycast"]:
         return f"{told}, announced from many places"
-    where = ", ".join(seen["countries"]) or "nobody knows in which country"
+    where = named(seen["countries"]) or "nobody knows in which country"
+    if seen["region"] == where:  # a plain list that names countries
+        return f"{told}, in {where}"
     return f"{told}, region {escape(seen['region'] or 'not told')} ({where})"
 
 
@@ -184,5 +179,7 @@ def _finding_lines(finding: Document | None, paint: Paint) -> list[str]:
     if finding is None:
         return []
     verdict = paint.good("complies") if finding["compliant"] else paint.bad("refused")
+    if finding["code"] == Code.BY_ADDRESS:
+        verdict = paint.strong("left open")
     remedy = f" ({escape(finding['remedy'])})" if finding["remedy"] else ""
     return [f"    {verdict}, {finding['code']}: {escape(finding['text'])}{remedy}"]

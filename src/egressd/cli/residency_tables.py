@@ -13,7 +13,8 @@ from egressd.cli.exits import FOUND, OK
 from egressd.cli.screen import complain, paint, print_json
 from egressd.cli.text import Paint, escape, shorten, table
 from egressd.model.errors import EgressdError
-from egressd.processes.registry_files import DEFAULT_DIRECTORY, read_registry
+from egressd.processes.config import Config
+from egressd.processes.registry_files import read_registry
 from egressd.residency.prefixes import STALE_DAYS, Table
 from egressd.residency.registry import Registry
 
@@ -33,7 +34,7 @@ class Where:
 
 def where(args: argparse.Namespace) -> Where:
     running, silent = _asked(args.run_dir)
-    directory = Path(args.residency_dir) if args.residency_dir else running or Path(DEFAULT_DIRECTORY)
+    directory = Path(args.residency_dir) if args.residency_dir else running or Path(Config().residency_dir)
     return Where(directory.absolute(), running, silent, args.run_dir)
 
 

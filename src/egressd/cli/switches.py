@@ -20,7 +20,7 @@ from egressd.model.verdicts import Reason
 from egressd.policy import edit
 from egressd.policy.compiled import Guard, Policy
 from egressd.processes.config import Config
-from egressd.residency.jurisdictions import jurisdiction
+from egressd.residency.jurisdictions import codes
 
 __all__ = [
     "GUARD",
@@ -60,13 +60,9 @@ def _guard(words: Sequence[str]) -> edit.Setting:
 
 
 def _residency(words: Sequence[str]) -> edit.Setting:
-    """Codes apart by commas, or words; in the order in which they were said."""
-    codes = [code for word in words for code in word.split(",") if code]
-    if [code.lower() for code in codes] == ["none"]:
-        return ()
-    if not codes:
-        raise Unfit("no jurisdiction is named", "say EU, or EEA,CH, or none")
-    return tuple(dict.fromkeys(jurisdiction(code) for code in codes))
+    """In the order in which they were said."""
+    text = " ".join(words)
+    return () if text.lower() == "none" else codes(text)
 
 
 def _truth(words: Sequence[str]) -> edit.Setting:

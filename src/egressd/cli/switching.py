@@ -182,9 +182,8 @@ def _prepared(
 
 def _rest(policy: Policy, which: Switch) -> object:
     """What a policy says beside one setting. A rule that is barred is written all the same."""
-    rules = (*policy.rules, *(barred.rule for barred in policy.barred))
     settings = [each.of(policy) for each in (GUARD, RESIDENCY, LOCAL_ONLY) if each is not which]
-    written = sorted((rule.key, *map(str, rule.ports)) for rule in rules)
+    written = sorted((rule.key, *map(str, rule.ports)) for rule in policy.written)
     providers = [(provider.name, provider.base_url) for provider in policy.providers]
     routes = [(route.name, route.providers) for route in policy.routes]
     return policy.members, policy.limits, policy.wildcards, settings, written, providers, routes
@@ -239,7 +238,7 @@ class _Throwing:
             where = "file; egressd is not running: it holds when egressd starts"
             return self._say(where, self.changes, written=self.writes, applied=False)
         try:
-            answer = self.egressd.control.apply(why=self._why)
+            answer = self.egressd.control.apply(why=self._why, about=self.file.workspace)
         except (EgressdError, OSError, ValueError) as error:
             return self._not_applied(error)
         source = f"{self.egressd.source(self.file)}:"
@@ -268,7 +267,7 @@ class _Throwing:
             complain(f"problem: {problem}")
         self.file.replace(self.texts[0], instead_of=self.texts[1])
         try:
-            control.apply(why=f"{self._why}: put back")
+            control.apply(why=f"{self._why}: put back", about=self.file.workspace)
         except (EgressdError, OSError, ValueError) as error:
             complain(f"egressd has not read the directory again: {error}")
         text = f"egressd refuses {self.file.path} like that: it was put back, and nothing has changed"

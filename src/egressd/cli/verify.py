@@ -132,12 +132,13 @@ def _checkpoint(name: str) -> str:
 
 
 def _policy_digest(path: Path) -> str:
-    """Under a pin it depends on the catalogue and the tables, too: those of this machine are used."""
-    from egressd.processes.registry_files import DEFAULT_DIRECTORY, read_registry  # noqa: PLC0415
+    """By this machine's catalogue: it says whether the file is taken, and which host `region:` means."""
+    from egressd.processes.config import Config  # noqa: PLC0415
+    from egressd.processes.registry_files import read_registry  # noqa: PLC0415
     from egressd.processes.workspaces import read_policy_file  # noqa: PLC0415
 
     try:
-        return read_policy_file(path, registry=read_registry(Path(DEFAULT_DIRECTORY))).digest
+        return read_policy_file(path, registry=read_registry(Path(Config().residency_dir))).digest
     except PolicyError as error:
         raise _Unusable(f"the policy has problems: {error.problems[0]}") from error
 

@@ -133,10 +133,6 @@ class Table:
     def workspace(self) -> str:
         return self.names.workspace
 
-    def lists(self, host: str) -> bool:
-        """Whether the name itself is on the list: then no wildcard has a say in it."""
-        return host in self.names.hosts or host in self.names.services
-
     def barring(self, host: str) -> _Barring | None:
         """Why the name, which is not listed itself, may not be led anywhere."""
         found = self.names.barred.get(host)

@@ -511,7 +511,7 @@ class _Reading:
             sandboxes=tuple(self._sandbox_rows()),
             grants=tuple(self._grants),
             policy_changes=tuple(self._changes),
-            places=tuple(Place(*key, *found) for key, found in sorted(self._places.items())),
+            places=tuple(Place(*key, *found) for key, found in sorted(self._places.items(), key=_by_place)),
             routes=tuple(RouteChoice(*key, *found) for key, found in sorted(self._routes.items())),
             losses=tuple(Loss(*key, *found) for key, found in sorted(self._losses.items())),
             restarts=tuple(Restart(name, *found) for name, found in sorted(self._restarts.items())),
@@ -585,6 +585,12 @@ def _known(fields: Fields) -> dict[str, Any]:
         if isinstance(fields.get(name), str):
             found[name] = fields[name]
     return found
+
+
+def _by_place(item: tuple[tuple[Any, ...], list[Any]]) -> tuple[Any, ...]:
+    """Of one host after the other, as it went."""
+    (host, *rest), (_, first, _) = item
+    return host, first, *rest
 
 
 def _again(rows: dict[Any, list[Any]], key: tuple[Any, ...], time: str, times: int) -> None:

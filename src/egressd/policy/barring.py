@@ -9,21 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from egressd.model.addresses import Network
 from egressd.model.verdicts import Reason
-from egressd.policy.compiled import Barred, CidrRule, HostRule, LocalRule, Provider, Rule
-from egressd.residency.judge import Code, Finding, judge_address
+from egressd.policy.compiled import Barred, CidrRule, HostRule, LocalRule, Policy, Provider, Rule
+from egressd.residency.judge import Code, Finding
 from egressd.residency.places import Pin
 from egressd.residency.registry import Registry
 
-__all__ = ["LOCAL_ONLY", "Terms", "judge_network", "judged", "parted"]
+__all__ = ["LOCAL_ONLY", "judged"]
 
 _ROUTING = "remove local_only: true, or: egressctl local-only WORKSPACE off"
-LOCAL_ONLY = Finding(Code.UNJUDGED, Reason.LOCAL_ONLY.text, _ROUTING)
+LOCAL_ONLY = Finding(Code.LOCAL_ONLY, Reason.LOCAL_ONLY.text, _ROUTING)
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class _Terms:
     """On what rules are let take part."""
 
     pin: Pin
@@ -31,7 +30,15 @@ class Terms:
     registry: Registry
 
 
-def judged(provider: Provider, terms: Terms) -> Provider:
+def judged(policy: Policy, registry: Registry) -> Policy:
+    """The policy as catalogue and tables have it today, whatever an earlier day made of it."""
+    terms = _Terms(policy.pin, policy.local_only, registry)
+    providers = tuple(_judged(provider, terms) for provider in policy.providers)
+    rules, barred = _parted(policy.written, providers, terms)
+    return replace(policy, providers=providers, rules=rules, barred=barred)
+
+
+def _judged(provider: Provider, terms: _Terms) -> Provider:
     """The profile with what the catalogue and residency say of it today, its models included."""
     provider = replace(provider, placement=terms.registry.place(provider.endpoint))
     findings = _findings(provider, terms)
@@ -40,7 +47,7 @@ def judged(provider: Provider, terms: Terms) -> Provider:
     return replace(provider, finding=worst)
 
 
-def _findings(provider: Provider, terms: Terms) -> Iterator[Finding]:
+def _findings(provider: Provider, terms: _Terms) -> Iterator[Finding]:
     pin, registry, endpoint = terms.pin, terms.registry, provider.endpoint
     yield registry.judge_endpoint(endpoint, declared=provider.declared, pin=pin)
     for model in provider.models:
@@ -51,8 +58,8 @@ def _findings(provider: Provider, terms: Terms) -> Iterator[Finding]:
             yield found if model in found.text else replace(found, text=f"model {model}: {found.text}")
 
 
-def parted(
-    rules: Iterable[Rule], providers: Iterable[Provider], terms: Terms
+def _parted(
+    rules: Iterable[Rule], providers: Iterable[Provider], terms: _Terms
 ) -> tuple[tuple[Rule, ...], tuple[Barred, ...]]:
     """The rules that take part, and those that do not, each in the order given."""
     profiles = {provider.name: provider for provider in providers}
@@ -67,7 +74,7 @@ def parted(
     return tuple(kept), tuple(barred)
 
 
-def _why(rule: Rule, profiles: dict[str, Provider], terms: Terms) -> Barred | None:
+def _why(rule: Rule, profiles: dict[str, Provider], terms: _Terms) -> Barred | None:
     match rule:
         case HostRule():
             if terms.local_only:
@@ -80,16 +87,15 @@ def _why(rule: Rule, profiles: dict[str, Provider], terms: Terms) -> Barred | No
     return None if finding.compliant else Barred(rule, Reason.RESIDENCY, finding)
 
 
-def _of_host(rule: HostRule, profiles: dict[str, Provider], terms: Terms) -> Finding:
+def _of_host(rule: HostRule, profiles: dict[str, Provider], terms: _Terms) -> Finding:
     """Profiles say more of a host than its name does. All through which it is listed must comply: which of
     them a connection is for, nothing on the network tells."""
     if rule.providers:
         return _of_profiles(rule, profiles)
     if not rule.wildcard:
         return terms.registry.judge_name(rule.host, pin=terms.pin)
-    if terms.pin and terms.registry.broken:
-        return Finding(Code.BROKEN, terms.registry.broken, "correct the file named")
-    return Finding(Code.BY_ADDRESS, f"each name under {rule.host} is judged when it is first asked for")
+    text = f"each name under {rule.host} is judged when it is first asked for"
+    return terms.registry.refusal(terms.pin) or Finding(Code.BY_ADDRESS, text)
 
 
 def _of_profiles(rule: HostRule | CidrRule, profiles: dict[str, Provider]) -> Finding:
@@ -98,24 +104,9 @@ def _of_profiles(rule: HostRule | CidrRule, profiles: dict[str, Provider]) -> Fi
     return worst if worst.compliant else replace(worst, text=f"provider {name}: {worst.text}")
 
 
-def _of_network(rule: CidrRule, profiles: dict[str, Provider], terms: Terms) -> Finding:
+def _of_network(rule: CidrRule, profiles: dict[str, Provider], terms: _Terms) -> Finding:
     if rule.providers:
         finding = _of_profiles(rule, profiles)
         if not finding.compliant:
             return finding
-    return judge_network(rule.network, vouched=bool(rule.vouch), pin=terms.pin, registry=terms.registry)
-
-
-def judge_network(network: Network, *, vouched: bool, pin: Pin, registry: Registry) -> Finding:
-    """Of all addresses of a network at once: each has to be where the pin allows. The worst is told.
-
-    One that is in no table (and no table has private networks) is let be if the rule vouches for it.
-    """
-    if pin and registry.broken:
-        return Finding(Code.BROKEN, registry.broken, "correct the file named")
-    seen = registry.prefixes.covers(network) or (registry.observe(network.network_address),)
-    findings = [judge_address(one, pin=pin, vouched=vouched) for one in seen]
-    refused = [finding for finding in findings if not finding.compliant]
-    # what cannot be vouched for is worse than what can
-    refused.sort(key=lambda finding: finding.code in (Code.UNPUBLISHED, Code.ANYCAST))
-    return replace(refused[0], text=f"in {network}, {refused[0].text}") if refused else findings[0]
+    return terms.registry.judge_network(rule.network, pin=terms.pin, vouched=bool(rule.vouch))

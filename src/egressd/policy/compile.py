@@ -30,10 +30,10 @@ from egressd.policy.compiled import (
     Route,
     Rule,
 )
-from egressd.residency.places import Pin, Scope
+from egressd.residency.places import Scope
 from egressd.residency.registry import Registry
 
-__all__ = ["MAX_RULES", "Draft", "Drafted", "Finding", "canonical", "compile", "conflicts", "digest"]
+__all__ = ["MAX_RULES", "Conflict", "Draft", "Drafted", "canonical", "compile", "conflicts", "digest"]
 
 # Blocks a workspace can own: 2**14 less the resolver's and the one for unlisted traffic (ruleset/layout.py).
 MAX_RULES = (1 << 14) - 2
@@ -63,7 +63,7 @@ class Draft:
     routes: tuple[Route, ...] = ()
 
 
-class Finding(NamedTuple):
+class Conflict(NamedTuple):
     """What two or more rules do to each other. `path` is inside the document."""
 
     path: tuple[str | int, ...]
@@ -80,30 +80,25 @@ def compile(draft: Draft, registry: Registry | None = None) -> Policy:
     found = conflicts(draft)
     if found:
         raise ValueError(found[0].text)
-    codes = tuple(sorted(draft.residency))
-    terms = barring.Terms(Pin(codes), draft.local_only, registry or Registry())
-    providers = tuple(barring.judged(provider, terms) for provider in draft.providers)
-    rules, barred = barring.parted(_merged(draft.rules), providers, terms)
     policy = Policy(
         workspace=draft.workspace,
         guard=draft.guard,
         members=tuple(sorted(draft.members)),
-        residency=codes,
-        rules=rules,
+        residency=tuple(sorted(draft.residency)),
+        rules=_merged(draft.rules),
         limits=draft.limits,
         wildcards=draft.wildcards,
         digest="",
         local_only=draft.local_only,
-        barred=barred,
-        providers=providers,
+        providers=draft.providers,
         routes=draft.routes,
     )
-    return replace(policy, digest=digest(policy))
+    return barring.judged(replace(policy, digest=digest(policy)), registry or Registry())
 
 
-def conflicts(draft: Draft) -> tuple[Finding, ...]:
+def conflicts(draft: Draft) -> tuple[Conflict, ...]:
     """Everything wrong between the rules, in no particular order."""
-    checks: tuple[Callable[[Draft], Iterator[Finding]], ...] = (
+    checks: tuple[Callable[[Draft], Iterator[Conflict]], ...] = (
         _repeated_ports,
         _disagreeing_hosts,
         _disagreeing_verification,
@@ -130,7 +125,7 @@ def canonical(policy: Policy) -> str:
     Format 2 has what format 1 could not say. A policy that says nothing of it keeps format 1, and with it the
     digest that proofs of earlier versions name.
     """
-    written = (*policy.rules, *(barred.rule for barred in policy.barred))
+    written = policy.written
     meaning = {
         "format": 1,
         "workspace": policy.workspace,
@@ -210,7 +205,7 @@ def _joined(known: Rule, rule: Rule) -> Rule:
 # ---- the checks. Each is at most n log n in the number of (rule, port) pairs.
 
 
-def _repeated_ports(draft: Draft) -> Iterator[Finding]:
+def _repeated_ports(draft: Draft) -> Iterator[Conflict]:
     """Written twice, or the same profile twice. Several profiles may share a host, and stand beside a rule
     for it: they differ in what is asked there, of which the network sees nothing."""
     first: dict[tuple[str, Port, tuple[str, ...]], int] = {}
@@ -218,7 +213,7 @@ def _repeated_ports(draft: Draft) -> Iterator[Finding]:
         for number, port in enumerate(rule.ports):
             this = (rule.key, port, rule.providers)
             if this in first:
-                yield Finding(
+                yield Conflict(
                     ("allow", place, "ports", number),
                     f"{rule.key} is allowed on {port} twice, first on line {first[this]}",
                     "remove one of them",
@@ -226,7 +221,7 @@ def _repeated_ports(draft: Draft) -> Iterator[Finding]:
             first.setdefault(this, rule.line)
 
 
-def _disagreeing_hosts(draft: Draft) -> Iterator[Finding]:
+def _disagreeing_hosts(draft: Draft) -> Iterator[Conflict]:
     hosts = [(place, rule) for place, rule in draft.rules if isinstance(rule, HostRule)]
     yield from _disagreeing(hosts, "private")
     # ECH is a matter of what is read: the rule with the other ports has nothing to say about it
@@ -236,20 +231,20 @@ def _disagreeing_hosts(draft: Draft) -> Iterator[Finding]:
     yield from _disagreeing(cidrs, "vouch")
 
 
-def _disagreeing(rules: Sequence[tuple[int, HostRule | CidrRule]], name: str) -> Iterator[Finding]:
+def _disagreeing(rules: Sequence[tuple[int, HostRule | CidrRule]], name: str) -> Iterator[Conflict]:
     first: dict[str, HostRule | CidrRule] = {}
     for place, rule in rules:
         known = first.setdefault(rule.key, rule)
         if getattr(known, name) != getattr(rule, name):
             what = "host" if isinstance(rule, HostRule) else "network"
-            yield Finding(
+            yield Conflict(
                 ("allow", place, name),
                 f"{rule.key} has another value for {name} on line {known.line}",
                 f"a {what} has one value for it, whatever the port",
             )
 
 
-def _disagreeing_verification(draft: Draft) -> Iterator[Finding]:
+def _disagreeing_verification(draft: Draft) -> Iterator[Conflict]:
     """Where two rules meet on a port at all, one of them is for a profile (see _repeated_ports)."""
     first: dict[tuple[str, Port], HostRule] = {}
     for place, rule in draft.rules:
@@ -258,14 +253,14 @@ def _disagreeing_verification(draft: Draft) -> Iterator[Finding]:
         for port in rule.ports:
             known = first.setdefault((rule.key, port), rule)
             if known.providers != rule.providers and known.verify_on(port) is not rule.verify_on(port):
-                yield Finding(
+                yield Conflict(
                     ("allow", place, "verify"),
                     f"{rule.key} is verified otherwise on {port} by line {known.line}",
                     "write the same verify in both",
                 )
 
 
-def _disagreeing_profiles(draft: Draft) -> Iterator[Finding]:
+def _disagreeing_profiles(draft: Draft) -> Iterator[Conflict]:
     """A host is in one place. Where its URL says in which, `contradiction` has compared it already."""
     first: dict[str, Provider] = {}
     for provider in draft.providers:
@@ -273,7 +268,7 @@ def _disagreeing_profiles(draft: Draft) -> Iterator[Finding]:
             continue
         known = first.setdefault(provider.endpoint.name, provider)
         if known.declared is not None and _place(known) != _place(provider):
-            yield Finding(
+            yield Conflict(
                 ("providers", provider.name, "residency"),
                 f"{provider.endpoint.name} is declared to be in {known.region} on line {known.line}, and in"
                 f" {provider.region} here",
@@ -286,19 +281,19 @@ def _place(provider: Provider) -> tuple[str, str]:
     return provider.declared.region, provider.declared.jurisdiction
 
 
-def _crowded_blocks(draft: Draft) -> Iterator[Finding]:
+def _crowded_blocks(draft: Draft) -> Iterator[Conflict]:
     """A name that a wildcard covers takes a block of addresses, as a rule does, while it is held."""
     rules = {rule.key: rule for _, rule in draft.rules}
     names = draft.wildcards.workspace.names
     if len(rules) + names > MAX_RULES and any(isinstance(r, HostRule) and r.wildcard for r in rules.values()):
-        yield Finding(
+        yield Conflict(
             ("wildcards", "workspace", "names"),
             f"{len(rules)} rules and {names} names of wildcards are more than {MAX_RULES} together",
             "set a smaller budget of names under wildcards: {workspace: {names: ...}}",
         )
 
 
-def _overlapping_networks(draft: Draft) -> Iterator[Finding]:
+def _overlapping_networks(draft: Draft) -> Iterator[Conflict]:
     """The kernel's interval map cannot hold overlapping keys, and a packet must have one rule."""
     by_port: dict[tuple[Port, int], list[tuple[int, CidrRule]]] = {}
     for place, rule in draft.rules:
@@ -309,7 +304,7 @@ def _overlapping_networks(draft: Draft) -> Iterator[Finding]:
         yield from _overlaps(port, entries)
 
 
-def _overlaps(port: Port, entries: list[tuple[int, CidrRule]]) -> Iterator[Finding]:
+def _overlaps(port: Port, entries: list[tuple[int, CidrRule]]) -> Iterator[Conflict]:
     """Networks nest or are apart; sorted, the ones inside a network follow it directly."""
     entries.sort(key=lambda entry: (int(entry[1].network.network_address), entry[1].network.prefixlen))
     outer = entries[0][1]
@@ -317,14 +312,14 @@ def _overlaps(port: Port, entries: list[tuple[int, CidrRule]]) -> Iterator[Findi
         if int(rule.network.network_address) > int(outer.network.broadcast_address):
             outer = rule
         elif rule.network != outer.network:  # the same network twice is told by _repeated_ports
-            yield Finding(
+            yield Conflict(
                 ("allow", place),
                 f"{rule.network} lies inside {outer.network} (line {outer.line}), both on {port}",
                 "keep one of them",
             )
 
 
-def _shared_loopback_ports(draft: Draft) -> Iterator[Finding]:
+def _shared_loopback_ports(draft: Draft) -> Iterator[Conflict]:
     owners: dict[Port, LocalRule] = {}
     for place, rule in draft.rules:
         if not isinstance(rule, LocalRule):
@@ -332,21 +327,21 @@ def _shared_loopback_ports(draft: Draft) -> Iterator[Finding]:
         for number, port in enumerate(rule.ports):
             owner = owners.setdefault(port, rule)
             if owner.service != rule.service:
-                yield Finding(
+                yield Conflict(
                     ("allow", place, "ports", number),
                     f"port {port} of the loopback is already {owner.service}'s (line {owner.line})",
                     "a port of this machine is one service",
                 )
 
 
-def _repeated_members(draft: Draft) -> Iterator[Finding]:
+def _repeated_members(draft: Draft) -> Iterator[Conflict]:
     for place, member in _repeats(draft.members):
-        yield Finding(("members", place), f"{member} is a member twice", "remove one of them")
+        yield Conflict(("members", place), f"{member} is a member twice", "remove one of them")
 
 
-def _repeated_jurisdictions(draft: Draft) -> Iterator[Finding]:
+def _repeated_jurisdictions(draft: Draft) -> Iterator[Conflict]:
     for place, code in _repeats(draft.residency):
-        yield Finding(("residency", "jurisdictions", place), f"{code} is listed twice", "remove one of them")
+        yield Conflict(("residency", "jurisdictions", place), f"{code} is listed twice", "remove one of them")
 
 
 def _repeats(items: tuple[T, ...]) -> Iterator[tuple[int, T]]:

@@ -6,7 +6,6 @@ A `Policy` is plain frozen data. The same document always gives the same policy 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Network, IPv6Network
 from typing import TypeAlias
@@ -15,13 +14,13 @@ from egressd.model.errors import Unfit
 from egressd.model.verdicts import Reason
 from egressd.residency.endpoints import Endpoint
 from egressd.residency.judge import Finding
-from egressd.residency.jurisdictions import EEA, EU
+from egressd.residency.jurisdictions import named
 from egressd.residency.places import Declared, Pin, Placement
 from egressd.residency.registry import Registry
 
 __all__ = [
     "Barred", "Budget", "Budgets", "CidrRule", "Ech", "Guard", "HostRule", "Limits", "LocalRule", "Member",
-    "MemberKind", "Policy", "Port", "Protocol", "Provider", "Route", "Rule", "Verify", "jurisdictions_text",
+    "MemberKind", "Policy", "Port", "Protocol", "Provider", "Route", "Rule", "Verify",
 ]  # fmt: skip
 
 
@@ -191,19 +190,10 @@ class Provider:
 
 
 def _region_text(placement: Placement) -> str:
-    where = jurisdictions_text(placement.countries)
+    where = named(placement.countries)
     if not placement.region:
         return where
     return f"{placement.region} ({where})" if where else placement.region
-
-
-def jurisdictions_text(found: Iterable[str]) -> str:
-    """Countries as people write them: `EEA, CH` for those of the EEA and Switzerland."""
-    there = set(found)
-    for code, members in (("EEA", EEA), ("EU", EU)):
-        if members <= there:
-            return ", ".join((code, *sorted(there - members)))
-    return ", ".join(sorted(there))
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +262,12 @@ class Policy:
     def applied(self, rule: HostRule) -> HostRule:
         """The rule as the kernel and the inspector get it: unless the guard enforces, nothing is read."""
         return rule if self.holding is Guard.ENFORCE else replace(rule, inspected=())
+
+    @property
+    def written(self) -> tuple[Rule, ...]:
+        """Every rule, whether it takes part or not, in the order of the lines."""
+        rules = (*self.rules, *(barred.rule for barred in self.barred))
+        return tuple(sorted(rules, key=lambda rule: rule.line))
 
     def provider(self, name: str) -> Provider | None:
         return next((profile for profile in self.providers if profile.name == name), None)

@@ -39,7 +39,7 @@ from egressd.residency.registry import Registry
 
 __all__ = [
     "Decision", "barred_for", "decide_address", "decide_flow", "decide_name", "governing", "parse_address",
-    "rule_among", "rule_for", "written_among",
+    "rule_for", "written_among",
 ]  # fmt: skip
 
 # Refused in every mode: they would mean the gateway or the sandbox itself, or nobody in particular.
@@ -82,12 +82,7 @@ def rule_for(policy: Policy, name: str) -> HostRule | None:
     More labels after the asterisks are more specific, and of equal ones `*.` is before `**.`. The controller
     grants by it; the resolver walks `covering(name)` through a table of its own, which is the same.
     """
-    return rule_among(governing(policy), name)
-
-
-def rule_among(rules: Mapping[str, HostRule | Barred], name: str) -> HostRule | None:
-    """The same, for many names: `rules` are what `governing` says of a policy."""
-    found = written_among(rules, name)
+    found = written_among(governing(policy), name)
     return found if isinstance(found, HostRule) else None
 
 
@@ -104,7 +99,7 @@ def governing(policy: Policy) -> dict[str, HostRule | Barred]:
 
 
 def written_among(rules: Mapping[str, HostRule | Barred], name: str) -> HostRule | Barred | None:
-    """What governs a canonical name, barred or not."""
+    """What governs a canonical name, barred or not: `rules` are what `governing` says of a policy."""
     return next((rules[host] for host in covering(name) if host in rules), None)
 
 

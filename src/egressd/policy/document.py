@@ -19,7 +19,7 @@ from egressd.model.errors import PolicyError, Problem
 from egressd.model.names import quoted
 from egressd.model.tree import MAX_BYTES, Path, Tree, read
 from egressd.policy import compile as compilation
-from egressd.policy import values
+from egressd.policy import plain_secrets, values
 from egressd.policy.compile import Draft, Drafted
 from egressd.policy.compiled import (
     Budget,
@@ -69,7 +69,7 @@ def load(
     """
     tree = read(data, source=source)
     if not tree.readable:
-        raise PolicyError(tree.problems)
+        raise PolicyError(_without_secrets(tree.problems, data, tree))
     registry = registry or Registry()
     reader = _Reader(tree, {"is_public_suffix": is_public_suffix, "own": tuple(own)}, registry)
     draft = reader.draft(expected_name)
@@ -77,8 +77,17 @@ def load(
         reader.wrong(finding.path, finding.text, finding.remedy)
     problems = sorted(tree.problems)
     if problems:
-        raise PolicyError(_bounded(problems, source))
+        raise PolicyError(_without_secrets(_bounded(problems, source), data, tree))
     return compilation.compile(draft, registry)
+
+
+def _without_secrets(problems: Iterable[Problem], data: bytes, tree: Tree) -> list[Problem]:
+    """Problems quote what they do not understand, and are recorded: a key in the wrong line is not told."""
+    hide = plain_secrets.find(data, tree).hide
+    return [
+        replace(found, where=hide(found.where), text=hide(found.text), remedy=hide(found.remedy))
+        for found in problems
+    ]
 
 
 def _bounded(problems: list[Problem], source: str) -> list[Problem]:

@@ -304,7 +304,9 @@ def _items(section: Any) -> list[Any]:
 
 
 def _is_plain(item: Any) -> bool:
-    return isinstance(item, yaml.ScalarNode) and item.style not in ("|", ">")
+    """Text that stands where its marks say: an entry of which there is only a dash stands nowhere."""
+    is_scalar = isinstance(item, yaml.ScalarNode) and item.style not in ("|", ">")
+    return is_scalar and item.start_mark.index < item.end_mark.index
 
 
 def _one_step(layout: _Layout, codes: Sequence[str]) -> str | None:

@@ -97,11 +97,10 @@ def _provider_text(provider: Provider) -> str:
 
 def _route_text(route: Route, selection: Selection) -> str:
     order = ", ".join(route.providers)
-    if not selection.selected:
+    if selection.selected is None:
         return f"{order} (line {route.line}): none is selected: {selection.text}"
-    return (
-        f"{order} (line {route.line}): {selection.provider} by its URL; egressctl route says by its addresses"
-    )
+    name = selection.selected.provider
+    return f"{order} (line {route.line}): {name} by its URL; egressctl route says by its addresses"
 
 
 def rule_text(rule: Rule) -> str:

@@ -93,8 +93,9 @@ def lint(
         findings = [*_of_problems(read_as.problems, secrets, source), *_of_secrets(secrets)]
         unverified = [Unverified(0, "anything else about the file: it is refused as it stands")]
     else:
-        terms = barring.Terms(read_as.pin if pin is None else pin, read_as.local_only, registry)
-        case = _Case(_under(read_as, terms), tree, registry, terms.pin, today)
+        if pin is not None:
+            read_as = barring.judged(replace(read_as, residency=pin.codes), registry)
+        case = _Case(read_as, tree, registry, today)
         findings = [found for check in _CHECKS for found in check(case)] + list(_of_secrets(secrets))
         unverified = list(_open_ends(case))
     return Report(source, _in_order(findings, secrets), _open_in_order(unverified, secrets))
@@ -168,19 +169,21 @@ def _of_secrets(secrets: Secrets) -> Iterator[Finding]:
 
 @dataclass(frozen=True)
 class _Case:
-    """What the checks look at. `pin` may be another one than the policy's."""
+    """What the checks look at."""
 
     policy: Policy
     tree: Tree
     registry: Registry
-    pin: Pin
     today: date
+
+    @property
+    def pin(self) -> Pin:
+        return self.policy.pin
 
     @functools.cached_property
     def rules(self) -> tuple[Rule, ...]:
         """All that are written, also those that take no part."""
-        rules = (*self.policy.rules, *(barred.rule for barred in self.policy.barred))
-        return tuple(sorted(rules, key=lambda rule: rule.line))
+        return self.policy.written
 
     @functools.cached_property
     def pinned(self) -> Path:
@@ -203,14 +206,6 @@ class _Case:
 
     def judged(self, endpoint: Endpoint, declared: Declared | None) -> judge.Finding:
         return self.registry.judge_endpoint(endpoint, declared=declared, pin=self.pin)
-
-
-def _under(policy: Policy, terms: barring.Terms) -> Policy:
-    """The policy as it would be if it were pinned so."""
-    written = (*policy.rules, *(barred.rule for barred in policy.barred))
-    providers = tuple(barring.judged(provider, terms) for provider in policy.providers)
-    rules, barred = barring.parted(written, providers, terms)
-    return replace(policy, residency=terms.pin.codes, providers=providers, rules=rules, barred=barred)
 
 
 def _found(
@@ -311,7 +306,6 @@ _BY_CODE = {
     Code.GLOBAL: "global-endpoint",
     Code.UNPLACED: "unplaced-endpoint",
     Code.OUTSIDE: "outside-pin",
-    Code.UNDECLARED: "missing-residency",
 }
 
 
@@ -535,15 +529,16 @@ def _uses(case: _Case) -> Iterator[Finding]:
 
 
 def _routes(case: _Case) -> Iterator[Finding]:
+    selections = routing.selections_by_url(case.policy)
     for route in case.policy.routes:
         path: Path = ("routes", route.name)
-        selection = routing.select_by_url(case.policy, route.name)
+        selection = selections[route.name]
         for one in selection.candidates:
             if one.code in _NOT_ALLOWED:
                 text = f"route {route.name} can select {one.provider}: {one.text}"
                 subject = f"{route.name} {one.provider}"
                 yield _at(case, path, "unreachable-provider", text, one.remedy, subject=subject)
-        if not selection.selected:
+        if selection.selected is None:
             name = "route-without-compliant-provider"
             remedy = selection.remedy or "add a provider that complies"
             yield _at(case, path, name, selection.text, remedy, subject=route.name)

@@ -101,7 +101,7 @@ def _about_residency(policy: Policy, registry: Registry | None) -> Iterator[_Rem
 
 
 def _about_providers(policy: Policy) -> Iterator[_Remark]:
-    listed = {name for rule in _written(policy) for name in rule.providers}
+    listed = {name for rule in policy.written for name in rule.providers}
     for provider in policy.providers:
         where = f"providers.{provider.name}"
         if provider.name not in listed:
@@ -113,7 +113,7 @@ def _about_providers(policy: Policy) -> Iterator[_Remark]:
     selections = selections_by_url(policy)
     for route in policy.routes:
         selection = selections[route.name]
-        if not selection.selected:
+        if selection.selected is None:
             yield route.line, f"routes.{route.name}", selection.text, selection.remedy
 
 
@@ -127,10 +127,6 @@ def _about_barred(policy: Policy) -> Iterator[_Remark]:
         if one.reason is not Reason.LOCAL_ONLY:
             text = f"{one.rule.key} is barred by residency: {one.finding.text}"
             yield one.rule.line, "", text, one.finding.remedy or "remove the rule"
-
-
-def _written(policy: Policy) -> tuple[Rule, ...]:
-    return (*policy.rules, *(one.rule for one in policy.barred))
 
 
 def _about_rules(policy: Policy, registry: Registry | None) -> Iterator[_Remark]:

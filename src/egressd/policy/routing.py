@@ -8,14 +8,15 @@ its addresses lie, which only who has looked them up can say. What cannot be sho
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeAlias
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from egressd.model.addresses import Address
 from egressd.model.verdicts import Reason
-from egressd.policy.compiled import Barred, HostRule, Policy, Provider, Rule, jurisdictions_text
+from egressd.policy.compiled import Barred, HostRule, Policy, Provider, Rule
 from egressd.policy.decide import governing, written_among
 from egressd.residency.judge import Code, Finding
+from egressd.residency.jurisdictions import named
 from egressd.residency.places import Observation
 
 __all__ = [
@@ -25,7 +26,6 @@ __all__ = [
     "Seen",
     "Selection",
     "select",
-    "select_by_url",
     "selections_by_url",
 ]
 
@@ -64,6 +64,7 @@ class Candidate:
     port: int
     base_url: str
     declared_region: str
+    api_key: str  # the reference
     jurisdiction: str
     source_url: str
     addresses: tuple[str, ...] = ()  # those that may be reached
@@ -74,34 +75,17 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """`provider` is "" where none complies: block, and nothing in its place. Made of text, numbers and tuples
-    alone, so that `as_json` is all there is to showing it."""
+    """`selected` is None where none complies: block, and nothing in its place."""
 
     workspace: str
     route: str
     policy: str  # digest
     pin: tuple[str, ...]
     candidates: tuple[Candidate, ...]  # in the order of the route
+    selected: Candidate | None
     code: str  # of the one selected; of the only candidate; or NONE
     text: str
     remedy: str = ""
-    provider: str = ""
-    host: str = ""
-    port: int = 0
-    base_url: str = ""
-    api_key: str = ""  # the reference
-    declared_region: str = ""
-    jurisdiction: str = ""
-    addresses: tuple[str, ...] = ()
-    prefixes: tuple[str, ...] = ()
-    tables: tuple[str, ...] = ()
-
-    @property
-    def selected(self) -> bool:
-        return bool(self.provider)
-
-    def as_json(self) -> dict[str, Any]:
-        return {"selected": self.selected, **asdict(self)}
 
 
 def select(policy: Policy, route: str, evidence: Mapping[str, Evidence]) -> Selection:
@@ -117,16 +101,9 @@ def select(policy: Policy, route: str, evidence: Mapping[str, Evidence]) -> Sele
     return _selection(policy, route, found)
 
 
-def select_by_url(policy: Policy, route: str) -> Selection:
-    """What would be selected if every address were where it should be: all that a file can tell.
-
-    KeyError for a route that the policy does not have.
-    """
-    return selections_by_url(policy)[route]
-
-
 def selections_by_url(policy: Policy) -> dict[str, Selection]:
-    """The same, for every route."""
+    """What would be selected for each route if every address were where it should be: all that a file can
+    tell."""
     rules = governing(policy)
     found = {
         one.name: _by_policy(policy, rules, one) or _passed(one, one.finding) for one in policy.providers
@@ -146,35 +123,18 @@ def _profiles(policy: Policy, route: str) -> list[Provider]:
 
 def _selection(policy: Policy, route: str, candidates: Sequence[Candidate]) -> Selection:
     chosen = next((one for one in candidates if one.selectable), None)
-    refused = Selection(
+    found = Selection(
         workspace=policy.workspace,
         route=route,
         policy=policy.digest,
         pin=policy.residency,
         candidates=tuple(candidates),
+        selected=chosen,
         code=candidates[0].code if len(candidates) == 1 else NONE,
         text=_refusal(route, candidates),
         remedy=next((one.remedy for one in candidates if one.remedy), ""),
     )
-    if chosen is None:
-        return refused
-    profile = policy.provider(chosen.provider)
-    return replace(
-        refused,
-        provider=chosen.provider,
-        code=chosen.code,
-        text=chosen.text,
-        remedy="",
-        host=chosen.host,
-        port=chosen.port,
-        base_url=chosen.base_url,
-        api_key=profile.api_key if profile else "",
-        declared_region=chosen.declared_region,
-        jurisdiction=chosen.jurisdiction,
-        addresses=chosen.addresses,
-        prefixes=chosen.prefixes,
-        tables=chosen.tables,
-    )
+    return found if chosen is None else replace(found, code=chosen.code, text=chosen.text, remedy="")
 
 
 def _refusal(route: str, candidates: Sequence[Candidate]) -> str:
@@ -252,8 +212,7 @@ def _by_address(profile: Provider, evidence: Evidence) -> Candidate:
 
 def _tables(seen: tuple[Seen, ...]) -> tuple[str, ...]:
     every = (one for address in seen for one in (address.observation, *address.observation.others))
-    named = (f"{one.table.name}@{one.table.digest}" for one in every if one.table is not None)
-    return tuple(sorted(set(named)))
+    return tuple(sorted({str(one.table) for one in every if one.table is not None}))
 
 
 def _passed(profile: Provider, finding: Finding) -> Candidate:
@@ -276,7 +235,8 @@ def _out(profile: Provider, code: str, text: str, remedy: str = "") -> Candidate
         host=profile.endpoint.name,
         port=profile.endpoint.port,
         base_url=profile.base_url,
+        api_key=profile.api_key,
         declared_region=declared.region if declared else placement.region,
-        jurisdiction=declared.jurisdiction if declared else jurisdictions_text(placement.countries),
+        jurisdiction=declared.jurisdiction if declared else named(placement.countries),
         source_url=declared.source_url if declared else placement.source,
     )

@@ -262,15 +262,19 @@ class _Reading:
             self._wrong(node, f"{shape.host} needs more than a region", "remove main:")
 
     def _refuse_overlaps(self, providers: Mapping[str, Provider]) -> None:
-        """Of two shapes that one name fits, one has to say more: else it would be a matter of their order."""
+        """Of two shapes that one name fits, one has to say more: else it would be a matter of their order.
+        And both have to be of one entry: a file that adds a provider would place names of another's anew,
+        and nobody would see it. Who means that writes the other's entry."""
         alike: dict[tuple[int, str], list[tuple[str, Shape]]] = {}
         for provider in providers.values():
             for shape in provider.shapes:
-                kind = (len(shape.host.labels), shape.host.tail)
+                # the last two labels have no hole: a name is beneath a domain
+                kind = (len(shape.host.labels), ".".join(map(str, shape.host.labels[-2:])))
                 alike.setdefault(kind, []).append((provider.key, shape))
         for group in alike.values():
             for (first, one), (second, other) in combinations(group, 2):
-                if one.host.rank == other.host.rank and one.host.meets(other.host):
+                same = first == second and one.host.rank != other.host.rank
+                if not same and one.host.meets(other.host):
                     text = f"{other.host} of {second} fits the same names as {one.host} of {first}"
                     self._wrong(self._where[id(other)], text, f"to replace it, write the whole entry {first}")
 

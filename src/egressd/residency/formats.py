@@ -72,6 +72,7 @@ class Listing:
     published: date | None
     serial: str
     entries: tuple[Entry, ...]
+    edition: str = ""  # what its table is called if nobody says; "" as the provider
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,8 +321,16 @@ def _aws_entries(found: _Aws) -> Iterator[tuple[str, str, Entry]]:
         yield f"ipv6_prefixes[{number}].ipv6_prefix", one.ipv6_prefix or "", _aws_entry(one)
 
 
+def _aws_place(one: _AwsPrefix) -> str:
+    """The group, which is called as its region is, with more behind it. Two that have nothing to do with each
+    other are both told: no region is called so, and nothing is placed there."""
+    group = one.network_border_group or one.region
+    related = group == one.region or group.startswith(f"{one.region}-") or "GLOBAL" in (one.region, group)
+    return group if related else f"{one.region}/{group}"
+
+
 def _aws_entry(one: _AwsPrefix) -> Entry:
-    region = one.network_border_group or one.region
+    region = _aws_place(one)
     everywhere = "GLOBAL" in (one.region, region)
     anycast = everywhere or one.service in _AWS_ANYCAST
     return Entry("", "GLOBAL" if everywhere else region, one.service, anycast)
@@ -395,7 +404,10 @@ def _azure(found: _Azure, name: str) -> Listing:
     match = _AZURE_NAME.fullmatch(name)
     published = _as_date(match) if match else None
     entries = _entries(name, _azure_entries(found))
-    return Listing(Format.AZURE, "azure", published, str(found.change), entries)
+    # Lists of the sovereign clouds have the same shape: one must not take the place of another.
+    cloud = re.sub("[^a-z0-9]", "", found.cloud.lower())[:16]
+    edition = f"azure-{cloud}" if cloud not in ("", "public") else ""
+    return Listing(Format.AZURE, "azure", published, str(found.change), entries, edition)
 
 
 def _azure_entries(found: _Azure) -> Iterator[tuple[str, str, Entry]]:

@@ -7,13 +7,14 @@ A list of what is permitted: whatever is not known to be inside the pin is outsi
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
+from egressd.model.addresses import Network
 from egressd.residency.jurisdictions import named
 from egressd.residency.places import Declared, Observation, Pin, Placement, Scope
 
-__all__ = ["Code", "Finding", "contradiction", "judge_address", "judge_endpoint"]
+__all__ = ["Code", "Finding", "contradiction", "judge_address", "judge_endpoint", "judge_network"]
 
 
 class Code(enum.StrEnum):
@@ -28,11 +29,11 @@ class Code(enum.StrEnum):
     OUTSIDE = "outside"
     GLOBAL = "global-endpoint"
     UNPLACED = "unplaced"
-    UNDECLARED = "undeclared"
     CONTRADICTED = "contradicted"
     ANYCAST = "anycast"
     UNPUBLISHED = "no-prefix"
     CONFLICT = "conflicting-prefixes"
+    LOCAL_ONLY = "local-only"  # external routing is off, wherever it would lead
     BROKEN = "broken-registry"  # the files of the catalogue or of the prefixes cannot be read
 
 
@@ -155,13 +156,28 @@ def judge_address(seen: Observation, *, pin: Pin, vouched: bool) -> Finding:
     refused = [finding for finding in findings if not finding.compliant]
     if not refused:
         return findings[0]
-    worst = next((finding for finding in refused if finding.code not in _VOUCHABLE), None)
-    if worst is not None or not vouched:
-        return worst or refused[0]
-    return Finding(Code.VOUCHED, f"{refused[0].text}; the rule vouches for it")
+    worst = _worst(refused)
+    if vouched and worst.code in _VOUCHABLE:
+        return Finding(Code.VOUCHED, f"{worst.text}; the rule vouches for it")
+    return worst
+
+
+def judge_network(network: Network, seen: Iterable[Observation], *, pin: Pin, vouched: bool) -> Finding:
+    """May a rule lead to all of this network, of whose addresses this was `seen`? The worst is told."""
+    findings = [judge_address(one, pin=pin, vouched=vouched) for one in seen]
+    refused = [finding for finding in findings if not finding.compliant]
+    if not refused:
+        return findings[0]
+    worst = _worst(refused)
+    return replace(worst, text=f"in {network}, {worst.text}")
 
 
 _VOUCHABLE = frozenset({Code.ANYCAST, Code.UNPUBLISHED})
+
+
+def _worst(refused: Sequence[Finding]) -> Finding:
+    """What cannot be vouched for is worse than what can."""
+    return next((finding for finding in refused if finding.code not in _VOUCHABLE), refused[0])
 
 
 def _judge_one(seen: Observation, pin: Pin) -> Finding:
@@ -175,4 +191,6 @@ def _judge_one(seen: Observation, pin: Pin) -> Finding:
         return Finding(Code.ANYCAST, f"{what}, which is announced from many places", "write vouch: REASON")
     if not seen.countries:
         return Finding(Code.CONFLICT, f"{what}, whose region {seen.region or 'is not told'} nobody can place")
-    return _inside(seen.countries, pin, f"{what}, {seen.region} ({named(seen.countries)})")
+    where = named(seen.countries)
+    region = where if seen.region == where else f"{seen.region} ({where})"  # a plain list names countries
+    return _inside(seen.countries, pin, f"{what}, {region}")

@@ -7,12 +7,13 @@ the EEA, and Great Britain no longer in either, is the point of writing them dow
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 from egressd.model.errors import Unfit
 from egressd.model.names import quoted
 
-__all__ = ["CODES", "EEA", "EU", "countries", "jurisdiction", "named"]
+__all__ = ["CODES", "EEA", "EU", "codes", "countries", "jurisdiction", "named"]
 
 _COUNTRIES = """
 AD AE AF AG AI AL AM AO AQ AR AS AT AU AW AX AZ BA BB BD BE BF BG BH BI BJ BL BM BN BO BQ BR BS BT BV BW BY
@@ -62,3 +63,12 @@ def jurisdiction(text: str) -> str:
         meant = close[0] if close else None
     remedy = f"did you mean {meant}?" if meant else "use EU, EEA, UK or a country's two letters, such as CH"
     raise Unfit(f"{quoted(text)} is not a jurisdiction", remedy)
+
+
+def codes(text: str) -> tuple[str, ...]:
+    """Of `EU`, `EEA,CH` or `EEA CH`, as somebody types it: each once, in the order said. `Unfit` for what is
+    no jurisdiction, and where none is named."""
+    words = [word for word in re.split(r"[,/\s]+", text) if word]
+    if not words:
+        raise Unfit("no jurisdiction is named", "say EU, or EEA,CH")
+    return tuple(dict.fromkeys(map(jurisdiction, words)))

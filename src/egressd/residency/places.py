@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import date
 
 from egressd.model.addresses import Address
+from egressd.residency import jurisdictions
 from egressd.residency.jurisdictions import countries
 
 __all__ = ["Declared", "Observation", "Pin", "Placement", "Scope", "TableName"]
@@ -52,7 +53,7 @@ class Declared:
     """`residency:` of a provider profile."""
 
     region: str
-    jurisdiction: str  # one of jurisdictions.CODES, or several, as in "EEA, CH"
+    jurisdiction: str  # one of jurisdictions.CODES, or several, as in "CH, EEA"
     source_url: str  # where the provider says so; "" if nothing was written
 
     @property
@@ -65,6 +66,11 @@ class Pin:
     """`residency: {jurisdictions: [...]}` of a workspace: where its requests may go. No codes: anywhere."""
 
     codes: tuple[str, ...] = ()  # sorted, of jurisdictions.CODES
+
+    @classmethod
+    def of(cls, text: str) -> Pin:
+        """Of `EU` or `EEA,CH`. `Unfit` as `jurisdictions.codes` has it."""
+        return cls(tuple(sorted(jurisdictions.codes(text))))
 
     @property
     def countries(self) -> frozenset[str]:
@@ -83,7 +89,10 @@ class TableName:
 
     name: str  # as imported, e.g. "aws"
     digest: str  # "sha256:" + hex of the imported file
-    published: date | None  # by whom it was made; None if the file does not say
+    published: date | None  # when; None if the file does not say
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.digest}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ from msgspec import Meta, Struct
 from egressd.model.addresses import Address, Network
 from egressd.model.errors import Unfit
 from egressd.model.names import quoted
-from egressd.residency.jurisdictions import CODES, countries
+from egressd.residency.jurisdictions import CODES, countries, named
 from egressd.residency.places import Observation, TableName
 
 __all__ = [
@@ -221,12 +221,16 @@ class _Sayings:
         region = _region(group)
         if group.anycast:
             return Said(frozenset(), region, (), anycast=True, conflict="", placed=True)
-        where = self._countries(group)
-        return Said(frozenset({(region, where)}), region, where, anycast=False, conflict="", placed=True)
-
-    def _countries(self, group: Group) -> tuple[str, ...]:
-        found = countries(group.countries) or self._regions(self._provider, group.region) or ()
-        return tuple(sorted(found))
+        said = countries(group.countries)
+        known = frozenset(self._regions(self._provider, group.region) or ())
+        where, conflict = tuple(sorted(said or known)), ""
+        if said and known - said:
+            # whoever imported it wrote --country beside a region that is known to be elsewhere
+            conflict = f"the list says {', '.join(group.countries)}, and {region} is in {named(known)}"
+            where = ()
+        return Said(
+            frozenset({(region, where)}), region, where, anycast=False, conflict=conflict, placed=True
+        )
 
     def merged(self, one: Said, other: Said) -> Said:
         """Of the same prefix."""
@@ -240,12 +244,14 @@ class _Sayings:
 def _merged(one: Said, other: Said) -> Said:
     fixed = one.fixed | other.fixed
     anycast = one.anycast or other.anycast
-    named = ", ".join(sorted({region for region, _ in fixed})) or one.region
+    regions = ", ".join(sorted({region for region, _ in fixed})) or one.region
     if len(fixed) > 1:
-        conflict = f"the same list puts it in different places: {named}"
-        return Said(fixed, named, (), anycast, conflict, placed=True)
+        conflict = f"the same list puts it in different places: {regions}"
+        return Said(fixed, regions, (), anycast, conflict, placed=True)
     where = next((where for _, where in fixed), ())
-    return Said(fixed, named, () if anycast else where, anycast, "", placed=True)
+    return Said(
+        fixed, regions, () if anycast else where, anycast, one.conflict or other.conflict, placed=True
+    )
 
 
 def _region(group: Group) -> str:
@@ -387,9 +393,12 @@ class Prefixes:
         return tuple(found.values())
 
     def stale(self, today: date, days: int = STALE_DAYS) -> tuple[TableName, ...]:
-        """Those made, or if that is not known imported, more than so many days ago."""
-        oldest = today - timedelta(days=days)
-        return tuple(table.title for table in self.tables if table.age_from < oldest)
+        """Those made, or if that is not known imported, more than so many days ago; and those imported on a
+        day that is still to come: nobody knows how old they are."""
+        oldest, latest = today - timedelta(days=days), today + timedelta(days=1)
+        return tuple(
+            table.title for table in self.tables if table.age_from < oldest or table.imported > latest
+        )
 
 
 def _observation(address: Address, provider: str, name: TableName, prefix: str, said: Said) -> Observation:

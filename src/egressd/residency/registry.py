@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 
-from egressd.model.addresses import Address
+from egressd.model.addresses import Address, Network
 from egressd.model.errors import Unfit
+from egressd.residency import judge
 from egressd.residency.catalogue import Catalogue
 from egressd.residency.endpoints import Endpoint
-from egressd.residency.judge import Code, Finding, judge_address, judge_endpoint
+from egressd.residency.judge import Code, Finding
 from egressd.residency.places import Declared, Observation, Pin, Placement
 from egressd.residency.prefixes import Prefixes
 
@@ -31,6 +32,12 @@ class Registry:
         parts = [self.catalogue.digest, self.prefixes.digest, self.broken]
         return "sha256:" + hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
+    def refusal(self, pin: Pin) -> Finding | None:
+        """Of everything under a pin, while a file cannot be read."""
+        if pin and self.broken:
+            return Finding(Code.BROKEN, self.broken, "correct the file named")
+        return None
+
     def place(self, endpoint: Endpoint) -> Placement:
         return self.catalogue.place(endpoint)
 
@@ -46,12 +53,17 @@ class Registry:
         return self.judge_endpoint(endpoint, declared=None, pin=pin)
 
     def judge_endpoint(self, endpoint: Endpoint, *, declared: Declared | None, pin: Pin) -> Finding:
-        if pin and self.broken:
-            return Finding(Code.BROKEN, self.broken, "correct the file named")
-        return judge_endpoint(self.place(endpoint), declared=declared, pin=pin, name=endpoint.name)
+        found = judge.judge_endpoint(self.place(endpoint), declared=declared, pin=pin, name=endpoint.name)
+        return self.refusal(pin) or found
 
     def judge_address(self, address: Address, *, pin: Pin, vouched: bool) -> tuple[Finding, Observation]:
         seen = self.observe(address)
-        if pin and self.broken:
-            return Finding(Code.BROKEN, self.broken, "correct the file named"), seen
-        return judge_address(seen, pin=pin, vouched=vouched), seen
+        return self.refusal(pin) or judge.judge_address(seen, pin=pin, vouched=vouched), seen
+
+    def judge_network(self, network: Network, *, pin: Pin, vouched: bool) -> Finding:
+        """Of all its addresses at once: each has to be where the pin allows.
+
+        One that is in no table (and no table has private networks) is let be if the rule vouches for it.
+        """
+        seen = self.prefixes.covers(network)
+        return self.refusal(pin) or judge.judge_network(network, seen, pin=pin, vouched=vouched)
