@@ -69,6 +69,25 @@ def test_status() -> None:
     assert status.render(STATUS, paint=PLAIN, now=1_790_000_000 + 7200) == STATUS_PAGE
 
 
+PINNED = {
+    "jurisdictions": ["CH", "EEA"], "barred": 2, "addresses_refused": 3, "registry": "sha256:" + "ef" * 32,
+    "tables": ["aws@sha256:11", "azure@sha256:22"], "stale": ["azure"], "broken": None,
+}  # fmt: skip
+RESIDENCY_PAGE = """\
+workspace  residency  rules barred  addresses refused  registry             tables
+acme       CH, EEA               2                  3  sha256:efefefefe...  aws, azure (STALE)
+"""
+
+
+def test_a_pin_shows_what_it_rests_on_and_what_of_that_is_old() -> None:
+    document = changed(STATUS)
+    document["workspaces"][0]["residency"] = PINNED
+    page = status.render(document, paint=PLAIN, now=1_790_000_000)
+    assert RESIDENCY_PAGE in page
+    document["workspaces"][0]["residency"] = {**PINNED, "broken": "aws.json: it is no table of prefixes"}
+    assert "BROKEN: aws.json: it is no table" in status.render(document, paint=PLAIN, now=1_790_000_000)
+
+
 def test_counters() -> None:
     assert counters.render(COUNTERS, paint=PLAIN) == COUNTERS_PAGE
 

@@ -28,6 +28,18 @@ from metrics.metrics_scene import (
 )
 
 
+def test_a_pin_tells_what_it_keeps_out_and_what_it_rests_on() -> None:
+    pinned = document()
+    acme, torn = pinned["status"]["workspaces"]
+    acme["residency"] = {"barred": 2, "addresses_refused": 3, "stale": ["azure"], "broken": None}
+    torn["residency"] = {"barred": 0, "addresses_refused": 0, "stale": [], "broken": "aws.json: no table"}
+    found = told(pinned)
+    for name, numbers in (("acme", (2, 3, 1, 0)), ("torn", (0, 0, 0, 1))):
+        words = ("barred_rules", "refused_addresses", "stale_tables", "broken")
+        assert tuple(one(found, f"residency_{word}", workspace=name) for word in words) == numbers
+    assert labels_of(told(document()), "residency_broken", "workspace") == set(), "nobody is pinned"
+
+
 def test_each_number_has_its_place() -> None:
     found = told(document())
     assert one(found, "enforcing") == one(found, "books_balanced") == 1

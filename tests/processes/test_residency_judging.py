@@ -525,7 +525,7 @@ def test_status_why_and_counters_tell_of_it(tmp_path: Path) -> None:
         registry = w.controller.registry
         assert rows["acme"]["residency"] == {
             "jurisdictions": ["EU"], "barred": 0, "addresses_refused": 1, "registry": registry.digest,
-            "tables": [f"lab@{registry.prefixes.names[0].digest}"], "broken": None,
+            "tables": [f"lab@{registry.prefixes.names[0].digest}"], "stale": [], "broken": None,
         }  # fmt: skip
         assert (rows["acme"]["local_only"], rows["open"]["residency"]) == (False, None)
         counters = await client.ask(messages.Ask(what="counters"))

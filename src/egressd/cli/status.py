@@ -174,7 +174,11 @@ def _residency(workspaces: list[dict[str, Any]], paint: Paint) -> str:
 def _tables(found: dict[str, Any], paint: Paint) -> str:
     if found["broken"]:
         return paint.bad(f"BROKEN: {escape(found['broken'])}")
-    return escape(", ".join(each.partition("@")[0] for each in found["tables"])) or "none imported"
+    names = [each.partition("@")[0] for each in found["tables"]]
+    told = [
+        f"{escape(name)} ({paint.bad('STALE')})" if name in found["stale"] else escape(name) for name in names
+    ]
+    return ", ".join(told) or "none imported"
 
 
 def _names(names: dict[str, int] | None) -> str:

@@ -58,6 +58,7 @@ class Names(Struct, frozen=True):
 class Residency(Struct, frozen=True):
     barred: Count
     addresses_refused: Count
+    stale: list[str]
     broken: str | None = None
 
 
@@ -243,6 +244,7 @@ TABLE: dict[str, Told] = {
         _gauge("names_granted", "Names under wildcards that are held.", "workspace"),
         _gauge("names_budget", "Names under wildcards that may be held.", "workspace"),
         _gauge("residency_broken", "1 if the registry cannot be read: all is refused.", "workspace"),
+        _gauge("residency_stale_tables", "Tables of prefixes older than 30 days.", "workspace"),
         _gauge("residency_barred_rules", "Rules of a pinned workspace that take no part.", "workspace"),
         _gauge("residency_refused_addresses", "Addresses of listed names that were refused.", "workspace"),
         _counter("host_packets", "Packets of a listed host.", "workspace", "host", "direction"),
@@ -341,6 +343,7 @@ def _workspace(workspace: Workspace, told: Families) -> None:
         told.tell("names_budget", workspace.names.budget, name)
     if workspace.residency is not None:
         told.tell("residency_broken", workspace.residency.broken is not None, name)
+        told.tell("residency_stale_tables", len(workspace.residency.stale), name)
         told.tell("residency_barred_rules", workspace.residency.barred, name)
         told.tell("residency_refused_addresses", workspace.residency.addresses_refused, name)
 

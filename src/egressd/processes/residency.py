@@ -20,6 +20,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -349,6 +350,7 @@ class Residency:
             "addresses_refused": sum(self.addresses_refused(policy.workspace).values()),
             "registry": registry.digest,
             "tables": tables_of(registry),
+            "stale": [table.name for table in registry.prefixes.stale(datetime.now(UTC).date())],
             "broken": registry.broken or None,
         }
 
