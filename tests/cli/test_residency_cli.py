@@ -316,6 +316,17 @@ def test_an_old_table_is_called_stale(ctl: Any, place: Path) -> None:
     assert (one["name"], one["stale"], one["days"], one["prefixes"]) == ("aws", True, 31, 1)
 
 
+def test_catalogue_files_of_ones_own_are_named(ctl: Any, place: Path) -> None:
+    ctl("import", place / "ip-ranges.json")
+    assert "files of your own" not in ctl("tables").out
+    (place / "residency" / "ours.yaml").write_text(
+        "providers:\n  ours: {title: Ours, source: 'https://ours.example/x', domains: [ours.example]}\n"
+    )
+    assert "catalogue, by files of your own: ours.yaml@sha256:" in ctl("tables").out
+    (own,) = ctl("tables", "--json").json["catalogue"]
+    assert own.startswith("ours.yaml@sha256:")
+
+
 def test_no_tables(ctl: Any, place: Path) -> None:
     told = ctl("tables")
     assert told.status == 0 and "no address can be placed" in told.out

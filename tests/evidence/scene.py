@@ -13,7 +13,16 @@ import msgspec
 
 from egressd.journal import dsse, lines, merkle, statement
 from egressd.journal.keys import PrivateKey
-from egressd.journal.statement import Facts, Machine, PolicyFacts, RulesetFacts, Scope, Statement, sha256_hex
+from egressd.journal.statement import (
+    Facts,
+    Machine,
+    PolicyFacts,
+    RegistryFacts,
+    RulesetFacts,
+    Scope,
+    Statement,
+    sha256_hex,
+)
 from egressd.journal.summary import summarise
 from egressd.policy.compile import canonical
 from egressd.policy.compiled import Policy
@@ -255,6 +264,9 @@ def facts_of(workspace: str = "acme", **other: Any) -> Facts:
         ruleset=RulesetFacts(f"sha256:{sha256_hex(text.encode())}", text, other.get("drift", ())),
         versions={"egressd": "0.1.0", "kernel": "Linux 6.18", "nft": "nftables v1.0.6", "python": "3.11.2"},
         machine=Machine("5f3c0a1b-0000-4000-8000-000000000000"),
+        registry=RegistryFacts(
+            "sha256:" + "77" * 32, ("aws@sha256:" + "5e" * 32,), other.get("catalogue", ())
+        ),
         attestation=other.get("attestation"),
     )
 

@@ -133,6 +133,20 @@ def test_another_workspaces_place_may_not_be_in_front_of_it(story: scene.Story) 
     assert any(check.name == "scope" and "rivals" not in check.text for check in report.broken)
 
 
+def test_a_catalogue_that_is_not_egressds_alone_is_told(story: scene.Story) -> None:
+    own = "own.yaml@sha256:" + "0a" * 32
+    all_placed(story)
+    story.snapshot(openai=1, workspace="nordic")
+    report, said = reports(story, catalogue=(own,))
+    assert report.verified
+    assert (
+        f"What URLs say of a place is also the word of a file of that machine's own: {own}."
+        in said[Verdict.NOTE]
+    )
+    assert own in page(report)
+    assert not any("own.yaml" in text for text in reports(story)[1][Verdict.NOTE])
+
+
 def test_a_host_that_was_sent_nothing_needs_no_place(story: scene.Story) -> None:
     story.snapshot(workspace="nordic")
     _, said = reports(story)

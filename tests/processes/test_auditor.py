@@ -563,6 +563,7 @@ FACTS = {
     "ruleset": {"digest": f"sha256:{0:064x}", "text": "", "drift": []},
     "versions": {"egressd": "0", "kernel": "0", "nft": "0", "python": "0"},
     "machine": {"boot": "00000000-0000-0000-0000-000000000000"},
+    "registry": {"digest": f"sha256:{'0' * 64}"},
 }
 
 

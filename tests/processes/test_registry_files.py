@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 from collections.abc import Callable
@@ -77,6 +78,16 @@ def test_the_digest_changes_with_every_file(directory: Path) -> None:
     (directory / "mine.yaml").write_text("clouds: {}\n")
     assert len(set(digests)) == 3
     assert read_registry(directory).digest == digests[1] or read_registry(directory).broken
+
+
+def test_files_that_make_the_catalogue_another_are_named_with_their_digests(directory: Path) -> None:
+    assert read_registry(directory).own == ()
+    text = "providers:\n  ours: {title: Ours, source: 'https://ours.example/x', domains: [ours.example]}\n"
+    (directory / "ours.yaml").write_text(text)
+    registry = read_registry(directory)
+    assert registry.own == (f"ours.yaml@sha256:{hashlib.sha256(text.encode()).hexdigest()}",)
+    (directory / "ours.yaml").write_text("providers: [")
+    assert read_registry(directory).broken and len(read_registry(directory).own) == 1
 
 
 def test_hidden_files_and_editors_leavings_are_passed_over(directory: Path) -> None:

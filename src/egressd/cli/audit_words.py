@@ -311,8 +311,10 @@ def _cut(fields: Fields) -> str:
 
 def _registry(fields: Fields) -> str:
     tables = _get(fields, "tables") or "none"
+    own = _get(fields, "catalogue")
     return (
         f"catalogue and prefixes changed by {_get(fields, 'by')}: {_get(fields, 'registry')}; tables {tables}"
+        + (f"; catalogue files of this machine {own}" if own else "")
     )
 
 

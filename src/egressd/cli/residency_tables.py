@@ -70,6 +70,7 @@ def _document(registry: Registry, directory: Path, *, today: date) -> Document:
         "directory": str(directory),
         "registry": registry.digest,
         "broken": registry.broken,
+        "catalogue": list(registry.own),
         "tables": [_table(one, one.name in stale, today) for one in registry.prefixes.tables],
     }
 
@@ -92,6 +93,11 @@ def _table(one: Table, stale: bool, today: date) -> dict[str, Any]:
 
 
 def render(document: Document, *, paint: Paint) -> str:
+    own = ", ".join(escape(shorten(each, 60)) for each in document["catalogue"])
+    return _tables(document, paint) + (f"\ncatalogue, by files of your own: {own}" if own else "")
+
+
+def _tables(document: Document, paint: Paint) -> str:
     if not document["tables"]:
         where = escape(document["directory"])
         return f"no tables in {where}: no address can be placed (egressctl residency import FILE)"

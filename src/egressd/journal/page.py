@@ -617,7 +617,9 @@ def _residency(data: PageData) -> Html:
         joined(element("h3", "Vouched for, by the rules' author"), _facts(data.vouched))
         if data.vouched
         else None,
-        joined(element("h3", "Tables of published prefixes"), _facts(data.tables)) if data.tables else None,
+        joined(element("h3", "What that rests on: tables of published prefixes"), _facts(data.tables))
+        if data.tables
+        else None,
         _routes(data.routes),
     )
 

@@ -494,7 +494,10 @@ def _placed(predicate: Predicate) -> dict[str, object]:
         "pin": ", ".join(found.pin),
         "local_only": found.local_only,
         "vouched": tuple(Fact(each.key, each.reason) for each in found.vouched),
-        "tables": tuple(Fact(name, digest, exact=True) for name, digest in found.tables),
+        "tables": (
+            *(Fact(name, digest, exact=True) for name, digest in found.tables),
+            *(Fact("catalogue file of its own", own, exact=True) for own in predicate.registry.catalogue),
+        ),
         "places": tuple(
             PlaceRow(
                 p.host, p.address, p.admitted, p.text, p.prefix, f"{p.provider} {p.region}".strip(), p.table,

@@ -20,7 +20,8 @@ from egressd.journal.summary import Summary
 
 __all__ = [
     "MARK", "PREDICATE_TYPE", "SHARED", "STATEMENT_TYPE", "WITHHELD", "Attestation", "Continued", "Facts",
-    "JournalPart", "Machine", "PolicyFacts", "Predicate", "Records", "Rotation", "RulesetFacts", "Scope",
+    "JournalPart", "Machine", "PolicyFacts", "Predicate", "Records", "RegistryFacts", "Rotation",
+    "RulesetFacts", "Scope",
     "ShownRuleset", "Statement", "StatementError", "Subject", "Window", "belongs", "build", "decode",
     "encode", "is_key_record", "is_place", "is_snapshot", "report_data", "sha256_hex", "subjects",
 ]  # fmt: skip
@@ -94,6 +95,15 @@ class Machine(_Part, frozen=True):
     boot: str  # /proc/sys/kernel/random/boot_id
 
 
+class RegistryFacts(_Part, frozen=True):
+    """What residency rests on: `NAME@sha256:...` of each table of published prefixes, and of each file by
+    which the catalogue of endpoints is another than the one that comes with egressd."""
+
+    digest: Digest
+    tables: tuple[str, ...] = ()
+    catalogue: tuple[str, ...] = ()
+
+
 class Attestation(_Part, frozen=True):
     """A report of the hardware, bound to the signing key by its REPORT_DATA (`verification`). Base64."""
 
@@ -108,6 +118,7 @@ class Facts(_Part, frozen=True):
     ruleset: RulesetFacts
     versions: dict[str, str]
     machine: Machine
+    registry: RegistryFacts
     attestation: Attestation | None = None
 
 
@@ -181,6 +192,7 @@ class Predicate(_Part, frozen=True):
     withheld: dict[str, int]  # event -> records of the window that are counted here and not shown
     versions: dict[str, str]
     machine: Machine
+    registry: RegistryFacts
     journal: JournalPart
     attestation: Attestation | None
 
@@ -228,6 +240,7 @@ def build(
             withheld=withheld,
             versions=facts.versions,
             machine=facts.machine,
+            registry=facts.registry,
             journal=journal,
             attestation=facts.attestation,
         ),

@@ -614,6 +614,9 @@ class _Inquiry:
             return
         self.limits = (*LIMITS, CLAIM)
         pin = ", ".join(found.pin)
+        for own in predicate.registry.catalogue:
+            text = f"What URLs say of a place is also the word of a file of that machine's own: {own}."
+            self._note("residency", text)
         for rule in found.vouched:
             self._note("residency", f'{rule.key} is vouched for, by its rule\'s author: "{rule.reason}"')
         if found.unproved:

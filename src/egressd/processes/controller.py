@@ -466,8 +466,10 @@ class Controller:
         """If it is another one."""
         if registry.digest == self.registry.digest:
             return
-        tables = " ".join(tables_of(registry))
-        self.auditing.record("registry-changed", {"registry": registry.digest, "tables": tables, "by": by})
+        fields = {"registry": registry.digest, "tables": " ".join(tables_of(registry)), "by": by}
+        if registry.own:
+            fields["catalogue"] = " ".join(registry.own)
+        self.auditing.record("registry-changed", fields)
         if registry.broken:
             text = f"residency cannot be judged, and what is pinned is refused: {registry.broken}"
             self.alarm("registry-broken", text, {"registry": registry.digest, "text": registry.broken})

@@ -29,6 +29,7 @@ from egressd.model.identities import Link
 from egressd.model.verdicts import Reason
 from egressd.policy.compile import canonical
 from egressd.policy.compiled import Policy
+from egressd.processes.residency import tables_of
 from egressd.ruleset import build
 from egressd.ruleset.layout import TABLE, Pools
 
@@ -237,6 +238,11 @@ def facts(controller: Controller, policy: Policy, *, listing: str, drift: Sequen
         },
         "versions": versions(),
         "machine": {"boot": controller.boot},
+        "registry": {
+            "digest": controller.registry.digest,
+            "tables": tables_of(controller.registry),
+            "catalogue": controller.registry.own,
+        },
     }
 
 

@@ -12,6 +12,7 @@ that is missing makes a global endpoint look like nobody's.
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.resources
 import os
 from collections.abc import Callable
@@ -38,7 +39,9 @@ def read_registry(directory: Path) -> Registry:
     """Never raises: what cannot be read is told by `broken`, with the file and the remedy, and is left out. A
     directory that is not there adds nothing to the built-in catalogue."""
     problems: list[Problem] = []
-    catalogue = _tried(lambda: _whole_catalogue(directory), problems) or _tried(_catalogue, problems)
+    own = _tried(lambda: _files(directory, ".yaml", MAX_CATALOGUE), problems) or []
+    named = tuple((str(directory / name), data) for name, data in own)
+    catalogue = _tried(lambda: _catalogue(named), problems) or _tried(_catalogue, problems)
     catalogue = catalogue or Catalogue()
     tables = [
         table for name, data in _tried(lambda: _files(directory / TABLES, SUFFIX, MAX_TABLE), problems) or ()
@@ -46,7 +49,8 @@ def read_registry(directory: Path) -> Registry:
     ]  # fmt: skip
     prefixes = Prefixes(tables, regions=catalogue.cloud_region)
     more = f" (and {len(problems) - 1} more such problems)" if len(problems) > 1 else ""
-    return Registry(catalogue, prefixes, f"{problems[0]}{more}" if problems else "")
+    digests = tuple(f"{name}@sha256:{hashlib.sha256(data).hexdigest()}" for name, data in own)
+    return Registry(catalogue, prefixes, f"{problems[0]}{more}" if problems else "", digests)
 
 
 def _tried(reading: Callable[[], T], problems: list[Problem]) -> T | None:
@@ -57,11 +61,6 @@ def _tried(reading: Callable[[], T], problems: list[Problem]) -> T | None:
     except OSError as error:
         problems.append(Problem(str(error.filename or "residency"), 0, "", f"it cannot be read: {error}"))
     return None
-
-
-def _whole_catalogue(directory: Path) -> Catalogue:
-    found = _files(directory, ".yaml", MAX_CATALOGUE)
-    return _catalogue(tuple((str(directory / name), data) for name, data in found))
 
 
 def read_table(path: Path) -> Table | None:

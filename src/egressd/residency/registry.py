@@ -19,12 +19,14 @@ __all__ = ["Registry"]
 
 @dataclass(frozen=True, slots=True)
 class Registry:
-    """`broken` says why the files cannot be read: under a pin everything is refused then. The empty one
-    knows no provider and no prefix."""
+    """`broken` says why the files cannot be read: under a pin everything is refused then. `own`: files by
+    which this machine's catalogue is another than the one that comes with egressd, "NAME@sha256:...". The
+    empty one knows no provider and no prefix."""
 
     catalogue: Catalogue = field(default_factory=Catalogue)
     prefixes: Prefixes = field(default_factory=Prefixes)
     broken: str = ""
+    own: tuple[str, ...] = ()
 
     @property
     def digest(self) -> str:
