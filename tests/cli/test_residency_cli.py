@@ -340,6 +340,7 @@ def test_a_table_that_is_broken(ctl: Any, place: Path) -> None:
     assert told.status == 1
     assert f"{path}: it is no table of prefixes" in told.err
     assert str(path) in told.json["broken"] and told.json["tables"] == []
+    assert "all that is pinned is refused until that file is right" in ctl("tables").out
 
 
 # ---- lookup

@@ -100,6 +100,8 @@ def render(document: Document, *, paint: Paint) -> str:
 def _tables(document: Document, paint: Paint) -> str:
     if not document["tables"]:
         where = escape(document["directory"])
+        if document["broken"]:
+            return f"no tables of {where} are used; all that is pinned is refused until that file is right"
         return f"no tables in {where}: no address can be placed (egressctl residency import FILE)"
     rows = [
         [
