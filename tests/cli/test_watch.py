@@ -308,6 +308,7 @@ def lacks(text: str) -> Callable[[list[str]], bool]:
 
 def test_the_view_at_80_by_24() -> None:
     async def talk(pilot: Any, app: Watch) -> None:
+        await until(pilot, app, has("p pause"))  # the footer comes when it likes
         lines = await until(pilot, app, has("3 packets denied [unlisted]"))
         assert lines[0] == "egressd 0.1.0: enforcing, books balance"
         assert lines[1].startswith("2026-09-21 16:1")

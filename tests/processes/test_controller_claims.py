@@ -401,7 +401,7 @@ def test_a_proof_is_of_a_snapshot_that_is_whole_and_of_what_the_kernel_says_now(
         assert facts["policy"]["digest"] == policy.digest and facts["policy"]["guard"] == "enforce"
         assert json.loads(facts["policy"]["text"])["workspace"] == "acme"
         assert facts["ruleset"]["text"] == w.ruleset and facts["ruleset"]["drift"] == []
-        assert set(facts) == {"policy", "ruleset", "versions", "machine"}
+        assert set(facts) == {"policy", "registry", "ruleset", "versions", "machine"}
         assert set(facts["versions"]) == {"egressd", "kernel", "nft", "python"}
         assert "rival" not in json.dumps(facts)
         client.close()
