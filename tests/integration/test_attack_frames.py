@@ -196,11 +196,14 @@ def test_every_frame_is_counted_as_what_it_is_and_none_leaves(scene: Scene, upli
 
 
 def settled(scene: Scene, before: dict[str, Any]) -> dict[str, Any]:
-    deadline = time.monotonic() + 1.0
+    """Once something has come, and between two looks nothing more: frames wait for the other processor."""
+    deadline, last = time.monotonic() + 1.0, before
     while True:
         after = inside.counters(scene.daemon)
-        if link(after)["in"] != link(before)["in"] or time.monotonic() > deadline:
+        came, still = link(after)["in"] != link(before)["in"], link(after)["in"] == link(last)["in"]
+        if (came and still) or time.monotonic() > deadline:
             return after
+        last = after
 
 
 def link(counters: dict[str, Any]) -> dict[str, list[int]]:
