@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -341,15 +342,16 @@ def test_sigkill_of_the_owner_ends_everything(tmp_path: Path) -> None:
 # ---- without root
 
 
-def test_a_directory_closed_to_others_is_named(tmp_path: Path) -> None:
-    inner = tmp_path / "open" / "closed" / "deep"
-    inner.mkdir(parents=True)
-    for directory in (tmp_path.parent.parent, tmp_path.parent, tmp_path):
-        directory.chmod(0o755)
-    assert closed_to_others(inner) is None
-    inner.parent.chmod(0o750)
-    assert closed_to_others(inner) == inner.parent
-    assert closed_to_others(inner.parent.parent) is None
+def test_a_directory_closed_to_others_is_named() -> None:
+    # not tmp_path: what pytest has above it, it closes to others whenever it starts
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        inner = Path(name) / "open" / "closed" / "deep"
+        inner.mkdir(parents=True)
+        Path(name).chmod(0o755)
+        assert closed_to_others(inner) is None
+        inner.parent.chmod(0o750)
+        assert closed_to_others(inner) == inner.parent
+        assert closed_to_others(inner.parent.parent) is None
 
 
 def test_it_works_without_root(unprivileged: list[str]) -> None:
