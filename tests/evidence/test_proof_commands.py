@@ -16,7 +16,7 @@ import pytest
 import scene
 from egressd.cli import run as run_verb
 from egressd.cli.main import main
-from egressd.cli.proof_words import write_whole
+from egressd.cli.whole_files import write_whole
 from egressd.journal.keys import PrivateKey, Verifier
 from egressd.model.errors import Refused
 from egressd.model.verdicts import Reason

@@ -21,6 +21,7 @@ from egressd.cli.exits import FOUND, OK, REFUSED
 from egressd.cli.screen import complain, paint, print_json
 from egressd.journal.moments import moment
 from egressd.model.errors import Refused
+from egressd.model.identities import Link
 from egressd.model.verdicts import Reason
 
 if TYPE_CHECKING:
@@ -91,10 +92,10 @@ def instant(text: str, *, now: float | None = None) -> datetime:
 
 
 def _sandbox(text: str) -> str:
-    found = re.fullmatch(r"(?:eg)?([1-9][0-9]{0,8})", text)
-    if not found:
+    link = Link.written(text)
+    if link is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no sandbox: write eg7, as `egressctl status` does")
-    return f"eg{found[1]}"
+    return link.device
 
 
 def _count(text: str) -> int:

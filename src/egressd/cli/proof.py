@@ -94,7 +94,8 @@ def fetch(
 
 
 def _deliver(args: argparse.Namespace, data: bytes, checkpoint: str | None) -> int:
-    from egressd.cli.proof_words import document, render, write_whole  # noqa: PLC0415
+    from egressd.cli.proof_words import document, render  # noqa: PLC0415
+    from egressd.cli.whole_files import write_whole  # noqa: PLC0415
     from egressd.journal.verification import verify  # noqa: PLC0415
 
     report = verify(data, checkpoint=checkpoint)
@@ -135,7 +136,7 @@ def page_of(report: Report) -> bytes:
 
 
 def _link(text: str) -> int:
-    link = Link.of_device(text if text.startswith("eg") else f"eg{text}")
+    link = Link.written(text)
     if link is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no sandbox: write eg7, as `egressctl audit` does")
     return link.number

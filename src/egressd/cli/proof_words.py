@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,7 +13,7 @@ from egressd.journal.statement import Predicate
 from egressd.journal.summary import Summary
 from egressd.journal.verification import Report, Verdict
 
-__all__ = ["document", "render", "write_whole"]
+__all__ = ["document", "render"]
 
 _LONGEST = 60  # characters of a command
 _ROWS = 20  # of each table; the file, the page and --json have all of them
@@ -231,27 +228,3 @@ def _without_records(predicate: Predicate) -> dict[str, Any]:
     journal = whole["journal"]
     journal["records"] = {"count": len(journal["records"]["indices"])}
     return whole
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """The file is there whole or not at all, with the caller's umask. OSError; the name stays what it was."""
-    if path.exists() and not path.is_file():  # /dev/stdout, a pipe: nothing can be renamed over those
-        path.write_bytes(data)
-        return
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

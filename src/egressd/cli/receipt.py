@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from egressd.cli.proof import fetch
-from egressd.cli.proof_words import write_whole
+from egressd.cli.whole_files import write_whole
 from egressd.journal.records import stamp
 from egressd.model.errors import EgressdError, Refused
 from egressd.model.verdicts import Reason

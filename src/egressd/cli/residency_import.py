@@ -11,7 +11,6 @@ import hashlib
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, date, datetime
@@ -23,6 +22,7 @@ from egressd.cli.exits import FOUND, OK, REFUSED, USAGE
 from egressd.cli.residency_tables import Where, where
 from egressd.cli.screen import complain, paint, print_json
 from egressd.cli.text import Paint, escape
+from egressd.cli.whole_files import replace_whole
 from egressd.model.errors import EgressdError, PolicyError, Problem
 from egressd.processes.registry_files import SUFFIX, TABLES, read_registry, read_table
 from egressd.residency.formats import MAX_BYTES, Format, Given, as_table, read, too_large
@@ -241,17 +241,7 @@ def _write(table: Table, directory: Path) -> Path:
     """The file is there whole or not at all, for everybody to read; it survives a crash once this returns."""
     _make(directory)
     path = directory / f"{table.name}{SUFFIX}"
-    descriptor, name = tempfile.mkstemp(prefix=f".{table.name}.", dir=directory)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(table.encode())
-            os.fchmod(file.fileno(), 0o644)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    replace_whole(path, table.encode(), mode=0o644)
     _sync(directory)
     return path
 

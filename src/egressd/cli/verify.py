@@ -68,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _proof(args: argparse.Namespace) -> int:
-    from egressd.cli.proof_words import document, render, write_whole  # noqa: PLC0415
+    from egressd.cli.proof_words import document, render  # noqa: PLC0415
+    from egressd.cli.whole_files import write_whole  # noqa: PLC0415
     from egressd.journal.verification import verify  # noqa: PLC0415
 
     key, origin = (None, None) if args.key is None else _key(args.key)

@@ -116,7 +116,7 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class PlaceRow:
-    """Where an address of a host is, by which table, and whether it was let in."""
+    """Where an address of a host is, and whether it was let in."""
 
     host: str
     address: str
@@ -124,7 +124,6 @@ class PlaceRow:
     why: str
     prefix: str = ""
     of: str = ""
-    table: str = ""
     declared: str = ""
 
 

@@ -500,7 +500,7 @@ def _placed(predicate: Predicate) -> dict[str, object]:
         ),
         "places": tuple(
             PlaceRow(
-                p.host, p.address, p.admitted, p.text, p.prefix, f"{p.provider} {p.region}".strip(), p.table,
+                p.host, p.address, p.admitted, p.text, p.prefix, f"{p.provider} {p.region}".strip(),
                 p.declared,
             )
             for p in summary.places

@@ -10,8 +10,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-import msgspec
-
 from egressd.journal.statement import Predicate
 from egressd.journal.summary import Place
 
@@ -56,7 +54,7 @@ class Residency:
 
 def residency(predicate: Predicate) -> Residency:
     """From the policy's text and the records. A policy without a pin has an empty one."""
-    policy = _decoded(predicate.policy.text)
+    policy = predicate.policy.meaning
     places = predicate.summary.places
     admitted = tuple(place for place in places if place.admitted)
     pin = tuple(code for code in _list(policy, "residency") if isinstance(code, str))
@@ -92,14 +90,6 @@ def _reached(predicate: Predicate) -> Iterator[tuple[str, str]]:
     for flow in predicate.summary.flows:
         if flow.kind in _NAMED or flow.kind == "dialled":
             yield flow.host, flow.address
-
-
-def _decoded(text: str) -> Mapping[str, Any]:
-    try:
-        found = msgspec.json.decode(text)
-    except (msgspec.DecodeError, UnicodeError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _list(policy: Mapping[str, Any], name: str) -> list[Any]:

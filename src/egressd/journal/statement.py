@@ -11,7 +11,7 @@ are closed: what a reader does not know, it refuses.
 from __future__ import annotations
 
 import hashlib
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 from msgspec import Meta, Struct
@@ -71,6 +71,15 @@ class PolicyFacts(_Part, frozen=True):
     digest: Digest
     text: str
     guard: str
+
+    @property
+    def meaning(self) -> dict[str, Any]:
+        """The text, read; empty where it is none."""
+        try:
+            found = msgspec.json.decode(self.text)
+        except (msgspec.DecodeError, UnicodeError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
 
 class RulesetFacts(_Part, frozen=True):

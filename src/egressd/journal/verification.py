@@ -14,7 +14,7 @@ import contextlib
 import enum
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
@@ -573,7 +573,7 @@ class _Inquiry:
                 "policy", "The policy's text is not the one its digest is of.", "predicate.policy.text"
             )
             return
-        said = _meaning(policy.text)
+        said = policy.meaning
         if (said.get("workspace"), said.get("guard")) != (predicate.scope.workspace, policy.guard):
             self._broken("policy", "The policy is of another workspace or guard.", "predicate.policy")
             return
@@ -833,14 +833,6 @@ def _names(text: str, verifier: str) -> bool:
     except (RecordError, UnicodeEncodeError):
         return False
     return line.event == "key-rotated" and line.fields.get("new") == verifier
-
-
-def _meaning(text: str) -> Mapping[str, Any]:
-    try:
-        found = msgspec.json.decode(text)
-    except (msgspec.DecodeError, UnicodeError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _counted(places: Sequence[Place | Unproved], what: str) -> str:

@@ -49,3 +49,8 @@ class Link:
         """The inverse of `device`; None for a name that is not one of ours."""
         match = re.fullmatch(r"eg([1-9][0-9]{0,8})", device)
         return cls(int(match[1])) if match else None
+
+    @classmethod
+    def written(cls, text: str) -> Self | None:
+        """As a person may write it: with or without the letters."""
+        return cls.of_device(text if text.startswith("eg") else f"eg{text}")
