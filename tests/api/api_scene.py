@@ -29,6 +29,7 @@ from egressd.processes import askers
 from egressd.processes.api import Api, Bounds, Questions
 from egressd.processes.api_table import ENDPOINTS
 from egressd.processes.askers import Asker, Unknown
+from http_speaker import Speaker
 
 ACME = """\
 guard: enforce
@@ -61,25 +62,13 @@ class Reply:
         return str(found["detail"])
 
 
-class Site:
+class Site(Speaker):
     """`uid` is who asks next; None: nobody knows."""
 
     def __init__(self, world: World, api: Api, address: Any, journal: Path) -> None:
-        self.world, self.api, self.address, self.journal = world, api, address, journal
+        super().__init__(address)
+        self.world, self.api, self.journal = world, api, journal
         self.uid: int | None = ROOT
-
-    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        if isinstance(self.address, str):
-            return await asyncio.open_unix_connection(self.address)
-        return await asyncio.open_connection(*self.address[:2])
-
-    async def say(self, data: bytes) -> bytes:
-        reader, writer = await self.connect()
-        try:
-            writer.write(data)
-            return await asyncio.wait_for(reader.read(), 15)
-        finally:
-            writer.close()
 
     async def get(
         self, target: str, *headers: str, method: str = "GET", uid: int | None = -1, host: str = "localhost"

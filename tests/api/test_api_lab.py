@@ -199,10 +199,9 @@ def descriptors(caller: Caller) -> int:
     return len(found.split())
 
 
+@pytest.mark.parametrize("caller", ["ipv4"], indirect=True)  # where a local rule leads
 def test_no_sandbox_asks_anything_not_even_through_a_rule_of_its_own(caller: Caller) -> None:
     """A `local` rule carries it there; there it is the relay who asks, and the relay is nobody's member."""
-    if caller.where != "ipv4":
-        pytest.skip("a local rule leads to 127.0.0.1")
     daemon = caller.daemon
     for place in ("127.0.0.1", "169.254.54.1", str(topology.HOST4)):
         assert daemon.sandbox("acme", [*FETCH, f"http://{place}:{PORT}/v1/status"], uid=MEMBER).status == 7
@@ -240,9 +239,8 @@ def test_life_and_death(caller: Caller) -> None:
     poll(again, timeout=15, what="it is asked")
 
 
+@pytest.mark.parametrize("caller", ["unix"], indirect=True)
 def test_the_socket_is_for_everybody(caller: Caller) -> None:
-    if caller.where != "unix":
-        pytest.skip("it is a port")
     shown = caller.lab.run(["stat", "-c", "%a %u %g %F", SOCKET]).check().out
     assert shown.split() == ["666", "0", ACCOUNTS["api"], "socket"]
 

@@ -20,30 +20,21 @@ from hypothesis import strategies as st
 from egressd.model.errors import Refused
 from egressd.model.verdicts import Reason
 from egressd.processes.exporter import Bounds, Exporter, Request, parse
+from http_speaker import Speaker
 from metrics.metrics_scene import Samples, document, one, samples
 
 GET = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
 QUICK = Bounds(fresh=0.0, share=0.0, read_within=0.3, head_within=0.3, body_within=0.3, max_connections=4)
 
 
-class Site:
+class Site(Speaker):
     """An exporter with a controller that can be made to wait or to fail."""
 
+    patience = 5.0
+
     def __init__(self, exporter: Exporter, address: Any) -> None:
-        self.exporter, self.address = exporter, address
-
-    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        if isinstance(self.address, str):
-            return await asyncio.open_unix_connection(self.address)
-        return await asyncio.open_connection(*self.address[:2])
-
-    async def say(self, data: bytes) -> bytes:
-        reader, writer = await self.connect()
-        try:
-            writer.write(data)
-            return await asyncio.wait_for(reader.read(), 5)
-        finally:
-            writer.close()
+        super().__init__(address)
+        self.exporter = exporter
 
     async def get(self, path: str = "/metrics", *headers: str, method: str = "GET") -> tuple[int, str, bytes]:
         """Status, headers, body."""
