@@ -86,10 +86,10 @@ def spelt(path: Path) -> str:
     return text
 
 
-def read(data: bytes, *, source: str) -> Tree:
-    """Never raises for any bytes: what is wrong is in `problems`."""
+def read(data: bytes, *, source: str, most: int = MAX_BYTES) -> Tree:
+    """Never raises for any bytes: what is wrong is in `problems`. `most` is the largest size, in bytes."""
     tree = Tree(source=source)
-    text = _text(data, tree)
+    text = _text(data, tree, most)
     if text is None:
         return tree
     builder = _Builder(tree)
@@ -105,14 +105,14 @@ def read(data: bytes, *, source: str) -> Tree:
     return tree
 
 
-def _text(data: bytes, tree: Tree) -> str | None:
+def _text(data: bytes, tree: Tree, most: int) -> str | None:
     """The file as text, or None with the reason among the problems."""
 
     def wrong(line: int, text: str, remedy: str) -> None:
         tree.problems.append(Problem(tree.source, line, "", text, remedy))
 
-    if len(data) > MAX_BYTES:
-        wrong(0, "the file is larger than 1 MiB", "split it")
+    if len(data) > most:
+        wrong(0, f"the file is larger than {most >> 20} MiB", "split it")
         return None
     try:
         text = data.decode("utf-8-sig")

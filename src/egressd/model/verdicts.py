@@ -34,6 +34,8 @@ class Reason(enum.StrEnum):
     SHAPE = "shape"
     QUOTA = "quota"
     CONNECTIONS = "connections"
+    BUDGET_CONNECTIONS = "budget-connections"
+    CLOSED = "closed"
     UNRESOLVED = "unresolved"
     INVALID = "invalid"
     NOT_IP = "not-ip"
@@ -95,8 +97,10 @@ _TEXTS: dict[Reason, str] = {
     Reason.LOCAL_ONLY: "external routing is off in this workspace: only local and cidr rules remain",
     Reason.SOURCE: "the packet's source address is not the sandbox's own",
     Reason.SHAPE: "IP fragments, IP options and extension headers are not let through",
-    Reason.QUOTA: "the sandbox has used up its egress_bytes",
+    Reason.QUOTA: "the sandbox has used up the bytes that it may send",
     Reason.CONNECTIONS: "the sandbox has as many open connections as its limit allows",
+    Reason.BUDGET_CONNECTIONS: "the sandbox has opened as many connections as it may ever open",
+    Reason.CLOSED: "the sandbox was started without a network",
     Reason.UNRESOLVED: "the name has no address in this family",
     Reason.INVALID: "connection tracking does not recognise the packet as part of any connection",
     Reason.NOT_IP: "the frame is neither IPv4 nor IPv6",
