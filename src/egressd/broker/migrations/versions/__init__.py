@@ -1,0 +1,1 @@
+"""Each revision, by number. One that was released is never edited."""
