@@ -47,13 +47,20 @@ TERMS: dict[str, dict[str, Any]] = {
     "slow": {},  # the lease takes half a second
     "never": {},  # no lease at all
     "dies": {},  # closes the connection instead of giving a lease
+    "mute": {},  # takes nobody's word
+    "spent": {},  # both budgets of a link have refused something
     "full": {},  # refuses the lease
     "wordless": {},  # closes the connection half a second after the lease
     "revokes": {},  # the same, saying why
+    "later": {},  # the same, having taken a word for it meanwhile
     "empty": {},  # a lease, but no link
     "dark": {},  # a link whose end in the gateway stays down, so that it never comes to life
     "withdrawn": {},  # the same, and half a second after the lease the link is taken away
 }
+
+
+COUNTERS = {"in": (3, 180), "ok": (2, 120), "denied": (1, 60), "other": (0, 0)}
+SPENT = {"spent": messages.Spent(counters=COUNTERS, spent=("connections", "quota"))}
 
 
 class FakeDaemon:
@@ -95,11 +102,16 @@ class FakeDaemon:
                         workspace = received.message.workspace
                         self._enter(channel, workspace)
                     case messages.Attach():
+                        self._write_down("attached.jsonl", received.message)
                         link = self._attach(channel, workspace, received.take())
                     case messages.Ended():
                         self._write_down("ended.jsonl", received.message)
                     case messages.Attempt():
                         self._write_down("attempts.jsonl", received.message)
+                    case messages.Testify():
+                        self._testify(channel, workspace, received.message, link)
+                    case messages.ReadSpent():
+                        channel.send(SPENT.get(workspace, messages.Spent(counters=COUNTERS)))
                     case _:
                         channel.send(messages.Refusal(reason="protocol", text="only spawning is played here"))
         except (EOFError, OSError, ProtocolError):
@@ -109,7 +121,16 @@ class FakeDaemon:
                 self._remove(link)
             channel.close()
 
-    def _write_down(self, name: str, claim: messages.Ended | messages.Attempt) -> None:
+    def _testify(
+        self, channel: Channel[Any], workspace: str, word: messages.Testify, link: Link | None
+    ) -> None:
+        if workspace == "mute":
+            channel.send(messages.Refusal(reason="member", text="you are no broker"))
+            return
+        self._write_down("testified.jsonl", {"link": link and link.number, **msgspec.to_builtins(word)})
+        channel.send(messages.Recorded())
+
+    def _write_down(self, name: str, claim: Any) -> None:
         with open(os.path.join(os.path.dirname(self.path), name), "ab") as stream:  # noqa: PTH120
             stream.write(msgspec.json.encode(claim) + b"\n")
 
@@ -145,6 +166,8 @@ class FakeDaemon:
             if workspace == "revokes":
                 channel.send(messages.Revoked(text="the workspace was removed"))
             raise EOFError
+        if workspace == "later":
+            threading.Timer(0.5, _revoke, (channel,)).start()
         if workspace == "withdrawn":
             time.sleep(0.5)
             self._remove(link)
@@ -170,6 +193,12 @@ class FakeDaemon:
     def _remove(self, link: Link) -> None:
         with self.lock, contextlib.suppress(NetlinkError):  # it went with the other end's namespace
             self.route.link("del", index=1000 + link.number)
+
+
+def _revoke(channel: Channel[Any]) -> None:
+    with contextlib.suppress(OSError):
+        channel.send(messages.Revoked(text="the workspace was removed"))
+        channel.socket.shutdown(socket.SHUT_RDWR)
 
 
 def _answer(service: messages.LocalService, address: IPv4Address | IPv6Address) -> None:

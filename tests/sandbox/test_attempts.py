@@ -20,9 +20,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import Gateway, as_caller, eventually, processes_with
 from egressd.sandbox import plumb, queueing
 from egressd.sandbox.attempts import ATTEMPTS, PER_SECOND, Budget, printable
+from sandbox.stand_in import Gateway, as_caller, eventually, processes_with
 
 STRANGER4, STRANGER6 = "203.0.113.1", "2001:db8::1"  # the stand-in has them, and refuses
 CURL = "curl -s -m 5"

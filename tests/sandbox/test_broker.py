@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import CALLER, Gateway, as_caller, eventually, processes_with
+from sandbox.stand_in import CALLER, Gateway, as_caller, eventually, processes_with
 
 pytestmark = pytest.mark.kernel
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Gateway, as_caller, eventually, processes_with
 from lab.scale import scaled
+from sandbox.stand_in import Gateway, as_caller, eventually, processes_with
 
 pytestmark = pytest.mark.kernel
 HERE = Path(__file__).resolve().parent

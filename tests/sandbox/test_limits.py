@@ -116,3 +116,57 @@ def test_no_limit_needs_nothing(tmp_path: Path) -> None:
 
 def test_the_mount_point_may_have_spaces() -> None:
     assert limits._mount_point("1 0 0:1 / /a\\040b rw - cgroup2 x rw\n") == "/a b"
+
+
+def test_time_and_file_size_are_always_rlimits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits.os, "getuid", lambda: 4001)
+    wanted = Wanted(cpu=2.5, file_size=9)
+    found = bound(wanted, root=str(tmp_path))
+    assert (found.group, found.rlimits) == (None, limits.plan.Limits(cpu=2.5, file_size=9))
+    draw(tmp_path)
+    found = bound(Wanted(memory=1 << 20, cpu=2.5, file_size=9), root=str(tmp_path))
+    assert found.group is not None, "and memory is the group's"
+    assert found.rlimits == limits.plan.Limits(cpu=2.5, file_size=9)
+
+
+def test_a_service_steps_down_once_for_all_that_it_will_fork(tmp_path: Path) -> None:
+    tree = draw(tmp_path, own="/service", at="nowhere")
+    assert not limits.step_down(root=str(tmp_path)), "others are in it"
+    (tree / "service/cgroup.procs").write_text(f"{os.getpid()}\n")
+    (tree / "service/broker").mkdir()
+    assert limits.step_down(root=str(tmp_path))
+    assert (tree / "service/broker/cgroup.procs").read_text() == f"{os.getpid()}\n"
+    (tree / "service/cgroup.subtree_control").write_text("memory pids")
+    (tmp_path / "proc/self/cgroup").write_text("0::/service/broker\n")
+    with Group.make(BOTH, root=str(tmp_path)) or pytest.fail("no group") as group:
+        assert Path(group.path).parent == tree / "service", "beside it"
+    assert not limits.step_down(root=str(tmp_path / "nowhere"))
+
+
+def test_a_group_for_time_alone_needs_no_controller(tmp_path: Path) -> None:
+    draw(tmp_path, enabled="")
+    found = bound(Wanted(cpu=2), root=str(tmp_path))
+    assert found.group is not None
+    made = Path(found.group.path)
+    (made / "cpu.stat").write_text("usage_usec 1500000\nuser_usec 1\nsystem_usec 2\n")
+    assert found.group.cpu_seconds() == 1.5
+    assert bound(Wanted(file_size=2), root=str(tmp_path)).group is None, "what no group bounds needs none"
+
+
+@pytest.mark.parametrize(
+    ("memory", "pids", "reached"),
+    [
+        ("oom 0\noom_kill 0\n", "max 0\n", set()),
+        ("oom 3\noom_kill 1\n", "max 0\n", {"memory"}),
+        ("oom 3\noom_kill 0\n", "max 7\n", {"processes"}),
+        ("oom_kill 2\n", "max 1\n", {"memory", "processes"}),
+        ("", "", set()),
+    ],
+)
+def test_what_the_kernel_has_stopped(tmp_path: Path, memory: str, pids: str, reached: set[str]) -> None:
+    group = Group(str(tmp_path))
+    (tmp_path / "memory.events").write_text(memory)
+    (tmp_path / "pids.events").write_text(pids)
+    assert group.reached() == reached
+    assert Group(str(tmp_path / "gone")).reached() == set()
+    assert Group(str(tmp_path / "gone")).cpu_seconds() == 0.0

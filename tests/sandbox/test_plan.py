@@ -140,3 +140,29 @@ def test_the_description_can_be_pasted() -> None:
     )
     assert "--seccomp" not in first
     assert rest[-1] == "EOF13"
+
+
+@pytest.mark.parametrize(
+    ("limits", "lines"),
+    [
+        (Limits(cpu=2), "ulimit -S -t 2 && ulimit -H -t 3 || exit 125"),
+        (Limits(cpu=0.2), "ulimit -S -t 1 && ulimit -H -t 2 || exit 125"),
+        (Limits(file_size=4096), "ulimit -f 8 || exit 125"),
+        (Limits(file_size=4095), "ulimit -f 7 || exit 125"),
+        (Limits(file_size=100), "ulimit -f 0 || exit 125"),
+    ],
+)
+def test_time_and_file_size_are_set_in_the_gate_and_never_weaker(limits: Limits, lines: str) -> None:
+    script = words(SandboxSpec(command=("true",), limits=limits))[-3]
+    assert script == GATE.replace('; exec "$@"', f'; {lines}; exec "$@"')
+
+
+def test_tools_are_shown_read_only_in_their_own_place() -> None:
+    line = words(SandboxSpec(command=("true",), files="/mnt", tools="/usr/lib/egressd/tools"))
+    assert ("/usr/lib/egressd/tools", "/opt/egressd") in pairs(line, "--ro-bind", 2)
+    assert ("/mnt", "/work") in pairs(line, "--ro-bind", 2)
+
+
+def test_where_usage_is_to_be_reported_stands_in_the_environment() -> None:
+    assert environment(usage=True)["EGRESSD_USAGE_FD"] == "3"
+    assert "EGRESSD_USAGE_FD" not in environment()

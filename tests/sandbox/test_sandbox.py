@@ -11,7 +11,7 @@ import textwrap
 
 import pytest
 
-from conftest import Gateway, as_caller
+from sandbox.stand_in import Gateway, as_caller
 
 pytestmark = pytest.mark.kernel
 

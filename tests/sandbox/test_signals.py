@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Gateway, eventually
+from sandbox.stand_in import Gateway, eventually
 
 pytestmark = pytest.mark.kernel
 

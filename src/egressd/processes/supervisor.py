@@ -34,6 +34,7 @@ from pathlib import Path
 from egressd import __version__
 from egressd.ipc import messages
 from egressd.ipc.channel import Channel, pair
+from egressd.ipc.readiness import notify
 from egressd.model.errors import EgressdError, KernelError, PolicyError, ProtocolError
 from egressd.processes import isolation
 from egressd.processes.cards import CARDS, Capability, Card, Namespace
@@ -173,8 +174,8 @@ class Supervisor:
             self.announced = True
             log.info("enforcing; control socket %s", self.config.control_socket)
             print("ready", flush=True)
-            _notify("READY=1\nSTATUS=enforcing")
-        _notify("WATCHDOG=1")
+            notify("READY=1\nSTATUS=enforcing")
+        notify("WATCHDOG=1")
 
     # ---- one child
 
@@ -341,7 +342,7 @@ class Supervisor:
         """Permission shrinks first: the controller ends the leases, then the rest goes. The gateway, with
         its denial, stays."""
         log.info("stopping; the gateway keeps denying until `egressd --dismantle`")
-        _notify("STOPPING=1")
+        notify("STOPPING=1")
         for child in reversed(self.children.values()):
             if child.process is None:
                 continue
@@ -401,14 +402,6 @@ def _backoff(started: Sequence[float]) -> float:
 
 def _ending(status: int) -> str:
     return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-
-
-def _notify(state: str) -> None:
-    """sd_notify(3); nothing happens without systemd. Imported once, before the rights go."""
-    if "NOTIFY_SOCKET" in os.environ:
-        from systemd import daemon  # noqa: PLC0415
-
-        daemon.notify(state)
 
 
 # ---- start, while still root
@@ -563,7 +556,7 @@ def serve(config: Config, *, debug: bool = False) -> int:
             held[role] = opened
     prepare_state(config)
     supervisor = Supervisor(config, held, gateway, credential=read_credential())
-    _notify("STATUS=starting")
+    notify("STATUS=starting")
     supervisor.give_up_rights()
     supervisor.run()
     return 0

@@ -11,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 
@@ -21,13 +21,14 @@ from egressd.ipc.channel import Channel, Received
 from egressd.model.errors import ProtocolError, Refused
 from egressd.model.verdicts import Reason
 
-__all__ = ["DEFAULT_RUN_DIR", "Control", "NotRunning"]
+__all__ = ["DEFAULT_RUN_DIR", "Control", "Fact", "NotRunning"]
 
 DEFAULT_RUN_DIR = "/run/egressd"
 SOCKET = "control.sock"
 _PATIENCE = 30.0  # seconds without an answer after which the daemon is taken for dead
 _PROVING = 120.0  # the same for a proof, for which the auditor may take a minute
 M = TypeVar("M")
+Fact: TypeAlias = str | int | float | bool | None  # of a record: flat, and no more than that
 
 
 class NotRunning(Refused):
@@ -60,9 +61,25 @@ class Control:
         self._send(messages.Enter(workspace=workspace))
         return self._expect(messages.Terms).message
 
-    def attach(self, namespace: int, *, command: str = "", digest: str = "") -> None:
-        """Hand over my child's network namespace; `lease` waits for the answer."""
-        self._send(messages.Attach(command=command, digest=digest), descriptor=namespace)
+    def attach(
+        self,
+        namespace: int,
+        *,
+        command: str = "",
+        digest: str = "",
+        quota: int | None = None,
+        connections: int | None = None,
+        closed: bool = False,
+    ) -> None:
+        """Hand over my child's network namespace; `lease` waits for the answer.
+
+        `quota` (bytes) and `connections` (that may ever be opened) are of this sandbox alone, beside the
+        workspace's own limits; a `closed` link admits nothing.
+        """
+        message = messages.Attach(
+            command=command, digest=digest, quota=quota, connections=connections, closed=closed
+        )
+        self._send(message, descriptor=namespace)
 
     def tell(self, message: messages.Ended | messages.Attempt) -> None:
         """What is recorded and never answered. Nobody waits for it, and a daemon that is gone or busy misses
@@ -76,6 +93,18 @@ class Control:
 
     def lease(self) -> messages.Lease:
         return self._expect(messages.Lease).message
+
+    def spent(self) -> messages.Spent:
+        """What my link has counted until now, and which of its budgets have refused something. After
+        `lease`."""
+        self._send(messages.ReadSpent())
+        return self._expect(messages.Spent).message
+
+    def testify(self, event: str, fields: Mapping[str, Fact]) -> None:
+        """Put on record what I say happened: from root and the brokers of the configuration. After `enter` of
+        that workspace, after `lease` of that sandbox. Handed over when this returns; `Refused` if not."""
+        self._send(messages.Testify(event=event, fields=dict(fields)))  # type: ignore[arg-type]
+        self._expect(messages.Recorded)
 
     def ended(self) -> str:
         """Call when the connection is readable though nothing was asked: why the lease is over."""

@@ -12,6 +12,9 @@ The order is the safety, and every step that does not happen means the command n
    them is the death of all;
 6. "go". Only now does the command exist.
 
+Whoever asks for it (`Wish.admitted`) is called between 3 and 6, when the lease is there: what must be on
+record before the command exists is put there then.
+
 While it runs, the connection to the daemon is the lease: its end is the sandbox's end. The other way round
 too: this process dying closes the connection, and takes bubblewrap along (--die-with-parent).
 
@@ -33,7 +36,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar
 
 import msgspec
 
@@ -50,7 +53,10 @@ if TYPE_CHECKING:
     import resource
     import subprocess
 
-__all__ = ["Interrupted", "Outcome", "Running", "Sandbox", "Wish", "start"]
+__all__ = [
+    "Enough", "Heeded", "Interrupted", "Mover", "Outcome", "Running", "Sandbox", "Undead", "Wish", "start",
+    "take_in_orphans",
+]  # fmt: skip
 
 TIMED_OUT = 124  # as timeout(1)
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
@@ -59,12 +65,19 @@ _PATIENCE = 30.0  # seconds for each thing that is waited for while starting
 _GONE = 10.0  # seconds after which processes that survive SIGKILL are reported
 
 
+N = TypeVar("N", int, float)
+
+
 class Interrupted(EgressdError):
     """A signal came before the command was started; nothing ran."""
 
     def __init__(self, number: signal.Signals) -> None:
         self.signal = number
         super().__init__(f"ended by {number.name} before the command was started")
+
+
+class Undead(Refused):
+    """Something of a sandbox survives SIGKILL: it waits in the kernel, for a disk perhaps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +92,25 @@ class Wish:
     run_dir: str = DEFAULT_RUN_DIR
     wall: float | None = None  # seconds; the workspace's own limit holds as well
     terminal: bool = False
+    # Shown at /work as it is, where `files` is looked through first. Only for a directory that the caller
+    # has just made, of regular files and where nobody else writes: nothing is checked.
+    projected: str | None = None
+    tools: str | None = None  # a directory of this program's own, shown at /opt/egressd
+    cpu: float | None = None  # seconds; see limits.py for what of this is per process
+    memory: int | None = None  # bytes; the workspace's own limit holds as well, and the one below
+    processes: int | None = None
+    file_size: int | None = None  # bytes
+    quota: int | None = None  # bytes over the link, held by the kernel
+    connections: int | None = None  # opened over the link, held by the kernel
+    closed: bool = False  # nothing is admitted over the link
+    usage: bool = False  # the command has a pipe to us, see `Running.usage`
+    admitted: Callable[[Control, messages.Lease], None] | None = None  # raising ends it with nothing run
 
     def __post_init__(self) -> None:
         if not self.command:
             raise ValueError("there is no command to run")
+        if self.files is not None and self.projected is not None:
+            raise ValueError("there is one /work: files or projected")
         if any("\0" in word for word in self.command):
             raise ValueError("a command cannot hold a NUL")
         plan.environment(extra=self.environment)
@@ -95,6 +123,30 @@ class Outcome:
     status: int  # the command's, or 128 + signal, 124 (time), 125 (egressd)
     why: str = ""
     timed_out: bool = False
+
+
+class Enough(Exception):
+    """Raised by who moves a sandbox's input and output: it is to end now, and this is how it ended."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+        super().__init__(outcome.why)
+
+
+class Mover(Protocol):
+    """Who moves a sandbox's input and output in the launcher's own poll (see pump.py)."""
+
+    @property
+    def pause(self) -> float | None:
+        """Seconds after which `move` is called though nothing is ready; None: never."""
+
+    def register(self, poll: select.poll) -> None: ...
+
+    def move(self, ready: set[int], poll: select.poll) -> None:
+        """`Enough` ends the sandbox."""
+
+    def drain(self) -> None:
+        """After its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,25 +166,42 @@ def prepare(wish: Wish, terms: messages.Terms, *, default_signals: tuple[str, ..
     binds = files.open_binds(wish.bind_ro, run_dir=wish.run_dir)
     shown = None if wish.files is None else files.open_files(wish.files, run_dir=wish.run_dir)
     terminal = os.environ.get("TERM") if wish.terminal else None
-    bounds = limits.bound(limits.Wanted(memory=terms.memory, processes=terms.processes))
+    wanted = _wanted(wish, terms)
+    bounds = limits.bound(wanted)
     spec = plan.SandboxSpec(
         command=wish.command,
-        files=shown,
+        files=shown if wish.projected is None else wish.projected,
+        tools=wish.tools,
         binds=binds,
-        environment=plan.environment(terminal=terminal, ollama_port=ollama, extra=wish.environment),
+        environment=plan.environment(
+            terminal=terminal, ollama_port=ollama, usage=wish.usage, extra=wish.environment
+        ),
         terminal=wish.terminal,
         default_signals=default_signals,
         limits=bounds.rlimits,
-        shared_memory=terms.memory,
+        shared_memory=wanted.memory,
     )
-    walls = [wall for wall in (wish.wall, terms.wall) if wall is not None]
     return Prepared(
         plan=plan.plan(spec, files.machine()),
         bounds=bounds,
         services=tuple(plumb.Service(s.port, s.address4, s.address6) for s in terms.services),
-        wall=min(walls, default=None),
+        wall=_lower(wish.wall, terms.wall),
         known=terms.known,
     )
+
+
+def _wanted(wish: Wish, terms: messages.Terms) -> limits.Wanted:
+    return limits.Wanted(
+        memory=_lower(wish.memory, terms.memory),
+        processes=_lower(wish.processes, terms.processes),
+        cpu=wish.cpu,
+        file_size=wish.file_size,
+    )
+
+
+def _lower(one: N | None, other: N | None) -> N | None:
+    """Of two limits the one that holds; None is none."""
+    return min((limit for limit in (one, other) if limit is not None), default=None)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -144,6 +213,7 @@ def start(
     *,
     stdio: Sequence[int] = (0, 1, 2),
     desk: SignalDesk | None = None,
+    heed: Heeded | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Running:
     """Steps 1 to 6. Returns with the command running, or raises with nothing left of the attempt:
@@ -157,19 +227,20 @@ def start(
         group = prepared.bounds.group
         if group is not None:
             undo.enter_context(group)
-        pipes = undo.enter_context(Pipes())
-        plumber = undo.enter_context(plumb.Plumber(gate=pipes.theirs[plan.GATE], close=pipes.ours(control)))
+        pipes = undo.enter_context(Pipes(usage=wish.usage))
+        plumber = undo.enter_context(plumb.Plumber(gate=pipes.theirs[plan.GATE], close=pipes.others(control)))
         running = _spawn(prepared, pipes, stdio=stdio, desk=desk, control=control)
         undo.callback(running.destroy)
+        running.policy = terms.policy
         tell(f"limits: {prepared.bounds.text}")
         tell(plan.describe(prepared.plan).partition("\n")[0])
         if desk is not None:
-            _take_in_orphans()
-        _admit(running, prepared, plumber, desk=desk, command=wish.command)
+            take_in_orphans()
+        _admit(running, prepared, plumber, desk=desk, heed=heed, wish=wish)
         tell(f"gate opened; bubblewrap is process {running.pid}, the sandbox's first is {running.child}")
         if plumber.trouble:
             tell(plumber.trouble)
-        running.keep(undo.pop_all(), wall=prepared.wall)
+        running.keep(undo.pop_all(), wall=prepared.wall, group=group)
         return running
 
 
@@ -186,7 +257,7 @@ def digest(command: Sequence[str]) -> str:
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
-def _take_in_orphans() -> None:
+def take_in_orphans() -> None:
     """bubblewrap ends before the sandbox's first process, without waiting for it; from then on that is a
     child of ours, and wait4(2) tells what all of the sandbox used. Only in a process of our own: in somebody
     else's, every orphan of theirs would come to us too, and nobody would wait for it."""
@@ -199,13 +270,22 @@ def _admit(
     plumber: plumb.Plumber,
     *,
     desk: SignalDesk | None,
-    command: Sequence[str],
+    heed: Heeded | None,
+    wish: Wish,
 ) -> None:
     """Steps 3 to 6."""
     control = running.control
+    _wait_for(running.pipes.status, desk, heed)
     namespace = running.open_namespace()
     try:
-        control.attach(namespace, command=named(command), digest=digest(command))
+        control.attach(
+            namespace,
+            command=named(wish.command),
+            digest=digest(wish.command),
+            quota=wish.quota,
+            connections=wish.connections,
+            closed=wish.closed,
+        )
         plumber.enter(
             namespace,
             child=running.child_descriptor,
@@ -216,11 +296,13 @@ def _admit(
     finally:
         os.close(namespace)
     _adopt(prepared.bounds.group, running)
-    _wait_for(control.fileno(), desk)
+    _wait_for(control.fileno(), desk, heed)
     lease = control.lease()
     running.link = lease.link
     plumber.lay(plumb.Address(lease.address4, lease.address6))
-    _wait_for(running.pipes.ready, desk)
+    if wish.admitted is not None:
+        wish.admitted(control, lease)
+    _wait_for(running.pipes.ready, desk, heed)
     running.at_rest()
     running.open_gate()
     running.reports = plumber.release()
@@ -233,16 +315,27 @@ def _adopt(group: limits.Group | None, running: Running) -> None:
             group.adopt(pid)
 
 
-def _wait_for(number: int, desk: SignalDesk | None) -> None:
+class Heeded(Protocol):
+    """Somebody who may call a start off. `heed` is called when its descriptor is readable, and raises."""
+
+    def fileno(self) -> int: ...
+
+    def heed(self) -> None: ...
+
+
+def _wait_for(number: int, desk: SignalDesk | None, heed: Heeded | None) -> None:
     """Wait until there is something to read, but not deaf to Ctrl-C."""
     poll = select.poll()
     poll.register(number, select.POLLIN)
-    if desk is not None:
-        poll.register(desk, select.POLLIN)
+    for source in (desk, heed):
+        if source is not None:
+            poll.register(source, select.POLLIN)
     while True:
         ready = [found for found, _ in poll.poll(_PATIENCE * 1000)]
         if desk is not None:
             _refuse_if_ending(desk)
+        if heed is not None and heed.fileno() in ready:
+            heed.heed()
         if number in ready or not ready:
             return  # too late is found out by who reads
 
@@ -254,27 +347,34 @@ def _refuse_if_ending(desk: SignalDesk) -> None:
 
 
 class Pipes:
-    """The three pipes to a sandbox being built. Leaving the block closes what is still open."""
+    """The pipes to a sandbox being built. Leaving the block closes what is still open."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, usage: bool = False) -> None:
         self.status, status = os.pipe2(os.O_CLOEXEC)  # bubblewrap's reports
         self.ready, ready = os.pipe2(os.O_CLOEXEC)  # the gate's word that it waits
         gate, self.gate = os.pipe2(os.O_CLOEXEC)  # our "go"
         self.theirs = {plan.STATUS: status, plan.READY: ready, plan.GATE: gate}
+        self.usage = -1  # what the command reports
+        if usage:
+            self.usage, self.theirs[plan.USAGE] = os.pipe2(os.O_CLOEXEC)
+            os.set_blocking(self.usage, False)
 
-    def ours(self, control: Control) -> tuple[int, ...]:
-        """What nobody but this process may hold, the connection that is the lease among it."""
-        return (self.gate, self.status, self.ready, control.fileno())
+    def others(self, control: Control) -> tuple[int, ...]:
+        """All but the gate's reading end: what the plumber must not hold. Ours, because nobody else may, the
+        connection that is the lease among it; and theirs, or the end of who has them would not be seen."""
+        ours = (self.gate, self.status, self.ready, self.usage, control.fileno())
+        theirs = (number for place, number in self.theirs.items() if place != plan.GATE)
+        return tuple(number for number in (*ours, *theirs) if number >= 0)
 
     def __enter__(self) -> Pipes:
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.close_theirs()
-        for number in (self.status, self.ready, self.gate):
+        for number in (self.status, self.ready, self.gate, self.usage):
             if number >= 0:
                 os.close(number)
-        self.status = self.ready = self.gate = -1
+        self.status = self.ready = self.gate = self.usage = -1
 
     def close_theirs(self) -> None:
         while self.theirs:
@@ -383,22 +483,28 @@ class Running:
 
     def __init__(self, *, pid: int, pipes: Pipes, control: Control) -> None:
         self.link = 0  # the number of its link, once it is admitted
+        self.policy = ""  # digest, of the terms it was admitted on
         self.pid, self.pipes, self.control = pid, pipes, control
         self.child = 0  # first process in the sandbox, our pid for it
         self.child_descriptor = -1  # and a pidfd of it
         self._reported = b""
         self._descriptor = os.pidfd_open(pid)
         self._exit: int | None = None  # wait status, once reaped
-        self._outcome: Outcome | None = None
+        self.outcome: Outcome | None = None  # once `watch` knows
         self.reports: Reports | None = None  # of what is tried inside
+        self.group: limits.Group | None = None
+        self.ending: Callable[[Control], None] | None = None  # called when all is dead, before the lease goes
+        self.used: resource.struct_rusage | None = None  # once it is over, where that is known
         self._destroyed = False
         self._undo = contextlib.ExitStack()
         self._deadline: float | None = None
         self._wall: float | None = None
 
-    def keep(self, undo: contextlib.ExitStack, *, wall: float | None) -> None:
+    def keep(
+        self, undo: contextlib.ExitStack, *, wall: float | None, group: limits.Group | None = None
+    ) -> None:
         """From here on this object owns the connection and the group."""
-        self._undo = undo
+        self._undo, self.group = undo, group
         if wall is not None:
             self._wall, self._deadline = wall, time.monotonic() + wall
 
@@ -440,7 +546,8 @@ class Running:
     def at_rest(self) -> None:
         """Wait until the gate waits, and its parent, the sandbox's first process, waits for it.
 
-        That parent sets its death signal after it has forked the gate and before it waits.
+        That parent sets its death signal after it has forked the gate and before it waits. If bubblewrap's
+        outer process was gone by then, the signal would never come: so this is looked at last.
         """
         os.set_blocking(self.pipes.ready, False)
         try:
@@ -453,6 +560,10 @@ class Running:
             if not word or state in ("X", "Z") or time.monotonic() > end:
                 raise self._not_built()
             time.sleep(0.0002)
+        poll = select.poll()
+        poll.register(self._descriptor, select.POLLIN)
+        if poll.poll(0):
+            raise self._not_built()
 
     def open_gate(self) -> None:
         try:
@@ -465,21 +576,23 @@ class Running:
     # ---- while it runs
 
     def watch(
-        self, *, desk: SignalDesk | None = None, pump: Pump | None = None, timeout: float | None = None
+        self, *, desk: SignalDesk | None = None, pump: Mover | None = None, timeout: float | None = None
     ) -> Outcome:
         """Wait for the end, whoever brings it; nothing is left of the sandbox afterwards."""
         deadline = self._deadline
         if timeout is not None:
             deadline = min(deadline or float("inf"), time.monotonic() + timeout)
         try:
-            self._outcome = outcome = self._loop(desk, pump, deadline)
+            self.outcome = outcome = self._loop(desk, pump, deadline)
+        except Enough as enough:
+            self.outcome = outcome = enough.outcome
         finally:
             self.destroy()
         if pump is not None:
             pump.drain()
         return outcome
 
-    def _loop(self, desk: SignalDesk | None, pump: Pump | None, deadline: float | None) -> Outcome:
+    def _loop(self, desk: SignalDesk | None, pump: Mover | None, deadline: float | None) -> Outcome:
         poll = select.poll()
         for source in (self._descriptor, self.control, desk, self.reports):
             if source is not None:
@@ -490,6 +603,8 @@ class Running:
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 return self._out_of_time()
+            if pump is not None and pump.pause is not None:
+                left = pump.pause if left is None else min(left, pump.pause)
             ready = {number for number, _ in poll.poll(None if left is None else left * 1000 + 1)}
             if self.reports is not None and self.reports.fileno() in ready:
                 self._pass_on(self.reports, poll)
@@ -597,23 +712,26 @@ class Running:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)  # ours and not reaped: the number is still its own
         self._hear_the_rest()
-        self._kill_child()
-        self._reap()
-        self._tell_the_end()
-        self._dismiss()
-        for descriptor in (self._descriptor, self.child_descriptor):
-            if descriptor >= 0:
-                os.close(descriptor)
-        self._undo.close()
+        with self._undo:
+            self._kill_child()
+            self._reap()
+            self.used = self._used()
+            if self.ending is not None:
+                self.ending(self.control)
+            self._tell_the_end()
+            self._dismiss()
+            for descriptor in (self._descriptor, self.child_descriptor):
+                if descriptor >= 0:
+                    os.close(descriptor)
 
     def _tell_the_end(self) -> None:
         """Our last word over the connection, which ends with the lease; recorded as what we say."""
-        if self._outcome is not None:
-            used = self._used()
+        if self.outcome is not None:
+            used = self.used
             self.control.tell(
                 messages.Ended(
-                    status=self._outcome.status,
-                    why=self._outcome.why[:256],
+                    status=self.outcome.status,
+                    why=self.outcome.why[:256],
                     user_seconds=used.ru_utime if used else 0.0,
                     system_seconds=used.ru_stime if used else 0.0,
                     max_rss=used.ru_maxrss << 10 if used else 0,
@@ -640,7 +758,7 @@ class Running:
         poll = select.poll()
         poll.register(self.child_descriptor, select.POLLIN)
         if not poll.poll(_GONE * 1000):
-            raise Refused(Reason.UNAVAILABLE, f"process {self.child} of the sandbox does not die")
+            raise Undead(Reason.UNAVAILABLE, f"process {self.child} of the sandbox does not die")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Memory and process limits: a delegated cgroup where the caller has one, else rlimits.
+"""Limits of memory, processes and time: a delegated cgroup where the caller has one, and rlimits.
 
 A cgroup bounds the sandbox as a whole. It needs a place in the cgroup2 tree where the caller may make a
 group with the controllers enabled: a sibling of its own group under a delegated parent, or, for a group
@@ -8,6 +8,9 @@ rlimits need nothing, and bound less: RLIMIT_DATA counts private writable memory
 (not reservations, which Node and Java make by the gigabyte and RLIMIT_AS would count), RLIMIT_NPROC counts
 the processes of the sandbox's user namespace (ucounts, Linux 5.14), and neither holds the superuser.
 A limit that cannot be had ends the launch.
+
+RLIMIT_CPU and RLIMIT_FSIZE are always set, whatever else holds. The first is each process' own: what all of
+them use together is read from the cgroup (`Group.cpu_seconds`), or added up by who watches them.
 """
 
 # pathlib costs 9 ms to import, a tenth of all of `egressctl run`
@@ -17,20 +20,22 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from egressd.model.errors import Refused
 from egressd.model.verdicts import Reason
 from egressd.sandbox import plan
 
-__all__ = ["Bounds", "Group", "Wanted", "bound", "own_group"]
+__all__ = ["Bounds", "Group", "Wanted", "bound", "own_group", "step_down"]
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
     memory: int | None = None  # bytes
     processes: int | None = None
+    cpu: float | None = None  # seconds, of all processes together
+    file_size: int | None = None  # bytes
 
     @property
     def controllers(self) -> frozenset[str]:
@@ -49,19 +54,32 @@ class Bounds:
 
 def bound(wanted: Wanted, *, root: str = "/") -> Bounds:
     """Decide how `wanted` is enforced. `Refused` where it cannot be. `root` is for tests."""
-    if not wanted.controllers:
-        return Bounds(None, plan.Limits(), "no limits")
+    always = plan.Limits(cpu=wanted.cpu, file_size=wanted.file_size)
+    if not wanted.controllers and wanted.cpu is None:
+        return Bounds(None, always, "no limits" if always == plan.Limits() else "rlimits")
     group = Group.make(wanted, root=root)
     if group is not None:
-        return Bounds(group, plan.Limits(), f"cgroup {group.path}")
+        return Bounds(group, always, f"cgroup {group.path}")
+    if not wanted.controllers:
+        return Bounds(None, always, "rlimits (time per process): no cgroup can be made")
     if wanted.processes is not None and os.getuid() == 0:
         raise Refused(
             Reason.LIMIT,
             "the workspace limits processes, which no rlimit does for root and no cgroup is delegated here:"
             " run as an ordinary user, or under systemd-run --scope -p Delegate=yes",
         )
-    rlimits = plan.Limits(memory=wanted.memory, processes=wanted.processes)
+    rlimits = replace(always, memory=wanted.memory, processes=wanted.processes)
     return Bounds(None, rlimits, "rlimits (memory per process): no delegated cgroup with memory and pids")
+
+
+def step_down(*, root: str = "/") -> bool:
+    """For a program that will start many sandboxes, while it is the only process of a delegated group
+    (systemd's Delegate=yes): whatever it forks from now on finds a parent for groups. False where there is
+    none to be had; then rlimits hold."""
+    own = own_group(root=root)
+    with contextlib.suppress(OSError):
+        return own is not None and _make_room(own, Wanted(memory=1, processes=1))
+    return False
 
 
 def own_group(*, root: str = "/") -> str | None:
@@ -134,6 +152,22 @@ class Group:
         except OSError as error:
             text = f"the sandbox cannot be moved to its cgroup {self.path}: {error.strerror}"
             raise Refused(Reason.LIMIT, text) from error
+
+    def cpu_seconds(self) -> float:
+        """Used by everything that ever was in it. cpu.stat is there without any controller (cgroup v2)."""
+        return self._number("cpu.stat", "usage_usec") / 1e6
+
+    def reached(self) -> frozenset[str]:
+        """Which of "memory" and "processes" have stopped something: a kill, a refused fork."""
+        stopped = (("memory", "memory.events", "oom_kill"), ("processes", "pids.events", "max"))
+        return frozenset(name for name, file, key in stopped if self._number(file, key))
+
+    def _number(self, name: str, key: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            for line in _read(self.path, name).splitlines():
+                if line.startswith(f"{key} "):
+                    return int(line.split()[1])
+        return 0
 
     def __enter__(self) -> Group:
         return self

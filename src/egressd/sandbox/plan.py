@@ -15,6 +15,7 @@ permission.)
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -24,11 +25,14 @@ __all__ = [
     "plan",
 ]  # fmt: skip
 
+USAGE = 3  # where a command that is asked to reports what it used; open only then
 READY, GATE = 7, 8  # the gate's descriptors: sh of dash has single digits only
 SECCOMP, STATUS = 9, 10
 _FIRST_DATA = 11
+_BLOCK = 512  # bytes; the unit of ulimit -f (POSIX), in dash, busybox, and bash when it is called sh
 ABOVE = 64  # no descriptor has its place from here on
 WORK = "/work"
+TOOLS = "/opt/egressd"
 PATH = "/usr/local/bin:/usr/bin:/bin"
 FAILED = 125  # as env(1), timeout(1) and chroot(1): the launcher itself failed
 
@@ -83,12 +87,15 @@ class Limits:
 
     memory: int | None = None  # bytes of private writable memory, per process (RLIMIT_DATA)
     processes: int | None = None  # in the sandbox's own user namespace (RLIMIT_NPROC, Linux 5.14)
+    cpu: float | None = None  # seconds, per process (RLIMIT_CPU)
+    file_size: int | None = None  # bytes of each file that is written (RLIMIT_FSIZE)
 
 
 @dataclass(frozen=True, slots=True)
 class SandboxSpec:
     command: tuple[str, ...]
     files: str | None = None  # shown at /work
+    tools: str | None = None  # shown at /opt/egressd
     binds: tuple[Bind, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     terminal: bool = False  # stay in the caller's session, so that job control works
@@ -171,6 +178,8 @@ def _directories(spec: SandboxSpec) -> list[str]:
     arguments = []
     for bind in spec.binds:
         arguments += ["--ro-bind", bind.source, bind.target]
+    if spec.tools is not None:
+        arguments += ["--ro-bind", spec.tools, TOOLS]
     if spec.files is not None:
         arguments += ["--ro-bind", spec.files, WORK]
     return [*arguments, "--chdir", "/tmp" if spec.files is None else WORK]  # noqa: S108
@@ -205,6 +214,12 @@ def _gate_script(limits: Limits) -> str:
         # bash and ksh say -u, dash and busybox -p
         bound = limits.processes
         lines.append(f"ulimit -u {bound} 2>/dev/null || ulimit -p {bound} || exit {FAILED}")
+    if limits.cpu is not None:
+        # SIGXCPU at the soft limit, SIGKILL a second later. The soft one first: it is never above the hard.
+        soft = math.ceil(limits.cpu)
+        lines.append(f"ulimit -S -t {soft} && ulimit -H -t {soft + 1} || exit {FAILED}")
+    if limits.file_size is not None:
+        lines.append(f"ulimit -f {limits.file_size // _BLOCK} || exit {FAILED}")
     return "; ".join([*lines, 'exec "$@"'])
 
 
@@ -212,6 +227,7 @@ def environment(
     *,
     terminal: str | None = None,
     ollama_port: int | None = None,
+    usage: bool = False,
     extra: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """The whole environment of a command; nothing of the caller's is passed on. ValueError for a name or
@@ -221,6 +237,8 @@ def environment(
         found["TERM"] = terminal
     if ollama_port is not None:
         found["OLLAMA_HOST"] = f"http://127.0.0.1:{ollama_port}"
+    if usage:
+        found["EGRESSD_USAGE_FD"] = str(USAGE)
     for name, value in (extra or {}).items():
         if not name or "=" in name or "\0" in name + value:
             raise ValueError(f"{name!r} cannot be the name of an environment variable")

@@ -109,6 +109,11 @@ class Pump:
 
     # ---- in the launcher's poll
 
+    @property
+    def pause(self) -> float | None:
+        """There is nothing here that waits for a time."""
+        return None
+
     def register(self, poll: select.poll) -> None:
         for number in self._kept:
             poll.register(number, select.POLLIN)
