@@ -10,7 +10,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from bench import datapath, dns, inspector, journal, residency, spawn
+from bench import cycle, datapath, dns, inspector, journal, residency, spawn
 from bench.figures import Report
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -21,6 +21,7 @@ BENCHMARKS = {
     "inspector": inspector.measure,
     "journal": journal.measure,
     "residency": residency.measure,
+    "request": cycle.measure,
 }
 SHORT: dict[str, dict[str, Any]] = {
     "spawn": {"rounds": 6, "at_once": 10, "waves": 1},
@@ -31,6 +32,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "inspector": {"rounds": 2, "seconds": 0.1, "connections": 20, "flood": 100, "idle": 50},
     "journal": {"rounds": 2, "count": 2000, "pairs": 2, "questions": 20, "spawns": 2, "proved": 400},
     "residency": {"rounds": 2, "prefixes": 2000, "lookups": 500},
+    "request": {"rounds": 3, "sizes": (100, 300), "repeats": 2, "plots": RESULTS / "short"},
 }  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""A guarded inference, told in a minute: what works, what does not, and the numbers that prove it.
+"""A guarded inference, told in a minute: what works, what does not, and the numbers that prove it; then a
+request of somebody who may not read everything (request.py).
 
 Everything runs in network namespaces of its own, against a little internet that exists only there
 (tests/lab/topology.py has the map); the machine's network is not touched. Every check mark is worked out from
@@ -22,6 +23,7 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT / "tests"))
 
+import request  # noqa: E402 - the scene of that name, beside this file
 from lab import topology  # noqa: E402
 from lab.capture import Capture  # noqa: E402
 from lab.daemon import Daemon  # noqa: E402
@@ -185,11 +187,11 @@ class Stage:
         """Where evidence is put, as it is called in the lab: a directory of the lab's unprivileged user."""
         return self.lab.inside(f"evidence/{name}")
 
-    def verify(self, name: str) -> Result:
+    def verify(self, name: str, *words: str) -> Result:
         """As anybody, without network, daemon or root: the file and the public key are all there is."""
         argv = [
             "unshare", "--user", "--net", str(VENV / "bin" / "egressctl"), "--run-dir", "/nowhere", "--json",
-            "verify", self.paper(name), "--key", self.paper("egressd.pem"),
+            "verify", self.paper(name), "--key", self.paper("egressd.pem"), *words,
         ]  # fmt: skip
         return self.lab.run(argv, uid=self.lab.user)
 
@@ -603,12 +605,13 @@ def main() -> int:
         )
         two_names(story, lab, internet)
         story.step("egressd starts, with one workspace")
-        with Capture(lab) as uplink, Daemon(lab) as daemon:
+        with Capture(lab) as uplink, Daemon(lab, brokers=request.brokers(lab)) as daemon:
             story.command("egressd --config egressd.yaml &")
             story.command("cat workspaces/acme.yaml")
             story.show(lab.path(f"{daemon.directory}/workspaces/acme.yaml").read_text())
             stage = Stage(story, lab, internet, host, uplink, daemon)
-            for part in (allowed, denied, neighbour, wildcard, captured, counted, proved, pinned, verdict):
+            on_the_network = (allowed, denied, neighbour, wildcard, captured, counted, proved, pinned)
+            for part in (*on_the_network, request.requested, verdict):
                 part(stage)
     story.step("Everything is gone again")
     story.say(

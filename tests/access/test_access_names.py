@@ -85,6 +85,7 @@ IMPOSSIBLE = [
     {"groups": frozenset({"user:okta:b"})},
     {"groups": frozenset({"group:okta:"})},
     {"groups": frozenset({"group:okta:Re\u0301vision"})},
+    {"groups": frozenset({"group:okta:\u212aernel"})},
 ]
 
 

@@ -130,9 +130,18 @@ keep: forever
         (ISSUERS + "listen: https://localhost:1", "no place to listen"),
         (ISSUERS + "listen: https://127.0.0.1:0\ntls: {}", "has no port"),
         (ISSUERS + "listen: https://[::1]:99999", "has no port"),
+        (
+            ISSUERS + "workspaces: {a: {inferences: {b: {command: [c], bind_ro: [/work/d]}}}}",
+            "is below /work",
+        ),
         (ISSUERS + "listen: https://127.0.0.1:8443", "needs a certificate"),
         (ISSUERS + "tls: {certificate: /a, key: /b, client_ca: /c}", "a Unix socket is not spoken to by TLS"),
         (ISSUERS + "listen: https://127.0.0.1:8443\ntls: {certificate: /a, key: b}", "client_ca is missing"),
+        (
+            ISSUERS
+            + "listen: https://127.0.0.1:8443\ntls: {certificate: /a, key: /etc/ssl/k, client_ca: /c}",
+            "every sandbox sees this file",
+        ),
         (ISSUERS + f"listen: unix:/{'x' * 110}", "at most 107 fit a socket"),
         (ISSUERS + "listen: unix:x", "not an absolute path"),
         (ISSUERS + "store: sqlite:///relative.db", "not the URL of a store"),
@@ -192,7 +201,7 @@ def test_check_validates_and_ends(tmp_path: Path) -> None:
     file = tmp_path / "broker.yaml"
     file.write_text(ISSUERS + "workspaces: {acme: {}}\n")
     done = program("--config", file, "--check")
-    assert (done.returncode, done.stdout) == (0, f"{file} is sound: 1 workspaces, 1 issuers\n")
+    assert (done.returncode, done.stdout) == (0, f"{file} is sound: 1 workspace, 1 issuer\n")
     file.write_text("listen: 3\nkeep: x\n")
     done = program("--config", file, "--check")
     assert (done.returncode, done.stdout) == (1, "")

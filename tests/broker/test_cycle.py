@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from broker.cycle_stand import Told, World, eventually, listen, world
@@ -165,7 +166,36 @@ def test_on_disk_instead(world: World, tmp_path: Path) -> None:
         place.rmdir()
 
 
+CYCLE = """
+import os, socket
+held = [os.open(path, os.O_RDONLY) for path in ("/work/docs/a.md", "/work")]
+one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+socket.send_fds(one, [b"x"], [other.fileno(), *held])
+socket.send_fds(other, [b"x"], [one.fileno(), *held])
+print("sent")
+"""
+
+
+def test_files_that_sockets_hold_in_flight_do_not_outlive_it(world: World) -> None:
+    """Sockets in each other's queues are closed by nobody when their process ends."""
+    world.write("a.md", b"# A\n")
+    told = world.told(world.python(CYCLE, copies=(world.copy("a.md"),)))
+    assert (told.out, told.finished.destroyed) == (b"sent\n", True), told.finished
+
+
 # ---- what is refused
+
+
+@pytest.mark.parametrize("bound", [True, False])
+def test_a_source_that_every_command_sees_anyway(world: World, bound: bool) -> None:
+    """Its decision would be worth nothing."""
+    world.write("a.md", b"# A\n")
+    copy = world.copy("a.md")
+    if bound:
+        job = world.job("true", copies=(copy,), bind_ro=(str(world.documents.parent),))
+    else:
+        job = world.job("true", copies=(msgspec.structs.replace(copy, root=b"/usr/share/doc"),))
+    refused(world, world.told(job), job, "is seen by every command", "files")
 
 
 def refused(world: World, told: Told, job: jobs.Job, text: str, code: str) -> None:

@@ -12,6 +12,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from broker.cycle_stand import STEPS, Told, World, a_runners_world, descendants, eventually, listen
@@ -169,3 +170,26 @@ def test_the_zygote_is_killed(world: World, step: str) -> None:
     assert world.told(world.job("echo", "again")).out == b"again\n"
     assert world.runners.pid != before
     world.nothing_left()
+
+
+def test_what_does_not_die_is_not_called_destroyed_and_did_run(world: World) -> None:
+    asked = job(world, "started", "UNDEAD")
+    end = world.told(asked).finished
+    assert (end.destroyed, end.refused) == (False, "") and "does not die" in end.why, end
+    last = world.records(asked.id)[-1]
+    assert (last["event"], last["fields"]["destroyed"]) == ("request-ended", False)
+
+
+def test_what_never_ran_and_does_not_die_is_not_called_destroyed(world: World) -> None:
+    """In `mute` nothing can be put on record, so the gate stays closed."""
+    asked = msgspec.structs.replace(job(world, "leased", "UNDEAD"), workspace="mute")
+    end = world.told(asked).finished
+    assert (end.destroyed, end.refused) == (False, "it does not die"), end
+
+
+@pytest.mark.parametrize("step", ["projecting", "leased"])
+def test_without_memory_it_is_refused_by_name(world: World, step: str) -> None:
+    asked = job(world, step, "MEMORY")
+    end = world.told(asked).finished
+    assert (end.refused, end.destroyed, end.status) == ("MemoryError", True, 125)
+    assert world.records(asked.id)[-1]["event"] == "request-refused"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from broker.cycle_stand import World, world
+from egressd.broker import jobs
 from egressd.broker.jobs import Limits
 
 __all__ = ["world"]
@@ -167,3 +168,59 @@ def test_reports_that_are_none(world: World) -> None:
     script = f"import os\nfor line in {lines!r}: os.write(3, line + b'\\n')"
     end = python(world, script, tokens=1000).finished
     assert (end.tokens, end.cost, end.status) == (7, 0.0, 0)
+
+
+def test_a_flood_of_reports_does_not_hold_up_the_clock(world: World) -> None:
+    """Written by two, faster than one can read it."""
+    script = "import os\nos.fork()\nlines = b'\\n' * 65536\nwhile True: os.write(3, lines)"
+    end = python(world, script, wall=1.0).finished
+    assert (end.status, end.hit) == (124, ("wall",))
+
+
+def test_more_tokens_than_a_record_holds(world: World) -> None:
+    """Or how it ended would not be taken on record."""
+    script = 'import os\nfor _ in range(20): os.write(3, b\'{"tokens": %d, "cost": 1e12}\\n\' * 2000)'
+    end = python(world, script % (1 << 50), wall=20).finished
+    assert (end.tokens, end.status) == ((1 << 53) - 1, 0)
+    assert 0 < end.cost < 1 << 62
+
+
+def test_a_process_whose_name_is_no_text_uses_time_all_the_same(world: World) -> None:
+    name = "import ctypes, os\nctypes.CDLL(None).prctl(15, b'\\xff)\\xfe', 0, 0, 0)\nos.fork()\n"
+    end = python(world, name + BURN, cpu=0.7, wall=20).finished
+    assert (end.status, end.hit) == (137, ("cpu",))
+
+
+SEND = """
+import os, socket
+ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+null, kept, sent = os.open("/dev/null", os.O_RDONLY), [], 0
+try:
+    while True:
+        pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        kept.append(pair)
+        pair[0].setblocking(False)
+        try:
+            while True:
+                socket.send_fds(pair[0], [b"x"], [null] * 250)
+                sent += 250
+        except BlockingIOError:
+            pass
+except OSError as error:
+    print(error.errno, flush=True)
+import time; time.sleep(60)
+"""
+
+
+def test_descriptors_that_nobody_receives_are_nobody_elses_limit(world: World) -> None:
+    """They are counted for the account, which all requests have in common."""
+    with world.runners.run(world.python(SEND, limits=Limits(wall=30))) as run:
+        run.channel.socket.settimeout(20)
+        for message in run:
+            if isinstance(message, jobs.Projected):
+                run.go()
+            if isinstance(message, jobs.Output):
+                assert message.data == b"109\n", "ETOOMANYREFS"
+                break
+        told = world.told(world.job("echo", "another"))
+        assert told.out == b"another\n", told.finished

@@ -350,7 +350,7 @@ def test_with_old_keys_in_hand_nobody_waits_for_a_slow_provider() -> None:
 
 
 def test_a_slow_provider_takes_a_few_threads_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keyring, "_MAX_WAITING", 1)
+    monkeypatch.setattr(keyring, "MAX_WAITING", 1)
     arrived, go = threading.Event(), threading.Event()
     pages = Pages(ISSUER.issuer, [jwk(ec_key(), kid="1")])
 

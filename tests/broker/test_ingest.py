@@ -218,6 +218,109 @@ def test_rules_that_match_nothing_are_warned_of(desk: Desk) -> None:
     assert warning == "line 2 of the access list matches nothing: hr/**"
 
 
+# ---- trust that is said before there is something to trust, or with it
+
+
+def test_a_source_may_be_believed_before_it_is_ingested(desk: Desk) -> None:
+    desk.put("a.md", OURS)
+    desk.trust(front_matter=True)
+    [source] = desk.store.sources("acme")
+    assert (source.directory, source.ingested_at, source.trust.front_matter) == ("", None, True)
+    assert desk.ingest(source="other", directory=str(desk.directory)).added  # it has no files to share
+    desk.to.drop_source(OPERATOR, "acme", "other")
+    done = desk.ingest()
+    assert (done.unreadable, done.unbelieved, done.trust_set, desk.readable(ANN)) == ((), 0, False, ["a.md"])
+    [source] = desk.store.sources("acme")
+    assert source.directory == str(desk.directory)
+    with pytest.raises(Refused, match="is not the one of source docs"):
+        desk.ingest(directory=str(desk.directory.parent))
+
+
+def test_a_source_that_is_only_spoken_of_is_not_an_editor_s_to_make(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.to.set_member(OPERATOR, "acme", "user:okta:ann", Role.ADMIN, "secret")
+    with pytest.raises(Unfit, match="there is no source 'docs'"):
+        desk.to.set_trust(ANN, "acme", "docs", front_matter=True)
+    desk.trust(front_matter=True)
+    monkeypatch.chdir(desk.directory)
+    for directory in ("", ".", str(desk.directory)):
+        with pytest.raises(Refused, match="is for who administers the machine"):
+            desk.ingest(actor=ANN, directory=directory)
+    assert desk.store.sources("acme")[0].directory == ""
+    desk.to.set_trust(ANN, "acme", "docs", clearance="internal")  # what is there may be changed
+
+
+def test_an_ingest_sets_trust_in_one_transaction_and_one_record(desk: Desk) -> None:
+    desk.put("a.md", OURS)
+    desk.put("plain.md")
+    wanted = desk.to.wanted(True, frozenset({STAFF}), None, None, "public")
+    done = desk.ingest(trust=wanted)
+    assert (done.unreadable, done.trust_set, desk.store.generation("acme")) == ((), True, 2)
+    assert (desk.readable(ANN), desk.readable(BEN)) == (["a.md", "plain.md"], ["plain.md"])
+    [(_, event, fields)] = desk.journal.records
+    assert event == "documents-ingested"
+    assert {name: value for name, value in fields.items() if name.removesuffix("_before") in TRUST} == {
+        "front_matter": True, "front_matter_before": False,
+        "read": '["group:okta:staff"]', "read_before": "[]",
+        "deny": "[]", "deny_before": "[]", "groups": "[]", "groups_before": "[]",
+        "clearance": "public", "clearance_before": "",
+    }  # fmt: skip
+    assert len(fields) <= 24  # of a message
+    assert desk.ingest(trust=wanted).trust_set is False
+    assert not TRUST & desk.journal.records[-1][2].keys()
+
+
+TRUST = {"front_matter", "read", "deny", "groups", "clearance"}
+
+
+def test_what_is_refused_or_only_tried_sets_no_trust(desk: Desk) -> None:
+    desk.put("a.md", OURS)
+    desk.ingest()
+    wanted = desk.to.wanted(front_matter=True)
+    assert desk.ingest(trust=wanted, dry_run=True).unreadable == ()
+    desk.journal.broken = True
+    with pytest.raises(Refused, match="egressd is not running"):
+        desk.ingest(trust=wanted)
+    desk.journal.broken = False
+    assert (desk.readable(ANN), desk.store.sources("acme")[0].trust.front_matter) == ([], False)
+
+
+def test_an_ingest_s_trust_needs_the_right_to_set_it(desk: Desk) -> None:
+    desk.put("a.md", OURS)
+    desk.ingest()
+    for role, level, wanted, why in (
+        (Role.EDITOR, "secret", desk.to.wanted(front_matter=True), "an editor may not do that"),
+        (Role.EDITOR, "secret", desk.to.wanted(front_matter=False), "an editor may not do that"),  # it is off
+        (
+            Role.ADMIN,
+            "internal",
+            desk.to.wanted(clearance="secret"),
+            "only somebody who is cleared for secret",
+        ),
+    ):
+        desk.to.set_member(OPERATOR, "acme", STAFF, role, level)
+        before = desk.store.generation("acme")
+        with pytest.raises(Refused, match=why) as refused:
+            desk.ingest(actor=ANN, trust=wanted)
+        assert (refused.value.reason, desk.store.generation("acme")) == (Reason.MEMBER, before)
+    assert desk.ingest(actor=ANN, trust=desk.to.wanted(front_matter=True)).trust_set
+    assert desk.readable(ANN) == ["a.md"]
+
+
+def test_documents_that_speak_and_are_not_heard_are_counted(desk: Desk) -> None:
+    desk.put("a.md", OURS)
+    desk.put("title.md", "---\ntitle: says nothing of who may read it\n---\n")
+    desk.put("plain.md")
+    assert desk.ingest().unbelieved == 1
+    desk.trust(read=frozenset({STAFF}), clearance="public")
+    assert desk.ingest().unbelieved == 1  # and everybody may read it now, which it does not say
+    listed = "documents:\n  '**': {read: [group:okta:staff], clearance: public}\n"
+    assert desk.ingest(rules=listed).unbelieved == 0  # its source system has said it
+    assert desk.ingest(without_list=True, trust=desk.to.wanted(front_matter=False)).unbelieved == 0
+    assert desk.ingest(trust=desk.to.wanted(front_matter=True)).unbelieved == 0
+
+
 # ---- record, then store; all or nothing
 
 
@@ -375,6 +478,12 @@ def test_what_is_no_directory_is_refused(desk: Desk) -> None:
     for path, why in ((file, "is no directory"), (desk.directory / "nope", "No such file")):
         with pytest.raises(Refused, match=why):
             desk.ingest(directory=str(path))
+
+
+@pytest.mark.parametrize("place", ["/usr/share", "/etc", "/"])
+def test_what_every_sandbox_sees_is_no_source(desk: Desk, place: str) -> None:
+    with pytest.raises(Refused, match="is seen by every sandbox"):
+        desk.ingest(directory=place)
 
 
 def test_no_file_has_two_sources(desk: Desk) -> None:

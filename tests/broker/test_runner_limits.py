@@ -39,6 +39,23 @@ def test_nothing_that_is_written_there_breaks_it_or_takes_back(pieces: list[byte
         assert usage.tokens >= before
 
 
+def test_one_piece_is_read_at_a_time() -> None:
+    """Whoever fills the pipe meanwhile waits for the next turn."""
+    ours, theirs = os.pipe()
+    os.set_blocking(ours, False)
+    usage = Usage()
+    with pytest.raises(BlockingIOError):
+        usage.read(ours)
+    os.write(theirs, b'{"tokens": 1}\n')
+    assert usage.read(ours)
+    os.write(theirs, b'{"tokens": 1}\n')
+    assert usage.tokens == 1
+    os.close(theirs)
+    assert usage.read(ours) and usage.tokens == 2
+    assert not usage.read(ours)
+    os.close(ours)
+
+
 def test_a_line_without_an_end_is_not_kept() -> None:
     usage = Usage()
     for _ in range(1000):

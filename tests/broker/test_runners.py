@@ -85,6 +85,17 @@ def test_no_more_at_once_than_may_be() -> None:
         assert world.told(world.job("echo", "ok")).out == b"ok\n", "there is room again"
 
 
+def test_a_request_ends_while_a_zygote_is_still_begun(world: World) -> None:
+    """That takes its time, and who closes may be an event loop."""
+    run = projected(world, world.job("true"))
+    with world.runners._lock:
+        closing = threading.Thread(target=run.close)
+        closing.start()
+        closing.join(10)
+        assert not closing.is_alive() and world.runners.live == 0
+    closing.join()
+
+
 def test_no_zombie_stays(world: World) -> None:
     for _ in range(5):
         world.told(world.job("true"))

@@ -243,8 +243,8 @@ def test_the_record_says_which_it_was_and_the_answer_does_not() -> None:
         (user("alice"), "acme", "default", 404)
     ] * 2
     assert [note.text() for note in scene.witness.notes] == [
-        "of 1 files that had to be shown: handbook:none.md unknown",
-        "of 1 files that had to be shown: handbook:secret.md unlisted",
+        "1 of the files that had to be shown: handbook:none.md unknown",
+        "1 of the files that had to be shown: handbook:secret.md unlisted",
     ]
     assert len({note.request for note in scene.witness.notes}) == 2
 

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,18 @@ def test_directives_that_a_tidy_mind_would_change(name: str, value: str, why: st
 def test_the_watchdog_is_slower_than_what_feeds_it() -> None:
     (watchdog,) = settings("WatchdogSec")
     assert int(watchdog.removesuffix("s")) >= 3 * main._WATCHDOG
+
+
+def test_a_file_that_an_issuer_needs_is_missed_before_the_start(tmp_path: Path) -> None:
+    config = tmp_path / "broker.yaml"
+    keys = tmp_path / "keys.json"
+    config.write_text(f"issuers: {{idp: {{issuer: 'https://idp.test', audience: a, jwks_file: {keys}}}}}\n")
+
+    def check() -> tuple[int, str]:
+        argv = [str(Path(sys.executable).parent / "egressd-broker"), "--config", str(config), "--check"]
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    assert check() == (1, f"egressd-broker: {config}: issuers.idp: {keys} is not there\n")
+    keys.write_text('{"keys": []}')
+    assert check() == (0, f"{config} is sound: 0 workspaces, 1 issuer\n")

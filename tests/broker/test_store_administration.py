@@ -23,9 +23,12 @@ from store_world import (
     stored,
 )
 
+from egressd.access.authorise import authorise
+from egressd.access.documents import Acl
 from egressd.access.principals import Identity
 from egressd.access.roles import Right, Role, may, may_set
 from egressd.access.statements import Statement
+from egressd.access.trust import Trust
 from egressd.broker.administration import Administration, Operator, local_operator
 from egressd.broker.store import Membership, Source, Store
 from egressd.broker.store_statements import as_said, said_text
@@ -206,6 +209,32 @@ def test_defaults_above_one_s_own_clearance_are_not_one_s_to_set(
     assert reason(lambda: to.set_trust(ANN, "acme", "vault", clearance="public")) == "member"
 
 
+def test_a_clearance_that_documents_ask_for_is_not_taken_away_by_who_has_less(
+    store: Store, made: tuple[Administration, Journal]
+) -> None:
+    """Not to believe front matter any more would show an admin who is cleared for less what says "secret"."""
+    to, _ = made
+    give(store, "user:okta:ann", Role.ADMIN, "internal")
+    trust = Trust(front_matter=True, default=Acl(frozenset({FINANCE})), default_clearance="internal")
+    with store.change("acme") as change:
+        change.put_source(Source(name="vault", directory="/srv/vault", trust=trust))
+        own = said_text(Statement(clearance="secret"))
+        change.put_documents("vault", [stored("vault", b"pay.md", clearance="secret", own=own)])
+
+    def seen() -> int:
+        found = store.snapshot("acme", ANN, ["vault:pay.md"])
+        return len(authorise(found.asker, ["vault:pay.md"], found.documents, found.rules).documents)
+
+    assert reason(lambda: to.set_trust(ANN, "acme", "vault", front_matter=False)) == "member"
+    assert seen() == 0
+    give(store, "user:okta:ann", Role.ADMIN, "secret")
+    assert reason(lambda: to.set_trust(ANN, "acme", "vault", front_matter=False)) == "done"
+    assert seen() == 1
+    give(store, "user:okta:ann", Role.ADMIN, "internal")
+    assert reason(lambda: to.set_trust(ANN, "acme", "vault", front_matter=True)) == "done"
+    assert seen() == 0
+
+
 # ---- values
 
 
@@ -225,7 +254,9 @@ def test_defaults_above_one_s_own_clearance_are_not_one_s_to_set(
         lambda to: to.add_barrier(OPERATOR, "acme", DOT, STAFF),
         lambda to: to.add_barrier(OPERATOR, "acme", STAFF, STAFF),
         lambda to: to.add_barrier(OPERATOR, "acme", STAFF, "group:nobody:x"),
-        lambda to: to.set_trust(OPERATOR, "acme", "nope", front_matter=True),
+        lambda to: to.set_trust(OPERATOR, "acme", "nope"),
+        lambda to: to.set_trust(OPERATOR, "acme", "no/pe", front_matter=True),
+        lambda to: to.set_trust(OPERATOR, "acme", "nope", clearance="cosmic"),
         lambda to: to.set_trust(OPERATOR, "acme", "vault", read=frozenset({"everybody"})),
         lambda to: to.set_trust(OPERATOR, "acme", "vault", clearance="cosmic"),
         lambda to: to.drop_source(OPERATOR, "acme", "nope"),

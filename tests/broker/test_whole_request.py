@@ -168,6 +168,12 @@ def whole(lab: Lab, start_module_daemon: Any) -> Iterator[Whole]:
 NAMES = "\n".join(f"handbook:{name}" for name in (*DOCUMENTS, "none.md"))
 
 
+def test_the_service_watches_nothing_by_epoll(whole: Whole) -> None:
+    """What is watched so is counted for its account, and a command could use that up."""
+    told = whole.lab.run(["sh", "-c", f"ls -l /proc/{whole.process.pid}/fd"]).check().out
+    assert "socket:" in told and "eventpoll" not in told
+
+
 def test_what_is_shown_asked_answered_and_proved(whole: Whole) -> None:
     (whole.root / "found").write_text(NAMES)
     out = whole.lab.path("whole/asker")

@@ -97,6 +97,14 @@ def test_candidates_of_a_file_and_of_standard_input(served: Serving, ask: Any, t
     assert (first.stdin, second.stdin) == (b"in", b"")
 
 
+@pytest.mark.parametrize(("nonce", "status"), [("n-1", 0), ("another", 125)])
+def test_a_nonce_goes_with_its_token(
+    ask: Any, monkeypatch: pytest.MonkeyPatch, nonce: str, status: int
+) -> None:
+    monkeypatch.setenv("EGRESSD_NONCE", nonce)
+    assert ask("-w", "acme").status == status
+
+
 def test_json_is_one_document(ask: Any) -> None:
     told = ask("-w", "acme", "--json", "--file", "handbook:a.md")
     document = json.loads(told.out)

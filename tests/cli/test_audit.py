@@ -144,6 +144,59 @@ def test_json_is_the_very_lines_of_the_records_that_match(
     assert (told.status, told.err) == (0, "")
 
 
+R1, R2, R3 = ("r-" + each * 26 for each in "abc")
+ANN, BOB = "user:okta:00u1", "user:okta:00u2"
+REQUESTS: list[tuple[str, str, dict[str, Any]]] = [
+    ("controller", "request-asked", {"workspace": "acme", "link": "eg1", "request": R1, "asker": ANN}),
+    ("controller", "request-asked", {"workspace": "acme", "link": "eg2", "request": R2, "asker": BOB}),
+    ("controller", "request-decided", {"workspace": "acme", "link": "eg1", "request": R1}),
+    ("controller", "request-decided", {"workspace": "acme", "link": "eg2", "request": R2}),
+    ("auditor", "denied", DENIED4),
+    ("controller", "request-refused", {"workspace": "lab", "request": R3, "asker": ANN}),
+    ("controller", "access-changed", {"workspace": "acme", "by": ANN, "what": f'"asker":"{BOB}"'}),
+    ("controller", "request-ended", {"workspace": "acme", "link": "eg2", "request": R2}),
+    ("controller", "request-ended", {"workspace": "acme", "link": "eg1", "request": R1}),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["--request", R1], [0, 2, 8]),
+        (["--request", R3], [5]),
+        (["--request", "r-" + "d" * 26], []),
+        (["--asker", ANN], [0, 2, 5, 8]),
+        (["--asker", BOB], [1, 3, 7]),
+        (["--asker", "user:okta:00u"], []),
+        (["--asker", ANN, "--reverse"], [8, 5, 2, 0]),
+        (["--asker", ANN, "-n", "1"], [8]),
+        (["--asker", ANN, "--since", "2026-11-21T10:07"], [8]),  # that it is theirs was said before
+        (["--asker", ANN, "-w", "acme", "--event", "request-ended"], [8]),
+        (["--asker", ANN, "--request", R2], []),
+        (["--verdict", "granted"], [2, 3]),
+        (["--verdict", "refused"], [5]),
+    ],
+    ids=lambda value: " ".join(map(str, value)),
+)
+@pytest.mark.parametrize("each", [1, 100])
+def test_requests_are_found_by_name_and_by_who_asked(
+    egressctl: Any, tmp_path: Path, words: list[str], found: list[int], each: int
+) -> None:
+    lines = [line(seq, *told) for seq, told in enumerate(REQUESTS)]
+    directory = lay(tmp_path / "journal", lines, each=each)
+    told = egressctl("audit", "--journal", directory, "--json", *words)
+    assert told.out.encode() == b"".join(lines[index] for index in found)
+    assert (told.status, told.err) == (0, "")
+
+
+def test_a_request_that_is_asked_for_later_is_followed_too(tmp_path: Path) -> None:
+    lines = [line(seq, *told) for seq, told in enumerate(REQUESTS)]
+    search = Search(Query(asker=BOB))
+    assert [found for found, _ in search.pick([each[:-1] for each in lines])] == [
+        lines[index][:-1] for index in (1, 3, 7)
+    ]
+
+
 def test_what_only_looks_like_a_field_does_not_match(egressctl: Any, tmp_path: Path) -> None:
     trick = '","workspace":"acme","link":"eg7","reason":"unlisted'
     lines = [line(0, "auditor", "denied", {"workspace": "lab", "prefix": trick, "link": "eg1"})]
@@ -300,6 +353,39 @@ def test_every_record_can_be_told_with_no_field_and_with_hostile_ones() -> None:
          "route default, asked by uid 7: none; no provider complies [none-complies]"),
         ("registry-changed", {"by": "start", "registry": "sha256:01", "tables": ""},
          "catalogue and prefixes changed by start: sha256:01; tables none"),
+        ("request-asked", {"request": "r-1", "asker": "user:okta:00u1", "email": "ann@acme.test",
+                           "clearance": "internal", "discarded": 346},
+         "request r-1 of user:okta:00u1 (ann@acme.test), clearance internal; 346 candidates not shown"),
+        ("request-asked", {"request": "r-1", "asker": "user:okta:00u1"}, "request r-1 of user:okta:00u1"),
+        ("request-decided", {"request": "r-1", "role": "viewer", "action": "summarise", "cleared": 298,
+                             "octets": 2048, "manifest": "sha256:ab", "network": "none"},
+         "request r-1 (viewer, summarise), without a network: 298 documents cleared, 2048 bytes (2.0 KiB),"
+         " manifest sha256:ab"),
+        ("request-files", {"request": "r-1", "part": 2, "parts": 3,
+                           "files": "a:b.md sha256:1\na:c.md sha256:2"},
+         "request r-1, part 2 of 3: a:b.md sha256:1 and 1 more"),
+        ("request-refused", {"request": "r-1", "asker": "user:okta:00u1", "action": "summarise",
+                             "text": "a file is not readable", "code": 404},
+         "request r-1 of user:okta:00u1 (summarise): a file is not readable [404]"),
+        ("request-ended", {"request": "r-1", "status": -9, "why": "stopped", "hit": "wall output",
+                           "seconds": 4, "tokens": 12, "destroyed": True},
+         "request r-1 has ended, status -9; stopped; reached its limit of wall, output; 4 s; 12 tokens;"
+         " its copies are destroyed"),
+        ("request-ended", {"request": "r-1", "status": 0, "destroyed": False},
+         "request r-1 has ended, status 0; ITS COPIES WERE NOT SEEN TO BE DESTROYED"),
+        ("access-changed", {"what": "member add", "by": "uid 0", "role": "viewer", "broker_uid": 7},
+         "access changed by uid 0: member add; role=viewer"),
+        ("documents-ingested", {"source": "hr", "added": 3, "removed": 0, "by": "uid 0",
+                                "digest": "sha256:1"},
+         "source hr ingested by uid 0: 3 added, 0 removed; sha256:1"),
+        ("documents-ingested", {"source": "hr", "added": 1, "front_matter": True,
+                                "front_matter_before": False, "read": "[]", "read_before": "[]"},
+         "source hr ingested: 1 added; front_matter=yes front_matter_before=no read=[] read_before=[]"),
+        ("leftovers-removed", {"count": 1, "where": "/var/tmp/x"},
+         "copies of 1 request were left in /var/tmp/x, and are removed"),
+        ("testimony-refused", {"uid": 7, "told": "request-decided", "text": "uid 7 is no broker",
+                               "reason": "member", "count": 3},
+         "uid 7 may not put request-decided on record: uid 7 is no broker [member]; 3 times"),
         ("something-new", {"b": True, "a": None, "workspace": "acme"}, "something-new: a=- b=yes"),
     ],
 )  # fmt: skip
@@ -503,6 +589,8 @@ def test_times(text: str, meant: datetime) -> None:
         (["--reason", "sni_other"], "did you mean sni-other?"),
         (["--event", "Denied"], "'Denied': write events such as denied,flow"),
         (["-n", "0"], "'0' is no number of records"),
+        (["--request", "7"], "'7' is no request: write r-..."),
+        (["--asker", "ann@acme.test"], "write user:ISSUER:SUBJECT or group:ISSUER:NAME"),
         (["--follow", "--reverse"], "neither --reverse nor --until"),
         (["--follow", "--until", "now"], "neither --reverse nor --until"),
     ],

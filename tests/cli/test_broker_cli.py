@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -93,6 +94,14 @@ def test_a_member_is_added_changed_listed_and_removed(desk: Desk) -> None:
     assert desk("member", "remove", STAFF).out == f"{STAFF} is no member of acme\n"
     assert desk.recorded == [("access-changed", "member-set")] * 3 + [("access-changed", "member-removed")]
     assert desk.daemon.asked[0] == messages.Enter(workspace="acme")
+
+
+def test_a_name_is_told_as_it_is_kept(desk: Desk) -> None:
+    """Composed: or what was just added would seem not to be there."""
+    told = desk("member", "add", "group:okta:Re\u0301vision", "--role", "viewer", "--json").json
+    assert told["principal"] == "group:okta:R\u00e9vision"
+    assert told["after"]["role"] == "viewer"
+    assert told["changed"] is True
 
 
 def test_members_for_programs(desk: Desk) -> None:
@@ -204,10 +213,12 @@ def test_documents_are_ingested_trusted_and_dropped(desk: Desk) -> None:
     (desk.directory / "a.md").write_text(f"---\nacl: {{read: [{STAFF}]}}\nclearance: public\n---\n")
     told = desk.ingest()
     assert told.status == 1  # nobody may read it yet
-    assert told.out.splitlines()[:2] == [
+    lines = told.out.splitlines()
+    assert lines[:2] == [
         "docs: 1 added, 0 changed, 0 removed, 0 unchanged",
         "  nobody may read docs:a.md: nothing says its clearance (say it, or give the source a default)",
     ]
+    assert lines[2].startswith("  warning: what one document says of itself is not believed: egressctl ")
     told = desk("source", "trust", "docs", "--front-matter", "on", "--read", ANN, "--clearance", "internal")
     assert (told.status, "front matter: believed" in told.out) == (0, True)
     assert desk.ingest().status == 0
@@ -221,6 +232,59 @@ def test_documents_are_ingested_trusted_and_dropped(desk: Desk) -> None:
     assert [event for event, _ in desk.recorded] == [
         "documents-ingested", "access-changed", "documents-ingested", "access-changed", "access-changed",
     ]  # fmt: skip
+
+
+SPEAKS = f"---\nacl: {{read: [{STAFF}]}}\nclearance: public\n---\n"
+
+
+def test_a_first_ingest_may_say_what_is_believed(desk: Desk) -> None:
+    (desk.directory / "a.md").write_text(SPEAKS)
+    (desk.directory / "b.md").write_text("x")
+    options = ("--front-matter", "on", "--read", STAFF, "--deny", ANN, "--clearance", "internal")
+    told = desk.ingest(*options)
+    assert told.status == 0
+    assert told.out.splitlines()[:-1] == [
+        "docs: 2 added, 0 changed, 0 removed, 0 unchanged",
+        "  front matter: believed",
+        f"  read by default: {STAFF}",
+        f"  deny by default: {ANN}",
+        "  groups by default: none",
+        "  clearance by default: internal",
+    ]
+    assert desk.recorded == [("documents-ingested", "")]
+    again = desk.ingest(*options, "--json").json
+    assert (again["trust_set"], again["trust"]["front_matter"], again["unchanged"]) == (False, True, 2)
+    assert "name public, internal" in desk.ingest("--clearance", "cosmic").err
+
+
+def test_a_source_is_trusted_first_and_ingested_then(desk: Desk) -> None:
+    (desk.directory / "a.md").write_text(SPEAKS)
+    told = desk("source", "trust", "docs", "--front-matter", "on")
+    assert told.status == 0
+    assert told.out.startswith("docs  not ingested yet: egressctl ingest\n  front matter: believed\n")
+    assert "  documents: 0, ingested never" in desk("source", "list").out
+    [source] = desk("source", "list", "--json").json["sources"]
+    assert (source["directory"], source["ingested_at"], source["documents"]) == (None, None, 0)
+    assert desk.ingest().status == 0
+    assert f"docs  {desk.directory}\n" in desk("source", "list").out
+    told = desk("source", "trust", "dosc")
+    assert (told.status, told.out) == (125, "")
+    assert "there is no source 'dosc'" in told.err
+
+
+def test_what_is_not_believed_is_told_with_the_command_to_type(desk: Desk) -> None:
+    (desk.directory / "a.md").write_text(SPEAKS)
+    told = desk.ingest()
+    [line] = [line for line in told.out.splitlines() if "believed" in line]
+    what, command = line.split(": egressctl ")
+    assert what == "  warning: what one document says of itself is not believed"
+    assert desk.egressctl(*shlex.split(command)).status == 0
+    assert desk.ingest().status == 0
+    assert "believed" not in desk.ingest("--front-matter", "off").out.replace(
+        "front matter: not believed", ""
+    )
+    desk.url = "sqlite:////nowhere/x?password=hunter2"
+    assert "hunter2" not in desk.ingest().out
 
 
 def test_an_ingest_for_programs(desk: Desk) -> None:

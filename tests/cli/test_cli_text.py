@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from egressd.cli.text import Paint, amount, duration, escape, escape_lines, shorten, table
+from egressd.cli.text import Paint, amount, duration, escape, escape_lines, octets, shorten, table
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,14 @@ def test_a_listing_keeps_its_lines_and_tabs_and_nothing_else() -> None:
 )
 def test_bytes_are_exact_and_readable(number: int, shown: str) -> None:
     assert amount(number) == shown
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [(0, "0 bytes"), (1, "1 byte"), (167, "167 bytes"), (48201, "48201 bytes (47.1 KiB)")],
+)
+def test_amounts_in_a_sentence_say_what_they_are_of(number: int, shown: str) -> None:
+    assert octets(number) == shown
 
 
 @pytest.mark.parametrize(

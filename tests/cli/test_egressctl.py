@@ -292,6 +292,36 @@ def test_books_the_daemon_calls_unbalanced_are_status_1_in_json_too(egressctl: A
     assert "acme: 1 packets, 60 bytes" in egressctl("--run-dir", daemon.run_dir, "counters").out
 
 
+@pytest.mark.parametrize(
+    ("held", "told"),
+    [
+        ({}, None),
+        ({"quota": None, "connections": None, "closed": False}, None),
+        ({"quota": 51200, "connections": None, "closed": False}, "51200 bytes"),
+        ({"quota": 51200, "connections": 4, "closed": False}, "51200 bytes, 4 connections"),
+        ({"quota": 51200, "connections": 4, "closed": True}, "no network"),
+    ],
+)
+def test_what_a_sandbox_alone_is_held_to_is_shown(
+    egressctl: Any, daemon: Any, held: dict[str, Any], told: str | None
+) -> None:
+    daemon.document = changed(STATUS, sandboxes=[{**STATUS["sandboxes"][0], **held}])
+    out = egressctl("--run-dir", daemon.run_dir, "status").out
+    assert ("held to" in out) == (told is not None)
+    assert told is None or f"{told}\n" in out
+
+
+def test_what_is_used_of_it_is_shown(egressctl: Any, daemon: Any) -> None:
+    document = changed(COUNTERS)
+    (link,) = document["workspaces"][0]["links"]
+    link |= {"quota": [1200, 51200], "connections": [3, 4]}
+    daemon.document = document
+    out = egressctl("--run-dir", daemon.run_dir, "counters").out
+    assert "1200/51200 bytes, 3/4 connections\n" in out and " used\n" in out
+    link |= {"quota": None, "connections": None}
+    assert " used\n" not in egressctl("--run-dir", daemon.run_dir, "counters").out
+
+
 JOURNAL = STATUS["journal"]
 
 

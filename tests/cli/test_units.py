@@ -82,6 +82,7 @@ def test_accounts_and_directories_are_those_of_the_default_configuration(tmp_pat
     assert accounts == {
         user,
         *(f"{user}-{role}" for role in ("warden", "resolve", "relay", "inspect", "audit", "metrics", "api")),
+        f"{user}-broker",  # which is no process of egressd's
     }
     tmpfiles = [tool("systemd-tmpfiles"), root, "--create", ROOT / "systemd" / "egressd.tmpfiles"]
     done = subprocess.run(tmpfiles, capture_output=True, text=True, check=False)

@@ -219,14 +219,20 @@ class Keeper:
         return None, []
 
     def _processes(self, request: dict[str, Any], _: list[int]) -> tuple[Any, list[int]]:
-        """[[pid, parent, network namespace, command line], …] of everything alive but the keeper."""
+        """[[pid, parent, network namespace, command line], …] of everything alive but the keeper.
+
+        The namespace is 0 where the kernel does not tell: in a rootless lab, of a process that hides itself
+        (PR_SET_DUMPABLE).
+        """
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and entry.name != "1":
                 with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                     after = (entry / "stat").read_text().rpartition(")")[2].split()
                     if after[0] != "Z":
-                        network = (entry / "ns" / "net").stat().st_ino
+                        network = 0
+                        with contextlib.suppress(PermissionError):
+                            network = (entry / "ns" / "net").stat().st_ino
                         words = (entry / "cmdline").read_bytes()[:2048].decode(errors="replace")
                         found.append(
                             [int(entry.name), int(after[1]), network, words.replace("\0", " ").strip()]

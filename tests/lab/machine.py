@@ -81,7 +81,7 @@ class Running:
 
     pid: int
     parent: int
-    network: int  # inode of its network namespace
+    network: int  # inode of its network namespace; 0: not known
     command: str
 
 
@@ -375,7 +375,7 @@ class Lab:
 
         def find() -> str:
             home = os.stat(f"/proc/{self.keeper_pid}/ns/net").st_ino  # noqa: PTH116
-            strangers = [child.pid for child in self.descendants(pid) if child.network != home]
+            strangers = [child.pid for child in self.descendants(pid) if child.network not in (0, home)]
             return f"/proc/{strangers[-1]}/ns/net" if strangers else ""
 
         return str(poll(find, timeout=timeout, what=f"a network namespace below process {pid}"))

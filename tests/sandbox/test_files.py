@@ -10,7 +10,7 @@ import pytest
 
 from egressd.model.errors import Refused
 from egressd.model.verdicts import Reason
-from egressd.sandbox.files import check_tree, machine, open_binds, open_files
+from egressd.sandbox.files import check_tree, machine, open_binds, open_files, seen_anyway
 from egressd.sandbox.plan import Overlay
 
 RUN_DIR = "/run/egressd"
@@ -180,3 +180,24 @@ def test_merged_and_unmerged_roots(tmp_path: Path) -> None:
     found = machine(str(root))
     assert found.roots == {"lib": "usr/lib", "lib64": None}
     assert found.hidden == ("/etc/egressd",)
+
+
+@pytest.mark.parametrize(
+    ("path", "bound", "by"),
+    [
+        ("/usr/share/handbook", (), "/usr"),
+        ("/etc", (), "/etc"),
+        ("/", (), "/usr"),
+        ("/bin", (), "/usr"),
+        ("/etc/egressd/broker.key", (), None),
+        ("/etc/egressd/broker.key", ("/etc/egressd",), "/etc/egressd"),
+        ("/srv/docs", (), None),
+        ("/srv/docs", ("/srv",), "/srv"),
+        ("/srv/docs", ("/opt/x", "/srv/docs/venv"), "/srv/docs/venv"),
+        ("/srv/docs", ("/srv/docs-of-others", "/opt"), None),
+    ],
+)
+def test_what_a_sandbox_sees_without_being_shown_it(
+    path: str, bound: tuple[str, ...], by: str | None
+) -> None:
+    assert seen_anyway(path, bind_ro=bound) == by

@@ -39,6 +39,18 @@ def test_the_whole_line_for_a_plain_command() -> None:
     assert line == [*expected.split(), GATE, "egressctl", "true"]
 
 
+def test_variables_that_may_hold_keys_stand_on_no_command_line() -> None:
+    """Everybody may read /proc/PID/cmdline. bwrap reads them from a descriptor, each word ended by a NUL."""
+    made = plan(
+        SandboxSpec(command=("true",), environment={"A": "1"}, unseen={"KEY": "s3cret", "B": ""}), DEBIAN
+    )
+    line = " ".join(made.arguments)
+    assert "KEY" not in line and "s3cret" not in line and "s3cret" not in describe(made)
+    assert "--clearenv --setenv A 1 --args 14 --seccomp 9" in line
+    assert made.data[3] == (14, "--setenv\0KEY\0s3cret\0--setenv\0B\0\0")
+    assert "--args" not in describe(made)
+
+
 def test_a_closed_pipe_must_never_be_permission() -> None:
     """bwrap --block-fd runs the command at end of file: 80 killed brokers left 66 processes."""
     line = words(SandboxSpec(command=("true",)))
@@ -150,6 +162,7 @@ def test_the_description_can_be_pasted() -> None:
         (Limits(file_size=4096), "ulimit -f 8 || exit 125"),
         (Limits(file_size=4095), "ulimit -f 7 || exit 125"),
         (Limits(file_size=100), "ulimit -f 0 || exit 125"),
+        (Limits(descriptors=512), "ulimit -n 512 || exit 125"),
     ],
 )
 def test_time_and_file_size_are_set_in_the_gate_and_never_weaker(limits: Limits, lines: str) -> None:

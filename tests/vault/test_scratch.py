@@ -302,6 +302,17 @@ def test_as_an_ordinary_account(source: Source, disk: Path) -> None:
     assert list(disk.iterdir()) == []
 
 
+def test_what_somebody_still_has_open_is_blank(disk: Path) -> None:
+    """Nobody can be made to close it; what was in it is gone from the disk all the same."""
+    with DirectoryScratch(disk, ID) as path:
+        (path / "docs").mkdir()
+        (path / "docs" / "a").write_text("secret")
+        (path / "docs" / "a").chmod(0o444)
+        held = os.open(path / "docs" / "a", os.O_RDONLY)
+    assert os.pread(held, 100, 0) == b"" and os.fstat(held).st_nlink == 0
+    os.close(held)
+
+
 def test_removal_follows_nothing(disk: Path, tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "file").write_text("kept")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import codecs
 import re
+import unicodedata
 from itertools import islice
 from typing import TypeAlias
 
@@ -29,8 +30,13 @@ FrontMatter: TypeAlias = Statement
 MAX_HEAD = 1 << 16  # bytes of a document that are looked at
 _MAX_TOLD = 3  # problems of one document
 _DASHES: re.Pattern[str] = YAMLHandler.FM_BOUNDARY
-# What an editor may have left, or an attacker put, before the first line that people see.
-_UNSEEN = re.compile(r"[\s\x00-\x1f\x7f-\x9f\xad\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]*")
+# What an editor may have left, or an attacker put, before the first line that people see, or into a word: the
+# characters of Unicode's Default_Ignorable_Code_Point, and those that are blank without being spaces.
+_IGNORABLE = (
+    r"\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e\u2060-\u206f\u2800\u3164"
+    r"\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
+)
+_UNSEEN = re.compile(rf"[\s\x00-\x1f\x7f-\x9f{_IGNORABLE}]*")
 _MARKS = ("---", "+++", ";;;")
 _WIDE = tuple(mark.encode() for mark in _MARKS)
 _WORDS = {
@@ -122,9 +128,10 @@ def _statement(tree: Tree) -> FrontMatter:
 
 def _check_key(tree: Tree, key: str) -> None:
     """Other keys are the document's own business; but none that was meant to be one of ours."""
-    folded = key.strip().casefold()
     if key in _KEYS:
         return
+    seen = re.sub(f"[{_IGNORABLE}]", "", unicodedata.normalize("NFKC", key))
+    folded = seen.strip().casefold()
     if folded.startswith("acl") or folded in _KEYS:
         tree.problems.append(tree.problem((key,), f"{quoted(key)} is not read", "write acl: {read: [...]}"))
     elif folded in _BELOW:

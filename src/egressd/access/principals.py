@@ -26,6 +26,8 @@ MAX_PRINCIPAL = 320  # characters, prefix included
 # record, or be there and not be seen. The two joiners belong to the spelling of Persian and Hindi.
 _NAMELESS = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 _JOINERS = frozenset("\u200c\u200d")
+# Of these composition makes K, ; and `: whoever may name a group with one of them could name another's.
+_IMPOSTORS = frozenset("\u212a\u037e\u1fef")
 _PLAIN = re.compile(r"[\x20-\x7e]*")
 _REMEDY = (
     "write user:ISSUER:SUBJECT or group:ISSUER:NAME, where ISSUER is a name from the broker's configuration"
@@ -43,15 +45,15 @@ def principal(text: object) -> str:
     if kind not in ("user", "group") or not ISSUER.fullmatch(issuer) or not name:
         raise Unfit(f"{quoted(text)} names nobody", _REMEDY)
     found = text if _PLAIN.fullmatch(name) else unicodedata.normalize("NFC", text)
-    if name != name.strip() or _is_hidden(name) or len(found) > MAX_PRINCIPAL:
+    if name != name.strip() or _misleads(name) or len(found) > MAX_PRINCIPAL:
         raise Unfit(f"{quoted(text)} is no name that a provider gives", _REMEDY)
     return found
 
 
-def _is_hidden(name: str) -> bool:
+def _misleads(name: str) -> bool:
     if _PLAIN.fullmatch(name):
         return False
-    return any(unicodedata.category(c) in _NAMELESS and c not in _JOINERS for c in name)
+    return any(c in _IMPOSTORS or (unicodedata.category(c) in _NAMELESS and c not in _JOINERS) for c in name)
 
 
 def user(issuer: str, subject: str) -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 from egressd.access.documents import Acl
+from egressd.access.identifiers import SOURCE
 from egressd.access.principals import Identity, principal
 from egressd.access.roles import Right, Role, may, may_set
 from egressd.access.trust import Trust
@@ -32,7 +33,10 @@ from egressd.model.errors import EgressdError, Refused, Unfit
 from egressd.model.identities import WORKSPACE_PATTERN
 from egressd.model.verdicts import Reason
 
-__all__ = ["Actor", "Administration", "NothingToDo", "Operator", "Record", "Turn", "local_operator"]
+__all__ = [
+    "Actor", "Administration", "NothingToDo", "Operator", "Record", "Turn", "Wanted", "check_source",
+    "local_operator", "told_change",
+]  # fmt: skip
 
 Scalar: TypeAlias = str | int | float | bool | None
 # (workspace, event, fields): returns when it is on record; raises `Refused` where it is not.
@@ -193,21 +197,56 @@ class Administration:
         clearance: str | None = None,
     ) -> Source:
         """What is believed of a source, and what holds where nothing is said; None keeps what is there. All
-        documents stored of it are judged anew, in the same transaction."""
-        wanted = _Wanted(front_matter, self._known(read), self._known(deny), self._known(groups), clearance)
+        documents stored of it are judged anew, in the same transaction. The local operator may say it of a
+        source that is yet to be ingested: it is known from then on, without a directory."""
+        wanted = self.wanted(front_matter, read, deny, groups, clearance)
         with self.changing(actor, workspace, Right.SET_TRUST) as turn:
-            was = self.source(turn, name)
-            then = wanted.of(was.trust)
-            if then == was.trust:
+            found = turn.change.source(name)
+            was = found or self._to_come(turn, name, wanted)
+            then = self.believed(turn, was, wanted)
+            if found is not None and then.trust == was.trust:
                 raise NothingToDo
-            for level in filter(None, {was.trust.default_clearance, then.default_clearance}):
-                self._may_clear(turn, self._level(level))
-            source = replace(was, trust=then, changed_by=turn.by, at=self.clock())
+            source = replace(then, changed_by=turn.by, at=self.clock())
             turn.change.put_source(source)
             self._judge_anew(turn.change, source)
-            turn.changed("trust-set", source=name, **_told_trust(then), **_told_trust(was.trust, "_before"))
+            turn.changed(
+                "trust-set", source=name, **_told_trust(then.trust), **_told_trust(was.trust, "_before")
+            )
             return source
         return was
+
+    def wanted(
+        self,
+        front_matter: bool | None = None,
+        read: frozenset[str] | None = None,
+        deny: frozenset[str] | None = None,
+        groups: frozenset[str] | None = None,
+        clearance: str | None = None,
+    ) -> Wanted:
+        """`Unfit` for what is no principal and no level."""
+        if clearance:
+            self._level(clearance)
+        return Wanted(front_matter, self._known(read), self._known(deny), self._known(groups), clearance)
+
+    def believed(self, turn: Turn, was: Source, wanted: Wanted) -> Source:
+        """The source with that trust, not stored yet; `Refused` where it is not the actor's to say."""
+        _check_right(turn.role, Right.SET_TRUST)
+        then = wanted.of(was.trust)
+        if then == was.trust:
+            return was
+        for level in filter(None, {was.trust.default_clearance, then.default_clearance}):
+            self._may_clear(turn, self._level(level))
+        if was.trust.front_matter and not then.front_matter:
+            # Documents lose the clearance that they ask for themselves, whatever it is.
+            self._may_clear(turn, self.store.levels[-1])
+        return replace(was, trust=then)
+
+    def _to_come(self, turn: Turn, name: str, wanted: Wanted) -> Source:
+        """Sources are the local operator's to make (`ingest`); to say nothing of one does not make it."""
+        if not isinstance(turn.actor, Operator) or wanted == Wanted():
+            raise _no_source(turn, name)
+        check_source(name)
+        return Source(name=name, directory="")
 
     def _judge_anew(self, change: Change, source: Source) -> None:
         stored = change.documents(source.name).values()
@@ -322,9 +361,18 @@ class Administration:
     def source(self, turn: Turn, name: str) -> Source:
         found = turn.change.source(name)
         if found is None:
-            known = ", ".join(source.name for source in turn.change.sources()) or "none"
-            raise Unfit(f"there is no source {name[:40]!r}", f"the sources are: {known}; ingest makes one")
+            raise _no_source(turn, name)
         return found
+
+
+def _no_source(turn: Turn, name: str) -> Unfit:
+    known = ", ".join(source.name for source in turn.change.sources()) or "none"
+    return Unfit(f"there is no source {name[:40]!r}", f"the sources are: {known}; ingest makes one")
+
+
+def check_source(name: str) -> None:
+    if not SOURCE.fullmatch(name):
+        raise Unfit(f"{name[:40]!r} is not a source's name", "use lower-case letters, digits, inner hyphens")
 
 
 def check_workspace(workspace: str) -> None:
@@ -363,15 +411,20 @@ def _told_trust(trust: Trust, suffix: str = "") -> dict[str, Scalar]:
     }
 
 
-@dataclass(frozen=True, slots=True)
-class _Wanted:
-    """Of a source's trust; None keeps what is there."""
+def told_change(was: Trust, then: Trust) -> dict[str, Scalar]:
+    """As `trust-set` says it; nothing where there is no change."""
+    return {} if was == then else {**_told_trust(then), **_told_trust(was, "_before")}
 
-    front_matter: bool | None
-    read: frozenset[str] | None
-    deny: frozenset[str] | None
-    groups: frozenset[str] | None
-    clearance: str | None
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Of a source's trust; None keeps what is there. Made by `Administration.wanted`."""
+
+    front_matter: bool | None = None
+    read: frozenset[str] | None = None
+    deny: frozenset[str] | None = None
+    groups: frozenset[str] | None = None
+    clearance: str | None = None
 
     def of(self, was: Trust) -> Trust:
         return Trust(

@@ -8,10 +8,10 @@ Retry-After; 503 where something that the service needs does not work.
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import logging
 import re
+import unicodedata
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -33,7 +33,7 @@ from egressd.broker.inferences import Inference
 from egressd.broker.openapi import document
 from egressd.broker.rates import TooMany
 from egressd.broker.requests import Fault, Faults
-from egressd.broker.service import Ending, NotAllowed, NotThere, NotYet, Service
+from egressd.broker.service import Ending, Found, NotAllowed, NotThere, NotYet, Service
 from egressd.broker.store_rows import Membership, Source
 from egressd.model.errors import EgressdError, Refused, Unfit
 from egressd.model.verdicts import Reason
@@ -89,8 +89,8 @@ class App:
         bounds = self.service.config.limits
         with self.service.place(identity) as place:
             data = await body(request, most=bounds.body, within=BODY_WITHIN)
-            asked = await asyncio.to_thread(
-                requests.new_inference, data, candidates=bounds.candidates, files=bounds.files
+            asked = await self.service.read(
+                lambda: requests.new_inference(data, candidates=bounds.candidates, files=bounds.files)
             )
             inference = await self.service.begin(identity, asked, place)
         headers = {"Location": f"/v1/inferences/{inference.id}"}
@@ -107,39 +107,48 @@ class App:
         return Answer({"inferences": [inference.told(output=False) for inference in own]})
 
     async def show(self, request: Request) -> Response:
-        inference, administers = await self._find(request, "show")
+        found = await self._find(request, "show")
         patience = wait(request)
         if patience is not None:
-            await inference.over(patience)
-        return Answer(inference.told(reason=administers))
+            await found.inference.over(patience)
+        return Answer(found.inference.told(reason=found.administers, readable=found.readable))
 
     async def cancel(self, request: Request) -> Response:
-        inference, administers = await self._find(request, "cancel")
+        found = await self._find(request, "cancel")
+        inference, patience = found.inference, wait(request)
         self.service.stop(inference, "it was cancelled")
-        await inference.over(wait(request) or 0.0)
-        return Answer(inference.told(reason=administers, output=False), 200 if inference.state.over else 202)
+        await inference.over(patience or 0.0)
+        told = inference.told(reason=found.administers, output=False, readable=found.readable)
+        return Answer(told, 200 if inference.state.over else 202)
 
     async def output(self, request: Request) -> Response:
-        inference, administers = await self._find(request, "output")
-        return self._stream(request, inference, reason=administers)
+        found = await self._readable(request, "output")
+        return self._stream(request, found.inference, offset=_offset(request), reason=found.administers)
 
     async def receipt(self, request: Request) -> Response:
-        inference, _ = await self._find(request, "receipt")
+        inference = (await self._readable(request, "receipt")).inference
         if request.query_params.get("proof", "0") not in ("0", ""):
             return Answer(await self.service.proof(inference))
         if not inference.state.over:
             raise NotYet("there is no receipt of what has not ended")
         return Answer(inference.receipt())
 
-    async def _find(self, request: Request, action: str) -> tuple[Inference, bool]:
+    async def _find(self, request: Request, action: str) -> Found:
         identity = await self.identity(request, reading=True)
         return await self.service.find(identity, request.path_params["id"], action)
+
+    async def _readable(self, request: Request, action: str) -> Found:
+        found = await self._find(request, action)
+        if not found.readable:
+            raise NotThere
+        return found
 
     def _stream(
         self,
         request: Request,
         inference: Inference,
         *,
+        offset: int = 0,
         status: int = 200,
         headers: Mapping[str, str] | None = None,
         reason: bool = False,
@@ -147,7 +156,7 @@ class App:
     ) -> Response:
         """`bound`: the inference ends with its reader."""
         sse = _SSE in request.headers.get("accept", "")
-        pieces = lines(inference, _offset(request), sse=sse, reason=reason)
+        pieces = lines(inference, offset, sse=sse, reason=reason)
         return Stream(
             pieces,
             status=status,
@@ -166,7 +175,7 @@ class App:
     async def member(self, request: Request) -> Response:
         identity, workspace = await self._administers(request, reading=True)
         found = await self._do(lambda: self.administration.members(identity, workspace))
-        name = request.path_params["principal"]
+        name = unicodedata.normalize("NFC", request.path_params["principal"])  # as access.principals keeps it
         for member in found:
             if member.principal == name:
                 return Answer(_member(member))

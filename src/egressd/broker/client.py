@@ -121,6 +121,7 @@ class Broker:
         headers = {"Authorization": f"Bearer {token}", "User-Agent": "egressd"}
         if nonce:
             headers["OpenID-Nonce"] = nonce
+        self.address = address
         base, chosen = _transport(address, ca, certificate, key)
         self._http = httpx.Client(
             base_url=base,
@@ -220,7 +221,8 @@ class Broker:
         try:
             return self._http.send(request, stream=stream)
         except httpx.HTTPError as error:
-            raise NotAnswered(f"the broker cannot be reached: {error or type(error).__name__}") from error
+            why = str(error).removeprefix("[Errno 2] ") or type(error).__name__
+            raise NotAnswered(f"the broker cannot be reached at {self.address}: {why}") from error
 
 
 def _transport(

@@ -27,6 +27,7 @@ from egressd.model.names import quoted
 from egressd.policy import plain_secrets, values
 from egressd.policy.parts import Part, Reader
 from egressd.sandbox.control import DEFAULT_RUN_DIR
+from egressd.sandbox.files import seen_anyway
 
 __all__ = [
     "DEFAULT_SOCKET",
@@ -139,6 +140,15 @@ def _path(value: object) -> str:
     if not isinstance(value, str) or not value.startswith("/") or "\0" in value:
         raise Unfit(f"{_shown(value)} is not an absolute path", "begin with /")
     return value
+
+
+def _place(value: object) -> str:
+    """Of what is shown to a sandbox where it is: not below what it has for the copies and the tools."""
+    path = _path(value)
+    for taken in ("/work", "/opt/egressd"):
+        if f"{path.rstrip('/')}/".startswith(f"{taken}/"):
+            raise Unfit(f"{quoted(path)} is below {taken}, which is the sandbox's own", "put it elsewhere")
+    return path
 
 
 def _shown(value: object) -> str:
@@ -277,7 +287,7 @@ class _LimitsPart(Part):
 
 class _InferencePart(Part):
     command: Annotated[tuple[str, ...], PlainValidator(_words)]
-    bind_ro: list[Annotated[str, PlainValidator(_path)]] = Field(default_factory=list)
+    bind_ro: list[Annotated[str, PlainValidator(_place)]] = Field(default_factory=list)
     environment: Annotated[Any, PlainValidator(_environment)] = Field(default_factory=dict)
     network: Annotated[Any, PlainValidator(_network)] = "policy"
     limits: Any = None
@@ -396,6 +406,9 @@ class _Document(Reader):
             self.wrong(("tls",), "a Unix socket is not spoken to by TLS", "remove it, or listen at https://")
         if not listen.path and "tls" not in root:
             self.wrong(("listen",), "this needs a certificate", "add tls: {certificate, key, client_ca}")
+        if part and seen_anyway(part.key):
+            # commands have this account's number, and may read what it may
+            self.wrong(("tls", "key"), "every sandbox sees this file", "put it in /etc/egressd")
         return Tls(part.certificate, part.key, part.client_ca) if part else None
 
     def _issuers(self, root: dict[str, Any]) -> tuple[issuers.Issuer, ...]:

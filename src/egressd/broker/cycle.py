@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ from egressd.model.errors import EgressdError, Refused
 from egressd.model.verdicts import Reason
 from egressd.sandbox import launch
 from egressd.sandbox.control import Control, Fact
+from egressd.sandbox.files import seen_anyway
 from egressd.sandbox.plan import FAILED
 from egressd.vault import projection
 from egressd.vault.scratch import DirectoryScratch, PrivateScratch
@@ -99,6 +101,8 @@ class Cycle:
             with self._copies() as place:
                 self._project(place)
                 self._inference(place)
+        except launch.Undead as undead:
+            facts.undead, facts.refused, facts.code = True, str(undead), str(undead.reason)
         except Stopped as stopped:
             facts.why, facts.refused = str(stopped), f"stopped before it ran: {stopped}"
             facts.code = "stopped"
@@ -117,7 +121,7 @@ class Cycle:
     def _explained(self, error: BaseException) -> str:
         """Why it never ran, for the record; with what bubblewrap itself said, if it said something."""
         said = self._relay.said()
-        return f"{error or type(error).__name__}{f' ({said})' if said else ''}"[:_TEXT]
+        return f"{str(error) or type(error).__name__}{f' ({said})' if said else ''}"[:_TEXT]
 
     # ---- 1, 2
 
@@ -151,6 +155,7 @@ class Cycle:
         began = time.monotonic()
         with self._desk.interrupting():
             self._step("projecting")
+            _check_places(self._job)
             made = self._facts.manifest = projection.project(self._job.copies, place)
             self._scratch.seal()
         seconds = self._facts.seconds["project"] = time.monotonic() - began
@@ -166,12 +171,7 @@ class Cycle:
     def _inference(self, place: str) -> None:
         began = time.monotonic()
         launch.take_in_orphans()
-        wish = self._wish(place)
-        try:
-            running = launch.start(wish, stdio=self._relay.theirs, heed=self._desk)
-        except launch.Undead:
-            self._facts.undead = True
-            raise
+        running = launch.start(self._wish(place), stdio=self._relay.theirs, heed=self._desk)
         begun = time.monotonic()
         self._facts.seconds["start"] = begun - began
         running.ending = lambda control: self._end(running, control, begun)
@@ -182,6 +182,10 @@ class Cycle:
             )
             self._step("started")
             running.watch(pump=self._relay)
+        except launch.Undead as undead:  # the ending was not called; it ran, and something may still
+            self._facts.outcome = running.outcome or launch.Outcome(FAILED)
+            self._facts.why = str(undead)
+            raise
         finally:
             running.destroy()
 
@@ -200,6 +204,7 @@ class Cycle:
             memory=limits.memory,
             processes=limits.processes,
             file_size=limits.file_size,
+            descriptors=_descriptors(),
             quota=limits.egress,
             connections=limits.connections,
             closed=job.network == "none",
@@ -332,11 +337,28 @@ class Cycle:
         )
 
 
+def _descriptors() -> int:
+    """Half of what this account's own processes may have open. Descriptors on their way over Unix sockets are
+    counted for the account as a whole, against the limit of who sends the next (ETOOMANYREFS, unix(7)): with
+    the same limit, one command that never receives what it sends has every other request refused."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+
+
 def _scratch_of(job: jobs.Job) -> PrivateScratch | DirectoryScratch:
     if job.scratch != "private":
         return DirectoryScratch(job.scratch, job.id, encrypted=job.scratch_encrypted)
     inodes = projection.room(job.copies).inodes
     return PrivateScratch(size=job.scratch_size, inodes=inodes, at=_place())
+
+
+def _check_places(job: jobs.Job) -> None:
+    """What a sandbox sees without being shown it must hold no source, and no other request's copies."""
+    places = {os.fsdecode(copy.root) for copy in job.copies}
+    for place in sorted(places | ({job.scratch} if job.scratch != "private" else set())):
+        where = seen_anyway(place, bind_ro=job.bind_ro)
+        if where is not None:
+            text = f"{place} is seen by every command, because of {where}: move one of them"
+            raise Refused(Reason.FILES, text)
 
 
 def _place() -> str:

@@ -4,6 +4,7 @@ Nothing here waits for the service but `tell`, and that not for ever: a service 
 its own request's output, never the clock of that request's limits.
 """
 
+# ruff: noqa: PTH208
 from __future__ import annotations
 
 import contextlib
@@ -78,20 +79,33 @@ class Desk:
 
     @contextlib.contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Within the block `Stopped` may be raised anywhere: for work that cannot look here itself. SIGIO
-        comes for every message, and for the end (fcntl(2), O_ASYNC)."""
+        """Within the block `Stopped` may be raised anywhere, once: for work that cannot look here itself.
+        SIGIO comes for every message, and for the end (fcntl(2), O_ASYNC).
+
+        Anywhere is also between a system call that opens something and the assignment of its number, which
+        nobody then knows to close. So what the block opened is closed here, if it is left so.
+        """
 
         def heed(_number: int, _frame: FrameType | None) -> None:
-            self.heed()
+            try:
+                self.heed()
+            except Stopped:
+                signal.signal(signal.SIGIO, signal.SIG_IGN)  # a second one would stop what clears up
+                raise
 
         number = self.fileno()
         flags = fcntl.fcntl(number, fcntl.F_GETFL)
+        known = _descriptors()
         before = signal.signal(signal.SIGIO, heed)
         try:
             fcntl.fcntl(number, fcntl.F_SETOWN, os.getpid())
             fcntl.fcntl(number, fcntl.F_SETFL, flags | os.O_ASYNC)
             self.heed()  # what came before
             yield
+        except Stopped:
+            for stray in _descriptors() - known:
+                os.close(stray)
+            raise
         finally:
             fcntl.fcntl(number, fcntl.F_SETFL, flags)
             signal.signal(signal.SIGIO, signal.SIG_IGN)
@@ -131,3 +145,13 @@ class Desk:
         poll = select.poll()
         poll.register(self.fileno(), event)
         return seconds > 0 and bool(poll.poll(seconds * 1000))
+
+
+def _descriptors() -> set[int]:
+    """All that are open: the listing's own, which stands in it too, is not any more."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(int(name), fcntl.F_GETFD)
+            found.add(int(name))
+    return found

@@ -154,8 +154,9 @@ class Inference:
 
     # ---- what is told of it
 
-    def told(self, *, reason: bool = False, output: bool = True) -> dict[str, Any]:
-        """As JSON. `reason`: to somebody who may know why it was refused."""
+    def told(self, *, reason: bool = False, output: bool = True, readable: bool = True) -> dict[str, Any]:
+        """As JSON. `reason`: to somebody who may know why it was refused. Not `readable`: to somebody who may
+        know how it ended, and neither what it was shown nor what it wrote."""
         found: dict[str, Any] = {
             "id": self.id,
             "state": self.state.value,
@@ -164,15 +165,16 @@ class Inference:
             "asked": self.asked,
         }
         if self.state.over:
-            found["result"] = self.result(reason=reason, output=output)
+            found["result"] = self.result(reason=reason, output=output) if readable else self._end()
         return found
+
+    def _end(self) -> dict[str, Any]:
+        return {"status": self.status, "why": self.why, "hit": spelled(self.hit)}
 
     def result(self, *, reason: bool = False, output: bool = True) -> dict[str, Any]:
         refused = self.state is State.REFUSED
         return {
-            "status": self.status,
-            "why": self.why,
-            "hit": spelled(self.hit),
+            **self._end(),
             **({"refused": self.refused} if refused and reason else {}),
             **({"output": self._whole_output()} if output else {}),
             "receipt": self.receipt(),
@@ -230,6 +232,7 @@ class Inferences:
         return len(self._all)
 
     def add(self, inference: Inference) -> None:
+        self.tidy()
         self._all[inference.id] = inference
 
     def get(self, id: str) -> Inference | None:

@@ -18,15 +18,26 @@ from typing import Any, Final
 
 from egressd.access import front_matter
 from egressd.access.acl_file import AclFile
-from egressd.access.identifiers import SOURCE, identifier
+from egressd.access.identifiers import identifier
 from egressd.access.roles import Right
 from egressd.access.statements import Statement
-from egressd.broker.administration import Actor, Administration, NothingToDo, Operator, Turn
+from egressd.access.trust import Trust
+from egressd.broker.administration import (
+    Actor,
+    Administration,
+    NothingToDo,
+    Operator,
+    Turn,
+    Wanted,
+    check_source,
+    told_change,
+)
 from egressd.broker.store_account import as_owner
 from egressd.broker.store_rows import Source, Stored
 from egressd.broker.store_statements import judged, said_text
 from egressd.model.errors import Refused, Unfit
 from egressd.model.verdicts import Reason
+from egressd.sandbox.files import seen_anyway
 from egressd.vault.beneath import Bounds, Found, Unopened, look, open_root, read_digest, shown, walk
 
 __all__ = ["MAX_DOCUMENT", "AccessList", "Ingested", "ingest", "survey"]
@@ -80,6 +91,9 @@ class Ingested:
     unreadable: tuple[tuple[str, str], ...]  # documents that nobody may read: (id, why)
     skipped: tuple[tuple[str, str], ...]  # what is no document: (path, why)
     warnings: tuple[str, ...]
+    trust: Trust  # what the source has now
+    trust_set: bool  # by this ingest
+    unbelieved: int  # documents of which nothing counts but what they say of themselves, which does not
     digest: str  # of all that is stored of the source now
     octets: int
     generation: int
@@ -169,6 +183,9 @@ def _directory(directory: str) -> tuple[str, tuple[str, ...]]:
     real = os.path.realpath(text)
     if real != text:
         raise _refused(text, "leads over a symbolic link, which may lead elsewhere tomorrow", f"name {real}")
+    seen = seen_anyway(text)
+    if seen is not None:
+        raise _refused(text, f"is seen by every sandbox, which has {seen}", "keep documents elsewhere")
     for part in (Path(text), *Path(text).parents):
         _check_writable(part, text)
     group_may = Path(text).stat().st_mode & stat.S_IWGRP
@@ -204,6 +221,7 @@ def ingest(
     *,
     access_list: AccessList | None = None,
     without_list: bool = False,
+    trust: Wanted | None = None,
     dry_run: bool = False,
     quick: bool = False,
     bounds: Bounds | None = None,
@@ -213,12 +231,10 @@ def ingest(
     operator's to make: a directory of the machine is not the workspace's to give.
 
     A source that had an access list needs one, or `without_list`: its documents would otherwise fall back to
-    the source's defaults, which may be wider. `Refused` and `Unfit` leave everything as it was.
+    the source's defaults, which may be wider. With `trust` the source has that from now on, for which the
+    right to set it is needed, too. `Refused` and `Unfit` leave everything as it was.
     """
-    if not SOURCE.fullmatch(source):
-        raise Unfit(
-            f"{source[:40]!r} is not a source's name", "use lower-case letters, digits, inner hyphens"
-        )
+    check_source(source)
     _may_look(administration, actor, workspace, source, directory)
     known = administration.stored(actor, workspace, source) if quick else {}
     with as_owner(administration.store):
@@ -226,11 +242,15 @@ def ingest(
     done: Ingested | None = None
     with administration.changing(actor, workspace, Right.INGEST) as turn:
         was = _source(turn, source, found.directory, access_list, without_list)
-        done = _store(administration, turn, was, found, access_list, dry_run=dry_run)
+        then = was if trust is None else administration.believed(turn, was, trust)
+        done = _store(administration, turn, then, found, access_list, was=was.trust)
+        if trust is not None and trust.front_matter is False:
+            done = replace(done, unbelieved=0)  # whoever says so need not be told
         if dry_run:
             raise NothingToDo
+        turn.record("documents-ingested", {**_told(done, access_list), **told_change(was.trust, then.trust)})
     assert done is not None
-    return done
+    return replace(done, dry_run=dry_run)
 
 
 def _may_look(
@@ -240,7 +260,7 @@ def _may_look(
     sources = administration.sources(actor, workspace)
     if isinstance(actor, Operator):
         return
-    if not any(one.name == source and one.directory == directory for one in sources):
+    if not directory or not any(one.name == source and one.directory == directory for one in sources):
         raise Refused(Reason.MEMBER, _NEW)
 
 
@@ -253,13 +273,13 @@ def _source(
     sources = turn.change.sources()
     was = next((source for source in sources if source.name == name), None)
     for other in sources:
-        if other.name != name and _overlap(directory, other.directory):
+        if other.name != name and other.directory and _overlap(directory, other.directory):
             raise _refused(directory, f"and {other.directory} of source {other.name} hold the same files",
                            "a file has one source; ingest a directory beside it")  # fmt: skip
-    if was is None:
+    if was is None or not was.directory:  # new, or only spoken of until now
         if not isinstance(turn.actor, Operator):
             raise Refused(Reason.MEMBER, _NEW)
-        return Source(name=name, directory=directory)
+        return replace(was or Source(name=name, directory=""), directory=directory)
     if was.directory != directory:
         raise _refused(directory, f"is not the one of source {name}, {was.directory}",
                        f"egressctl source drop {name}, or give it another name")  # fmt: skip
@@ -276,21 +296,21 @@ def _overlap(one: str, other: str) -> bool:
 def _store(
     administration: Administration,
     turn: Turn,
-    was: Source,
+    source: Source,
     found: Survey,
     access_list: AccessList | None,
     *,
-    dry_run: bool,
+    was: Trust,
 ) -> Ingested:
     levels, issuers = administration.store.levels, administration.issuers
-    before = turn.change.documents(was.name)
-    now = {one.id: judged(_said(one, access_list), was.trust, levels, issuers) for one in found.read}
+    before = turn.change.documents(source.name)
+    now = {one.id: judged(_said(one, access_list), source.trust, levels, issuers) for one in found.read}
     added = sorted(now.keys() - before.keys())
     removed = sorted(before.keys() - now.keys())
     changed = sorted(id for id in now.keys() & before.keys() if not _same(now[id], before[id]))
     touched = [now[id] for id in now if id not in before or now[id] != before[id]]
     done = Ingested(
-        source=was.name,
+        source=source.name,
         directory=found.directory,
         added=tuple(added),
         changed=tuple(changed),
@@ -299,27 +319,35 @@ def _store(
         unreadable=tuple((id, now[id].problem or _NOBODY) for id in sorted(now) if _unreadable(now[id])),
         skipped=found.skipped,
         warnings=(*found.warnings, *_unused(access_list, found)),
+        trust=source.trust,
+        trust_set=source.trust != was,
+        unbelieved=0 if source.trust.front_matter else sum(map(_unheard, now.values())),
         digest=_digest(now),
         octets=found.octets,
         generation=turn.change.generation,
-        dry_run=dry_run,
+        dry_run=False,
     )
     turn.change.put_source(replace(
-        was, access_list=access_list.digest if access_list else "", changed_by=turn.by,
+        source, access_list=access_list.digest if access_list else "", changed_by=turn.by,
         at=administration.clock(), ingested_at=administration.clock(),
     ))  # fmt: skip
     turn.change.drop_documents(before[id].id for id in removed)
-    turn.change.put_documents(was.name, touched)
-    if not dry_run:
-        turn.record("documents-ingested", _told(done, access_list))
+    turn.change.put_documents(source.name, touched)
     return done
 
 
+_NOTHING: Final = said_text(Statement())  # front matter that is silent about who may read
 _NOBODY: Final = "nobody is listed who may read it"
 
 
 def _unreadable(document: Stored) -> bool:
     return bool(document.problem) or document.acl.startswith('{"read":[],')
+
+
+def _unheard(document: Stored) -> bool:
+    """It says something of itself, and no access list that lets somebody read it speaks for it. Nobody should
+    have to find out why it is closed to those it names, or open by default to those it does not."""
+    return document.own not in (None, _NOTHING) and (document.listed is None or _unreadable(document))
 
 
 def _said(one: Read, access_list: AccessList | None) -> Stored:

@@ -29,13 +29,13 @@ from egressd.broker.rereading import Reread, Unavailable
 from egressd.model.errors import Unfit
 from egressd.model.names import quoted
 
-__all__ = ["COOLDOWN", "FRESH", "RETRY", "STALE", "Keyring", "boottime"]
+__all__ = ["COOLDOWN", "FRESH", "MAX_WAITING", "RETRY", "STALE", "Keyring", "boottime"]
 
 FRESH = (60.0, 3600.0)  # seconds: the least and the most an answer is believed without asking again
 COOLDOWN = 30.0
 RETRY = 5.0
 STALE = 4 * 3600.0
-_MAX_WAITING = 16  # threads that wait for one provider: a slow one must not take all of the service's
+MAX_WAITING = 16  # threads that wait for one provider; a service has more, or a slow one would take them all
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class Keyring:
         self._trouble = "no keys were fetched yet"
         self._not_before = -math.inf  # when the next fetch may begin
         self._fetching = threading.Lock()
-        self._waiting = threading.BoundedSemaphore(_MAX_WAITING)
+        self._waiting = threading.BoundedSemaphore(MAX_WAITING)
 
     def find(self, kid: str | None, algorithm: str) -> Key:
         """The one key that can have signed such a token. `NoKey`, or `Unavailable` while nothing is known."""

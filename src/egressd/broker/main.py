@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import selectors
 import signal
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING
 from egressd import __version__
 from egressd.broker.config import BrokerConfig, load
 from egressd.ipc.readiness import notify
-from egressd.model.errors import EgressdError, PolicyError
+from egressd.model.errors import EgressdError, PolicyError, Refused
+from egressd.model.verdicts import Reason
 
 if TYPE_CHECKING:
     import socket
@@ -59,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         format="%(name)s: %(levelname)s: %(message)s" if "JOURNAL_STREAM" in os.environ else
         "%(asctime)s %(name)s: %(levelname)s: %(message)s",
     )  # fmt: skip
-    for chatty in ("uvicorn.error", "asyncio", "httpx", "httpcore"):
+    for chatty in ("uvicorn.error", "asyncio", "httpx", "httpcore", "alembic"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         config = load(Path(args.config))
@@ -82,7 +84,16 @@ def _check(config: BrokerConfig, source: str) -> None:
 
     if config.tls is not None:
         context(config.tls, source=source)
-    print(f"{source} is sound: {len(config.workspaces)} workspaces, {len(config.issuers)} issuers")
+    for issuer in config.issuers:
+        for path in (issuer.jwks_file, issuer.ca_file, issuer.members_file, issuer.names_file):
+            if path and not os.path.exists(path):  # noqa: PTH110 - a path that may not be looked at is told as well
+                raise Refused(Reason.FILES, f"{source}: issuers.{issuer.name}: {path} is not there")
+    told = (_many(len(config.workspaces), "workspace"), _many(len(config.issuers), "issuer"))
+    print(f"{source} is sound: {', '.join(told)}")
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def serve(config: BrokerConfig, *, source: str) -> int:
@@ -121,15 +132,25 @@ def _serve(config: BrokerConfig, runners: Runners, source: str) -> int:
         )
         names = frozenset(issuer.name for issuer in config.issuers)
         app = App(service, Administration(store, witness.record, issuers=names)).asgi()
-        asyncio.run(_answer(BrokerServer(app, tls=tls), service, bound, str(config.listen)))
+        loop = stack.enter_context(asyncio.Runner(loop_factory=event_loop))
+        loop.run(_answer(BrokerServer(app, tls=tls), service, bound, str(config.listen)))
     return 0
+
+
+def event_loop() -> asyncio.AbstractEventLoop:
+    """By poll(2), as runners do. What epolls watch is counted for the account as a whole (epoll(7),
+    max_user_watches): one command that uses it up would have nobody else answered."""
+    return asyncio.SelectorEventLoop(selectors.PollSelector())
 
 
 def _sweep(config: BrokerConfig, witness: Witness) -> None:
     """What requests left on disk that were killed together with their machine. On record, if anything."""
     from egressd.vault.janitor import sweep  # noqa: PLC0415
+    from egressd.vault.scratch import swap_warnings  # noqa: PLC0415
 
     if config.scratch == "private":
+        for warning in swap_warnings():
+            log.warning("%s", warning)
         return
     swept = sweep(config.scratch)
     for problem in swept.problems:

@@ -87,7 +87,7 @@ def _schemas() -> dict[str, Any]:
             result=_ref("Result"),
         ),
         "Result": _object(
-            ("status", "why", "hit", "receipt"),
+            ("status", "why", "hit"),
             status=_maybe({"type": "integer"}),
             why=_TEXT,
             hit=_list({"enum": list(LIMITS)}),

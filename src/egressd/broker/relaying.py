@@ -97,9 +97,8 @@ class Relay:
     def move(self, ready: set[int], poll: select.poll) -> None:
         if self._desk.fileno() in ready:
             self._attend(poll)
-        if self._reports in ready and not self.usage.read(self._reports):
-            poll.unregister(self._reports)
-            self._reports = -1
+        if self._reports in ready:
+            self._count(poll)
         self._check()
         for number in [n for n in self._streams if n in ready and self._waiting is None]:
             self._take(number, poll)
@@ -112,6 +111,12 @@ class Relay:
                 self._listen(poll, held=False)
         except Stopped as stopped:
             self._stop(stopped)
+
+    def _count(self, poll: select.poll) -> None:
+        with contextlib.suppress(BlockingIOError):
+            if not self.usage.read(self._reports):
+                poll.unregister(self._reports)
+                self._reports = -1
 
     def _stop(self, stopped: Stopped) -> None:
         self.stopped = stopped
@@ -178,7 +183,8 @@ class Relay:
         pipe holds 64 KiB, or what its writer made of it, at most /proc/sys/fs/pipe-max-size."""
         if self._reports >= 0:
             with contextlib.suppress(OSError):
-                self.usage.read(self._reports)
+                while self.usage.read(self._reports):
+                    pass
             self._reports = -1
         self.hit |= self.usage.reached(self._limits)
         for number, stream in self._streams.items():

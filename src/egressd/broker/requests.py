@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, TypeVar
 
 import msgspec
@@ -155,13 +156,12 @@ class _Reading:
         return text or coded or b""
 
     def end(self) -> None:
-        for name in self.body:
-            if name not in self.known:
-                self.faults.append(
-                    Fault(
-                        _shown(name), "this is no part of a request", f"the parts are {', '.join(self.known)}"
-                    )
-                )
+        parts = f"the parts are {', '.join(self.known)}"
+        unknown = (name for name in self.body if name not in self.known)
+        self.faults += [
+            Fault(_shown(name), "this is no part of a request", parts)
+            for name in islice(unknown, _MOST_FAULTS)
+        ]
         if (self.body.get("inference") is None) == (self.body.get("command") is None):
             self.faults.append(Fault("", "one of inference and command is needed", "send one of them"))
         if self.faults:
@@ -264,7 +264,7 @@ def _limits(value: object) -> Limits:
         raise Unfit(f"this is {values.kind(value)}", "send an object: {...}")
     faults: list[Fault] = []
     found: dict[str, Any] = {}
-    for name, number in value.items():
+    for name, number in islice(value.items(), _MOST_FAULTS):
         if name not in LIMITS:
             faults.append(
                 Fault(f".{_shown(name)}", "there is no such limit", f"there are {', '.join(LIMITS)}")

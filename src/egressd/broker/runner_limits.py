@@ -27,6 +27,8 @@ _TICK = 1.0 / os.sysconf("SC_CLK_TCK")  # seconds
 _SHORTEST, _LONGEST = 0.05, 0.5  # seconds between two looks
 _LINE = 4096  # bytes of one report
 _PIECE = 1 << 16
+# Of all reports together: what JSON holds exactly (RFC 8259, section 6). More would not be taken on record.
+_MOST = (1 << 53) - 1
 # How a link's budgets are called in `Limits` (the others by `Reason`, as messages.Spent has them).
 _BUDGETS: Mapping[str, str] = {"quota": "egress", "connections": "connections"}
 
@@ -100,9 +102,10 @@ def _below(first: int) -> Iterator[int]:
 
 
 def _stat(pid: int) -> tuple[tuple[int, int], _Seen]:
-    """Of proc(5)'s stat: fields 14 to 17 (times), 20 (threads), 22 (when it began)."""
-    with open(f"/proc/{pid}/stat") as stream:
-        fields = stream.read().rpartition(")")[2].split()
+    """Of proc(5)'s stat: fields 14 to 17 (times), 20 (threads), 22 (when it began). As bytes: its name is the
+    process's own to choose, and one that is no UTF-8 must not hide it."""
+    with open(f"/proc/{pid}/stat", "rb") as stream:
+        fields = stream.read().rpartition(b")")[2].split()
     user, system, waited_user, waited_system = map(int, fields[11:15])
     seen = _Seen((user + system) * _TICK, (waited_user + waited_system) * _TICK, int(fields[17]))
     return (pid, int(fields[19])), seen
@@ -128,15 +131,11 @@ class Usage:
         self._skipping = False  # the rest of a line that is too long
 
     def read(self, number: int) -> bool:
-        """Everything that is there; False at its end."""
-        while True:
-            try:
-                data = os.read(number, _PIECE)
-            except BlockingIOError:
-                return True
-            if not data:
-                return False
-            self.take(data)
+        """A piece; False at the end, BlockingIOError if there is none now. One at a time: who writes faster
+        than is read here would otherwise keep us from all else, the clock among it."""
+        data = os.read(number, _PIECE)
+        self.take(data)
+        return bool(data)
 
     def take(self, data: bytes) -> None:
         *lines, rest = (self._begun + data).split(b"\n")
@@ -150,8 +149,8 @@ class Usage:
     def _add(self, line: bytes) -> None:
         with contextlib.suppress(msgspec.DecodeError, RecursionError):
             report = msgspec.json.decode(line, type=_Report)
-            self.tokens += report.tokens
-            self.cost += report.cost
+            self.tokens = min(self.tokens + report.tokens, _MOST)
+            self.cost = min(self.cost + report.cost, float(_MOST))
 
     def reached(self, limits: Limits) -> frozenset[str]:
         """Budgets that are spent: "when passed", so that one may be used up to the last."""

@@ -130,7 +130,8 @@ class Runners:
 
     def __init__(self, *, most: int, program: Sequence[str]) -> None:
         self._most, self._program = most, tuple(program)
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the zygote; held while one is begun, which takes its time
+        self._counting = threading.Lock()  # of those that live; an event loop may wait for it
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._live: set[Run] = set()
@@ -153,7 +154,7 @@ class Runners:
     @property
     def live(self) -> int:
         """How many are not closed yet."""
-        with self._lock:
+        with self._counting:
             return len(self._live)
 
     def run(self, job: jobs.Job) -> Run:
@@ -163,10 +164,11 @@ class Runners:
         with theirs:
             made = Run(ours, lambda: self._forget(made))
             try:
-                with self._lock:
+                with self._counting:
                     self._admit()
-                    self._hand_over(theirs)
                     self._live.add(made)
+                with self._lock:
+                    self._hand_over(theirs)
                 data = msgspec.msgpack.encode(job)
                 with payload(data) as descriptor:
                     made.channel.send(jobs.Begin(payload_length=len(data)), descriptor=descriptor)
@@ -179,7 +181,7 @@ class Runners:
 
     def close(self) -> None:
         """End everything that runs, and the zygote; returns when both have."""
-        with self._lock:
+        with self._counting:
             self._closed = True
             live = list(self._live)
         for run in live:
@@ -194,18 +196,22 @@ class Runners:
         self.close()
 
     def _forget(self, run: Run) -> None:
-        with self._lock:
+        with self._counting:
             self._live.discard(run)
 
     def _admit(self) -> None:
-        if self._closed:
-            raise Refused(Reason.UNAVAILABLE, "the service is ending")
+        self._refuse_if_closed()
         if len(self._live) >= self._most:
             raise Refused(Reason.LIMIT, f"as many requests as may be ({self._most}) are running")
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise Refused(Reason.UNAVAILABLE, "the service is ending")
 
     def _hand_over(self, theirs: socket.socket) -> None:
         """To the zygote; to another if that one is dead. One that dies before it has forked closes `theirs`
         for us: end of file without a word."""
+        self._refuse_if_closed()  # or it would have a zygote that nobody ends
         for attempt in (1, 2):
             if self._process is None or self._process.poll() is not None:
                 self._end()

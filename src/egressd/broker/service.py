@@ -2,8 +2,9 @@
 
 The steps of an inference: who asks (`identify`), how often and how much at once (`pace`, `place`), what it
 may see (`_decide`), a runner that copies it (`_conduct`), once more whether that holds (`_still_holds`), and
-only then "go". Deciding is the same sequence of operations whatever there is to be found, so that neither the
-answer nor its time tells a document that is not there from one that may not be seen: `NotThere` is both, for
+only then "go". Deciding is the same sequence of operations whatever there is to be found, and what comes of
+it is held back until a time that depends on what was asked for alone (`told_at`), so that neither the answer
+nor when it comes tells a document that is not there from one that may not be seen: `NotThere` is both, for
 workspaces, other people's inferences and documents alike.
 """
 
@@ -13,19 +14,21 @@ import asyncio
 import base64
 import concurrent.futures
 import contextlib
+import functools
 import logging
+import math
 import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from egressd.access.authorise import authorise, judge
-from egressd.access.documents import Document
+from egressd.access.documents import Asker, Document, Rules
 from egressd.access.principals import Identity
 from egressd.access.roles import Right, Role, may
 from egressd.broker import config as configuration
@@ -33,6 +36,7 @@ from egressd.broker.config import BrokerConfig, WorkspaceConfig
 from egressd.broker.conversation import Runners, Talk
 from egressd.broker.inferences import Inference, Inferences, State
 from egressd.broker.jobs import Copy, Finished, Job, Limits, Output, Projected, Started
+from egressd.broker.keyring import MAX_WAITING
 from egressd.broker.rates import Buckets, Places
 from egressd.broker.requests import Fault, Faults, NewInference, lower
 from egressd.broker.store import Snapshot
@@ -53,6 +57,11 @@ _ROOM = 16 << 20  # of a scratch, beside the copies: the manifest, and what a co
 _STOPPING = 30.0  # seconds for a runner to end its sandbox, then it is hung up on
 _PROOFS = 2  # at once
 _READS = 10  # for each thing that may be asked
+_SLOT = (
+    0.010  # seconds after which a decision is told, and for each document that was asked for as many more:
+)
+_SLOT_EACH = 25e-6  # one that is stored takes 10 us to be found and judged, one that is not takes 1
+_TOLD = 8  # files that a record of a refusal names
 _COULD_NOT = "it could not be run; the reason is on record under its number"
 _MOVED = "what was decided about it does not hold any more: ask again"
 
@@ -97,6 +106,7 @@ class Decision:
     generation: int
     offered: configuration.Inference
     limits: Limits
+    clearance: str = ""  # the asker's; for the record
 
     def same(self, other: Decision) -> bool:
         """Whether copies made for the one are right for the other."""
@@ -137,8 +147,10 @@ class Service:
         self._talks: dict[str, tuple[Talk, asyncio.Timeout]] = {}
         self._ending = False
         # Each kind of waiting has threads of its own: a provider that does not answer stops no decision.
-        self._identity_threads = concurrent.futures.ThreadPoolExecutor(4, "identity")
+        self._identity_threads = concurrent.futures.ThreadPoolExecutor(4 * MAX_WAITING, "identity")
         self._threads = concurrent.futures.ThreadPoolExecutor(8, "decision")
+        # One: a body may take thirty times its size while it is read, and that of strangers, too.
+        self._body_thread = concurrent.futures.ThreadPoolExecutor(1, "body")
         self._proofs = asyncio.Semaphore(_PROOFS)
 
     # ---- who asks, how often
@@ -168,6 +180,10 @@ class Service:
         """In a thread of those that decide: the store is read there."""
         return await self._in(self._threads, work)
 
+    async def read(self, work: Callable[[], T]) -> T:
+        """What somebody sent, one after another."""
+        return await self._in(self._body_thread, work)
+
     async def _in(self, threads: concurrent.futures.Executor, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(threads, work)
 
@@ -182,7 +198,7 @@ class Service:
         if self._ending:
             raise Ending
         try:
-            inference, decision = await self.decided(lambda: self._prepare(identity, asked))
+            inference, decision = await self._decided_in_time(lambda: self._prepare(identity, asked), asked)
         except Denied as denied:
             self._note(identity, asked.workspace, asked.action, denied.code, denied.text)
             raise denied.error from None
@@ -194,6 +210,16 @@ class Service:
         self._tasks[inference.id] = task
         task.add_done_callback(lambda _: self._tasks.pop(inference.id, None))
         return inference
+
+    async def _decided_in_time(self, work: Callable[[], T], asked: NewInference) -> T:
+        """As `decided`; what comes of it, an error too, comes at the time of `told_at`."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        try:
+            return await self.decided(work)
+        finally:
+            now = loop.time()
+            await asyncio.sleep(told_at(began, now, len(asked.files) + len(asked.candidates)) - now)
 
     def _prepare(self, identity: Identity, asked: NewInference) -> tuple[Inference, Decision]:
         decision = self._decide(identity, asked)
@@ -229,9 +255,20 @@ class Service:
         except Faults as error:
             raise Denied(error, 422, error.__str__) from None
         if missing:
-            raise Denied(NotThere(), 404, lambda: _findings(missing, snapshot))
+            # No more of it than is told: a note may wait for long.
+            some = {name: snapshot.documents.get(name) for name in missing[:_TOLD]}
+            told = functools.partial(_findings, len(missing), some, snapshot.asker, snapshot.rules)
+            raise Denied(NotThere(), 404, told)
         _refuse_too_much(cleared.documents, self.config.limits.bytes)
-        return Decision(role, cleared.documents, cleared.discarded, snapshot.generation, offered, limits)
+        return Decision(
+            role,
+            cleared.documents,
+            cleared.discarded,
+            snapshot.generation,
+            offered,
+            limits,
+            snapshot.asker.clearance,
+        )
 
     def _job(self, identity: Identity, asked: NewInference, decision: Decision) -> Job:
         copies = _copies(decision.documents)
@@ -254,6 +291,8 @@ class Service:
             scratch_size=_ROOM + sum(copy.size + _PAGE for copy in copies),
             scratch_encrypted=self.config.scratch_encrypted,
             generation=decision.generation,
+            clearance=decision.clearance,
+            email=identity.email,
         )
 
     # ---- its run
@@ -282,6 +321,7 @@ class Service:
             inference.over_since = self._clock()
             inference.ended = inference.ended or self._stamp()
             inference.change(inference.state if inference.state.over else State.ENDED)
+            asyncio.get_running_loop().call_later(self.config.keep + 1, self.inferences.tidy)
 
     async def _conduct(
         self, inference: Inference, identity: Identity, asked: NewInference, decision: Decision
@@ -331,7 +371,7 @@ class Service:
         try:
             if await self.decided(lambda: self._store.generation(workspace)) == decision.generation:
                 return True
-            again = await self.decided(lambda: self._decide(identity, asked))
+            again = await self._decided_in_time(lambda: self._decide(identity, asked), asked)
         except Denied as denied:
             self._note(
                 identity, asked.workspace, asked.action, denied.code, denied.text, request=inference.id
@@ -373,17 +413,28 @@ class Service:
 
     # ---- asking for it afterwards
 
-    async def find(self, identity: Identity, id: str, action: str) -> tuple[Inference, bool]:
-        """The inference, and whether who asks administers its workspace. NotThere."""
+    async def find(self, identity: Identity, id: str, action: str) -> Found:
+        """NotThere."""
         found = self.inferences.get(id)
         workspace = "" if found is None else found.workspace
         snapshot = await self.decided(lambda: self._store.snapshot(workspace, identity, ()))
         role = snapshot.asker.role
-        mine = found is not None and found.owner == identity.user and role is not Role.NONE
-        if found is not None and (mine or may(role, Right.SEE_ALL_REQUESTS)):
-            return found, may(role, Right.SEE_ALL_REQUESTS)
+        administers = may(role, Right.SEE_ALL_REQUESTS)
+        if found is not None and found.owner == identity.user and role is not Role.NONE:
+            return Found(found, administers, readable=True)
+        if found is not None and administers:
+            readable = await self.decided(lambda: self._could_be_shown(identity, found))
+            return Found(found, administers, readable)
         self._note(identity, workspace, action, 404, lambda: f"{id[:64]} is not the asker's", request=id[:64])
         raise NotThere
+
+    def _could_be_shown(self, identity: Identity, inference: Inference) -> bool:
+        """Whether somebody else may read all that it was shown, as it was then: no role lifts an access list,
+        a clearance or a barrier."""
+        ids = [id for id, _ in inference.files]
+        snapshot = self._store.snapshot(inference.workspace, identity, ids)
+        cleared = authorise(snapshot.asker, ids, snapshot.documents, snapshot.rules).documents
+        return {(document.id, document.digest) for document in cleared} == set(inference.files)
 
     async def mine(self, identity: Identity) -> list[Inference]:
         """One's own, where one is still a member."""
@@ -439,7 +490,7 @@ class Service:
 
     def dismiss(self) -> None:
         """Its threads. Nothing is asked of it any more."""
-        for threads in (self._threads, self._identity_threads):
+        for threads in (self._threads, self._identity_threads, self._body_thread):
             threads.shutdown(wait=False, cancel_futures=True)
 
     # ---- small things
@@ -461,6 +512,15 @@ class Service:
         return stamp(datetime.fromtimestamp(self._now(), UTC))
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """An inference, and what who asks for it may know of it beside its state and its end."""
+
+    inference: Inference
+    administers: bool  # with `readable`: why it was refused, which may name a document
+    readable: bool  # what it wrote, and what it was shown
+
+
 class Place:
     """Of one inference, or of a request that may become one."""
 
@@ -471,6 +531,13 @@ class Place:
 
     def give_back(self) -> None:
         self._places.give_back(self._who)
+
+
+def told_at(began: float, now: float, documents: int) -> float:
+    """When a decision on so many documents is told: one slot after it began, or more, but only whole ones.
+    It may take ten times as long as another, by how many of them the store has and what their lists say."""
+    slot = _SLOT + _SLOT_EACH * documents
+    return began + slot * max(1, math.ceil((now - began) / slot))
 
 
 def _copies(documents: tuple[Document, ...]) -> tuple[Copy, ...]:
@@ -518,13 +585,10 @@ def _refuse_too_much(documents: tuple[Document, ...], most: int) -> None:
         raise Denied(Faults([fault]), 422, lambda: fault.text)
 
 
-def _findings(missing: Sequence[str], snapshot: Snapshot) -> str:
+def _findings(missing: int, some: Mapping[str, Document | None], asker: Asker, rules: Rules) -> str:
     """For the record alone: what an asker is never told."""
-    told = (
-        f"{name} {judge(snapshot.asker, snapshot.documents.get(name), snapshot.rules)}"
-        for name in missing[:8]
-    )
-    return f"of {len(missing)} files that had to be shown: {'; '.join(told)}"
+    told = (f"{name} {judge(asker, document, rules)}" for name, document in some.items())
+    return f"{missing} of the files that had to be shown: {'; '.join(told)}"
 
 
 def _new_id() -> str:

@@ -116,8 +116,7 @@ def _checked(path: Path, found: os.stat_result) -> os.stat_result:
 
 
 def _check_directory(directory: Path) -> None:
-    found = directory.stat()
-    if found.st_mode & _WRITABLE and not found.st_mode & stat.S_ISVTX:
+    if directory.stat().st_mode & _WRITABLE:  # sticky, too: SQLite believes a log that lies beside its file
         raise unavailable(f"others may write to {directory}, so anybody could swap the store: chmod 700")
 
 

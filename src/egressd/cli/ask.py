@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["add", "run"]
 
 _TOKEN = "EGRESSD_TOKEN"  # noqa: S105 - the name of a variable
+_NONCE = "EGRESSD_NONCE"
 _BROKER = "EGRESSD_BROKER"
 _MOST_TOKEN, _MOST_LIST, _MOST_INPUT = 1 << 16, 64 << 20, 256 << 20  # bytes
 _FORBIDDEN = stat.S_IRGRP | stat.S_IROTH | stat.S_IWGRP | stat.S_IWOTH
@@ -34,9 +35,9 @@ def add(subparsers: Subparsers) -> None:
         summary="run an inference over documents that you may see",
         says="Ask the broker to run an inference of WORKSPACE, or CMD where that is permitted, with the\n"
         "documents that you may see. Your ID token says who you are: it is read from a file or from\n"
-        f"${_TOKEN}, and never from the command line, which others can read. Standard input is the\n"
-        "command's, and so are standard output and error and the exit status. 125: the broker refuses,\n"
-        "or the command line is wrong.",
+        f"${_TOKEN}, and never from the command line, which others can read; the nonce that it was\n"
+        f"asked for with, if any, from ${_NONCE}. Standard input is the command's, and so are standard\n"
+        "output and error and the exit status. 125: the broker refuses, or the command line is wrong.",
         examples="  egressctl ask -w acme --candidates found.txt < question.txt     what retrieval found\n"
         "  egressctl ask -w acme --file handbook:hr/leave.md --inference summary < /dev/null\n"
         "  egressctl ask -w acme --network none -- grep -r notice /work\n"
@@ -98,14 +99,19 @@ def run(args: argparse.Namespace) -> int:
         request = _request(args)
         token = _token(args.token_file)
         address = args.broker or os.environ.get(_BROKER) or DEFAULT_BROKER
-        with Broker(address, token=token, ca=args.ca, certificate=args.cert, key=args.key) as broker:
+        nonce = os.environ.get(_NONCE, "")
+        keys = {"ca": args.ca, "certificate": args.cert, "key": args.key}
+        with Broker(address, token=token, nonce=nonce, **keys) as broker:
             return _ask(broker, request, args)
     except (EgressdError, OSError, ValueError) as error:
         if isinstance(error, BrokenPipeError):
             raise
+        text = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            text = f"{error.filename}: {error.strerror}"
         if args.json:
-            print_json({"error": {"status": getattr(error, "status", None), "text": str(error)}})
-        complain(str(error))
+            print_json({"error": {"status": getattr(error, "status", None), "text": text}})
+        complain(text)
         return REFUSED
 
 
@@ -243,7 +249,7 @@ def _keep(broker: Broker, result: Result, args: argparse.Namespace) -> str:
     from egressd.cli.whole_files import write_whole  # noqa: PLC0415
 
     envelope: dict[str, Any] | None = None
-    trouble = ""
+    trouble, place = "", args.receipt
     try:
         if result.receipt.get("signed"):
             envelope = broker.receipt(result.id, proof=True)
@@ -256,9 +262,10 @@ def _keep(broker: Broker, result: Result, args: argparse.Namespace) -> str:
         if args.proof is not None and envelope is not None:
             from egressd.journal import dsse  # noqa: PLC0415
 
+            place = args.proof
             write_whole(Path(args.proof), dsse.encode(envelope))
     except OSError as error:
-        return f"the receipt cannot be written: {error.filename}: {error.strerror}"
+        return f"the receipt cannot be written: {place}: {error.strerror}"
     if args.proof is not None and envelope is None:
         return trouble or "nothing was run, so there is no evidence to sign"
     return trouble

@@ -41,7 +41,7 @@ def add(subparsers: Subparsers) -> None:
     parser = verb_parser(
         subparsers,
         "audit",
-        summary="what was recorded: denials, flows, grants, sandboxes, changes",
+        summary="what was recorded: denials, flows, grants, sandboxes, requests, changes",
         says="Records of the journal, oldest first: those for which every option that is given holds.\n"
         "Times are in UTC. Needs no running egressd, but the right to read the journal: root, or a member\n"
         "of the group egressd-audit.\n"
@@ -49,7 +49,8 @@ def add(subparsers: Subparsers) -> None:
         examples="  egressctl audit -w acme --since 1h                what happened in acme within the hour\n"
         "  egressctl audit --verdict denied,refused -f       what is refused, as it happens\n"
         "  egressctl audit --host '**.example.com' -n 20     the last 20 about names below example.com\n"
-        "  egressctl audit --sandbox eg7 --json > eg7.jsonl  the records of one sandbox, byte for byte",
+        "  egressctl audit --sandbox eg7 --json > eg7.jsonl  the records of one sandbox, byte for byte\n"
+        "  egressctl audit --asker user:okta:00u1 --since 7d what somebody asked for in a week",
         json=False,
     )
     parser.add_argument(
@@ -58,6 +59,11 @@ def add(subparsers: Subparsers) -> None:
     )  # fmt: skip
     parser.add_argument("-w", "--workspace", metavar="WORKSPACE", help="of this workspace")
     parser.add_argument("--sandbox", metavar="LINK", type=_sandbox, help="of this sandbox, such as eg7")
+    parser.add_argument("--request", metavar="ID", type=_request, help="of this request, such as r-...")
+    parser.add_argument(
+        "--asker", metavar="USER", type=_asker,
+        help="of the requests of this user, such as user:okta:00u1",
+    )  # fmt: skip
     parser.add_argument(
         "--host", metavar="NAME",
         help="about this name or address; *.example.com is one label more, **.example.com any",
@@ -96,6 +102,23 @@ def _sandbox(text: str) -> str:
     if link is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no sandbox: write eg7, as `egressctl status` does")
     return link.device
+
+
+def _request(text: str) -> str:
+    from egressd.journal.testimony import is_request  # noqa: PLC0415
+
+    if not is_request(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no request: write r-..., as the broker's answer does")
+    return text
+
+
+def _asker(text: str) -> str:
+    from egressd.access.principals import principal  # noqa: PLC0415
+
+    try:
+        return principal(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _count(text: str) -> int:
@@ -235,6 +258,8 @@ def _query(args: argparse.Namespace) -> Query:
     return Query(
         workspace=args.workspace,
         sandbox=args.sandbox,
+        request=args.request,
+        asker=args.asker,
         host=None if args.host is None else host_of(args.host),
         events=events,
         reasons=args.reason,

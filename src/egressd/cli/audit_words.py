@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final, TypeAlias
 
-from egressd.cli.text import Paint, amount, duration, escape, shorten
+from egressd.cli.text import Paint, amount, duration, escape, octets, shorten
 from egressd.journal.lines import Line
 from egressd.journal.records import Fields, Scalar
 from egressd.model.verdicts import Reason
@@ -32,11 +32,13 @@ VERDICTS: Final[dict[str, frozenset[str]]] = {
             "policy-refused",
             "residency-refused",
             "route-refused",
+            "request-refused",
+            "testimony-refused",
         }
     ),
     "observed": frozenset({"observed", "dns-would-deny"}),
     "allowed": frozenset({"flow", "flow-closed", "relay-closed"}),
-    "granted": frozenset({"name-granted"}),
+    "granted": frozenset({"name-granted", "request-decided"}),
 }
 _VERDICT_OF: Final = {event: verdict for verdict, events in VERDICTS.items() for event in events}
 _ALARMS: Final = frozenset(
@@ -44,6 +46,7 @@ _ALARMS: Final = frozenset(
         "tampered", "drift", "books-unbalanced", "books-restarted", "lost", "log-ended", "journal-torn",
         "journal-damaged", "journal-truncated", "clock-stepped", "peer-broken",
         "sandbox-lost", "process-hung", "process-killed", "registry-broken", "flows-not-cut",
+        "leftovers-removed",
     }
 )  # fmt: skip
 
@@ -364,6 +367,85 @@ def _proof(fields: Fields) -> str:
     return _join(f"proof handed out: {_get(fields, 'digest')}", window, had)
 
 
+# ---- requests, as brokers tell of them
+
+
+def _asked(fields: Fields) -> str:
+    """`request r-... of user:okta:00u1 (ann@acme.test), clearance internal; 346 candidates not shown`"""
+    email, clearance = _get(fields, "email"), _get(fields, "clearance")
+    return _join(
+        f"request {_get(fields, 'request')} of {_get(fields, 'asker')}"
+        + (f" ({email})" if email else "")
+        + (f", clearance {clearance}" if clearance else ""),
+        f"{_count(fields, 'discarded', 'candidate')} not shown" if "discarded" in fields else "",
+    )
+
+
+def _decided(fields: Fields) -> str:
+    network = ", without a network" if fields.get("network") == "none" else ""
+    return (
+        f"request {_get(fields, 'request')} ({_get(fields, 'role')}, {_get(fields, 'action')}){network}:"
+        f" {_count(fields, 'cleared', 'document')} cleared, {octets(int(_number(fields, 'octets')))},"
+        f" manifest {_get(fields, 'manifest')}"
+    )
+
+
+def _files(fields: Fields) -> str:
+    listed = str(fields.get("files") or "").split("\n")
+    part = f"part {_get(fields, 'part')} of {_get(fields, 'parts')}" if "part" in fields else "its documents"
+    more = f" and {len(listed) - 1} more" if len(listed) > 1 else ""
+    return f"request {_get(fields, 'request')}, {part}: {_shown(listed[0]) or 'none'}{more}"
+
+
+def _request_refused(fields: Fields) -> str:
+    what = f" ({_get(fields, 'action')})" if _get(fields, "action") else ""
+    whose = _get(fields, "asker") or "somebody not known"
+    code = f" [{_get(fields, 'code')}]" if _get(fields, "code") else ""
+    return f"request {_get(fields, 'request')} of {whose}{what}: {_get(fields, 'text')}{code}"
+
+
+def _request_ended(fields: Fields) -> str:
+    spent = [f"{_get(fields, name)} {name}" for name in ("tokens", "cost") if _number(fields, name)]
+    hit = _get(fields, "hit")
+    gone = fields.get("destroyed") is True
+    return _join(
+        f"request {_get(fields, 'request')} has ended, status {_get(fields, 'status')}",
+        _get(fields, "why"),
+        f"reached its limit of {hit.replace(',', ' ').replace(' ', ', ')}" if hit else "",
+        _seconds(fields) if "seconds" in fields else "",
+        *spent,
+        "its copies are destroyed" if gone else "ITS COPIES WERE NOT SEEN TO BE DESTROYED",
+    )
+
+
+def _access(fields: Fields) -> str:
+    rest = _named(fields, without=("link", "workspace", "what", "by", "boot", "broker_uid"))
+    return _join(f"access changed by {_get(fields, 'by')}: {_get(fields, 'what')}", rest)
+
+
+def _ingested(fields: Fields) -> str:
+    counts = [f"{_get(fields, name)} {name}" for name in _INGESTED if name in fields]
+    by = f" by {_get(fields, 'by')}" if _get(fields, "by") else ""
+    trust = {name: value for name, value in fields.items() if name.removesuffix("_before") in _TRUST}
+    ingested = f"source {_get(fields, 'source')} ingested{by}: {', '.join(counts)}"
+    return _join(ingested, _get(fields, "digest"), _named(trust))
+
+
+_INGESTED: Final = ("added", "changed", "removed", "unreadable")
+_TRUST: Final = ("front_matter", "read", "deny", "groups", "clearance")  # where the ingest has set it
+
+
+def _leftovers(fields: Fields) -> str:
+    where = f" in {_get(fields, 'where')}" if _get(fields, "where") else ""
+    return f"copies of {_count(fields, 'count', 'request')} were left{where}, and are removed"
+
+
+def _testimony(fields: Fields) -> str:
+    why = f"{_get(fields, 'text')} [{_get(fields, 'reason')}]"
+    told = f"uid {_get(fields, 'uid')} may not put {_get(fields, 'told')} on record: {why}"
+    return _join(told, _many(fields, "count", "time"))
+
+
 _TELLERS: Final[Mapping[str, Teller]] = {
     "denied": _packet,
     "observed": _packet,
@@ -403,4 +485,13 @@ _TELLERS: Final[Mapping[str, Teller]] = {
     "proof-issued": _proof,
     "counted": _counted,
     "snapshot": _snapshot,
+    "request-asked": _asked,
+    "request-decided": _decided,
+    "request-files": _files,
+    "request-refused": _request_refused,
+    "request-ended": _request_ended,
+    "access-changed": _access,
+    "documents-ingested": _ingested,
+    "leftovers-removed": _leftovers,
+    "testimony-refused": _testimony,
 }

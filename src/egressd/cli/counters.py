@@ -199,13 +199,23 @@ def _addresses(refused: Mapping[str, int]) -> str:
 
 
 def _links(links: list[dict[str, Any]], ended: Mapping[str, Any], paint: Paint) -> str:
-    rows = [[f"eg{link['link']}", *_sums(link)] for link in links]
+    rows = [[f"eg{link['link']}", *_sums(link), _used(link)] for link in links]
     if ended["links"]:
-        rows.append([f"{ended['links']} ended", *_sums(ended)])
+        rows.append([f"{ended['links']} ended", *_sums(ended), ""])
     if not rows:
         return ""
     head = ["link", "packets: in = admitted + denied + other", "bytes: in = admitted + denied + other"]
+    if any(row[-1] for row in rows):
+        head.append("used")
+    else:
+        rows = [row[:-1] for row in rows]
     return table(head, rows, indent="  ", columns=paint.columns)
+
+
+def _used(link: Mapping[str, Any]) -> str:
+    """`1200/50000 bytes, 3/4 connections`: of what the sandbox alone is held to."""
+    budgets = {"bytes": link.get("quota"), "connections": link.get("connections")}
+    return ", ".join(f"{used[0]}/{used[1]} {what}" for what, used in budgets.items() if used)
 
 
 def _sums(link: Mapping[str, Any]) -> list[str]:

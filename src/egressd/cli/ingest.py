@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import shlex
 import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from egressd.cli.administering import Document, add_options, administer
+from egressd.cli.administering import DEFAULT_CONFIG, DEFAULT_RUN_DIR, Document, add_options, administer
 from egressd.cli.arguments import Subparsers, verb_parser
 from egressd.cli.exits import FOUND, OK
-from egressd.cli.text import amount, escape
+from egressd.cli.source import add_trust_options, show_trust, trust_document, wanted
+from egressd.cli.text import amount, escape, octets
 from egressd.model.errors import PolicyError, Problem
 
 if TYPE_CHECKING:
@@ -34,8 +36,9 @@ def add(subparsers: Subparsers) -> None:
         says="Read every file below DIR, digest it, and compute from its front matter, the access list and\n"
         "the source's trust who may see it. A file that changes afterwards is shown to nobody until it is\n"
         "ingested again. All of it takes effect together, on record first; Ctrl-C changes nothing.\n"
+        "What is believed of the source (`source trust`) stays, unless it is said here.\n"
         "For root and the owner of the broker's store. Exit status 1 if something is no document.",
-        examples="  egressctl ingest /srv/handbook -w acme --source handbook\n"
+        examples="  egressctl ingest /srv/handbook -w acme --source handbook --front-matter on\n"
         "  egressctl ingest /srv/export -w acme --source crm --acl /srv/export.acl.yaml\n"
         "  egressctl ingest /srv/handbook -w acme --source handbook --dry-run",
     )
@@ -45,6 +48,7 @@ def add(subparsers: Subparsers) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--acl", metavar="FILE", help="the access list that the source system exports")
     which.add_argument("--no-acl", action="store_true", help="there is none any more")
+    add_trust_options(parser)
     parser.add_argument("--dry-run", action="store_true", help="say what would change, and change nothing")
     parser.add_argument(
         "--quick", action="store_true", help="do not read files whose size, times and inode are as before"
@@ -64,6 +68,8 @@ def _ingest(args: argparse.Namespace, to: Administration, by: Operator) -> Docum
     from egressd.broker.ingest import ingest  # noqa: PLC0415
 
     access_list = _access_list(args.acl, to.store.levels) if args.acl else None
+    said = wanted(args, to)
+    trust = said if said != to.wanted() else None
     progress = _Progress()
     try:
         done = ingest(
@@ -74,13 +80,14 @@ def _ingest(args: argparse.Namespace, to: Administration, by: Operator) -> Docum
             args.directory,
             access_list=access_list,
             without_list=args.no_acl,
+            trust=trust,
             dry_run=args.dry_run,
             quick=args.quick,
             progress=progress if sys.stderr.isatty() else lambda _files, _octets: None,
         )
     finally:
         progress.clear()
-    return _document(args.workspace, done)
+    return _document(args, done)
 
 
 def _access_list(name: str, levels: tuple[str, ...]) -> AccessList:
@@ -131,9 +138,9 @@ class _Progress:
             print("\r", end="", file=sys.stderr, flush=True)
 
 
-def _document(workspace: str, done: Ingested) -> Document:
+def _document(args: argparse.Namespace, done: Ingested) -> Document:
     return {
-        "workspace": workspace,
+        "workspace": args.workspace,
         "source": done.source,
         "directory": done.directory,
         "dry_run": done.dry_run,
@@ -143,23 +150,46 @@ def _document(workspace: str, done: Ingested) -> Document:
         "unchanged": done.unchanged,
         "unreadable": [{"id": id, "why": why} for id, why in done.unreadable],
         "skipped": [{"path": path, "why": why} for path, why in done.skipped],
-        "warnings": list(done.warnings),
+        "warnings": [*done.warnings, *_unbelieved(args, done)],
+        "trust": trust_document(done.trust),
+        "trust_set": done.trust_set,
         "digest": done.digest,
         "bytes_read": done.octets,
     }
+
+
+def _unbelieved(args: argparse.Namespace, done: Ingested) -> list[str]:
+    """One line, with what to type."""
+    if not done.unbelieved:
+        return []
+    words = ["egressctl", *_unless(DEFAULT_RUN_DIR, "--run-dir", args.run_dir), "source", "trust",
+             "-w", args.workspace, done.source, "--front-matter", "on",
+             *_unless(DEFAULT_CONFIG, "--broker-config", args.broker_config)]  # fmt: skip
+    if args.store:
+        # One with a password is not repeated.
+        words += ["--store", "URL" if "@" in args.store or "?" in args.store else args.store]
+    one = done.unbelieved == 1
+    many = "one document says of itself" if one else f"{done.unbelieved} documents say of themselves"
+    return [f"what {many} is not believed: {shlex.join(words)}"]
+
+
+def _unless(default: str, option: str, value: str) -> list[str]:
+    return [] if value == default else [option, str(value)]
 
 
 def _show(document: Document) -> None:
     would = "would be " if document["dry_run"] else ""
     counts = ", ".join(f"{len(document[name])} {would}{name}" for name in ("added", "changed", "removed"))
     print(f"{escape(document['source'])}: {counts}, {document['unchanged']} unchanged")
+    if document["trust_set"]:
+        show_trust(document["trust"])
     if document["dry_run"]:
         for name, sign in (("added", "+"), ("changed", "~"), ("removed", "-")):
             _lines(f"{sign} {id}" for id in document[name])
     _lines(f"nobody may read {one['id']}: {one['why']}" for one in document["unreadable"])
     _lines(f"no document: {one['path']}: {one['why']}" for one in document["skipped"])
     _lines(f"warning: {warning}" for warning in document["warnings"])
-    print(f"  {amount(document['bytes_read'])} bytes read; {document['digest']}")
+    print(f"  {octets(document['bytes_read'])} read; {document['digest']}")
 
 
 def _lines(texts: Iterable[str]) -> None:

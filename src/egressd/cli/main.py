@@ -40,6 +40,11 @@ VERBS: Final[dict[str, tuple[str, str]]] = {
     "proof": ("proof", "signed evidence of what a workspace sent, to whom, and what was refused"),
     "verify": ("verify", "check a proof, or a journal, on any machine"),
     "key": ("key", "the key that signs the journal: show it, or change it"),
+    "member": ("member", "who has which role in a workspace: add, remove or list"),
+    "ingest": ("ingest", "read documents, and who may see them, into the broker's store"),
+    "source": ("source", "where a workspace's documents come from; what is believed of them"),
+    "barrier": ("barrier", "groups that must not see each other's documents"),
+    "ask": ("ask", "run an inference over documents that you may see"),
 }
 
 _EPILOG = """\
@@ -56,13 +61,14 @@ examples:
   egressctl watch                              what goes on, live
   egressctl proof -w acme --since 1d           signed evidence of the last day, into acme.proof
   egressctl verify acme.proof --key key.pem    does it hold? Needs no daemon and no root
+  egressctl ask -w acme --candidates found.txt run an inference over what you may see of these
   egressctl --json status                      the same answers for programs
 
 exit status:
   0    done, and nothing is wrong        1    problems were found, the books do not balance,
                                               or no provider complies
   2    the command line is wrong         125  egressd refused, or cannot be reached
-  `run` returns the status of its command, and 125 for everything that is wrong before it begins.
+  `run` and `ask` return the status of their command, and 125 for what is wrong before it begins.
 
 egressctl VERB --help says more about a verb.  See also egressctl(1), egressd(8), egressd.yaml(5).
 """

@@ -80,13 +80,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _add(args: argparse.Namespace, to: Administration, by: Operator) -> Document:
+    from egressd.access.principals import principal  # noqa: PLC0415
     from egressd.access.roles import Role  # noqa: PLC0415
 
     was = to.set_member(by, args.workspace, args.principal, Role.of(args.role), args.clearance)
-    now = next((m for m in to.members(by, args.workspace) if m.principal == args.principal), None)
+    name = principal(args.principal)  # as it is kept: composed
+    now = next((m for m in to.members(by, args.workspace) if m.principal == name), None)
     return {
         "workspace": args.workspace,
-        "principal": args.principal,
+        "principal": name,
         "before": _member(was),
         "after": _member(now),
         "changed": _member(was) != _member(now),

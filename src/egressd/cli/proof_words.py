@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from egressd.cli.text import Paint, amount, duration, escape, shorten, table
+from egressd.cli.text import Paint, amount, duration, escape, octets, shorten, table
 from egressd.journal.statement import Predicate
 from egressd.journal.summary import Summary
 from egressd.journal.verification import Report, Verdict
@@ -29,7 +29,7 @@ def render(report: Report, *, name: str, paint: Paint) -> str:
         if not report.verified:
             parts.append("What the file says is not shown: not all of it holds.")
         else:
-            parts += [part for part in _tables(predicate.summary, paint) if part]
+            parts += [part for part in (_request(predicate), *_tables(predicate.summary, paint)) if part]
     proved = [check.text for check in report.checks if check.verdict is Verdict.HOLDS]
     parts.append(_listed("Proved" if report.verified else "What does hold", proved, "+"))
     parts.append(_listed("To know", [check.text for check in report.notes], "!"))
@@ -60,6 +60,17 @@ def _about(predicate: Predicate) -> str:
 
 def _moment(time: str | None) -> str:
     return "the beginning" if time is None else f"{escape(time[:19].replace('T', ' '))}Z"
+
+
+def _request(predicate: Predicate) -> str:
+    found = predicate.request
+    if found is None:
+        return ""
+    network = "no network" if found.network == "none" else "network by policy"
+    many = f"{found.files} file{'' if found.files == 1 else 's'}"
+    shown = f"{many}, {octets(found.octets)}, manifest {found.manifest}"
+    lines = (f"  {found.id}: {found.action}, role {found.role}, {network}", f"  {shown}")
+    return _titled("The request that ran in it (its broker's word)", "\n".join(map(escape, lines)))
 
 
 def _tables(summary: Summary, paint: Paint) -> Iterator[str]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from egressd.cli.administering import Document, add_options, administer, when
 from egressd.cli.arguments import Parser, Subparsers, verb_parser
 from egressd.cli.text import escape
 
 if TYPE_CHECKING:
-    from egressd.broker.administration import Administration, Operator
+    from egressd.access.trust import Trust
+    from egressd.broker.administration import Administration, Operator, Wanted
     from egressd.broker.store import Source
 
-__all__ = ["add", "run"]
+__all__ = ["add", "add_trust_options", "run", "show_trust", "trust_document", "wanted"]
 
 
 def add(subparsers: Subparsers) -> None:
@@ -21,8 +22,8 @@ def add(subparsers: Subparsers) -> None:
         subparsers,
         "source",
         summary="where a workspace's documents come from, and what is believed of them",
-        says="A source is a directory that was ingested. Nothing that its documents say of themselves is\n"
-        "believed, and nobody may read what nothing is said of, unless it is said here.\n"
+        says="A source is a directory that was ingested, or will be. Nothing that its documents say of\n"
+        "themselves is believed, and nobody may read what nothing is said of, unless it is said here.\n"
         "For root and the owner of the broker's store. Each change is on record before it is made.",
         examples="  egressctl source list -w acme\n"
         "  egressctl source trust -w acme handbook --front-matter on --clearance internal\n"
@@ -56,22 +57,31 @@ def _add_trust(actions: Subparsers) -> None:
         summary="what is believed of a source, and its defaults",
         says="Whether the front matter of a source's documents is believed, and what holds of those of\n"
         "which neither front matter nor an access list says something. What is not named here stays. A\n"
-        "list replaces the one there was; --read '' empties it. Takes effect at once, and reads no file.",
+        "list replaces the one there was; --read '' empties it. Takes effect at once, and reads no file.\n"
+        "A source that is yet to be ingested is known from then on, without documents.",
         examples="  egressctl source trust -w acme handbook --front-matter on\n"
         "  egressctl source trust -w acme wiki --read group:okta:staff --deny group:okta:guests",
     )
     add_options(trusting)
-    trusting.add_argument("name", metavar="NAME", help="as `source list` spells it")
-    trusting.add_argument(
-        "--front-matter", metavar="on|off", choices=("on", "off"), help="whether it is believed"
+    trusting.add_argument("name", metavar="NAME", help="as `source list` spells it, or `ingest` will")
+    add_trust_options(trusting)
+
+
+def add_trust_options(parser: Parser) -> None:
+    """`ingest` has them, too."""
+    parser.add_argument(
+        "--front-matter",
+        metavar="on|off",
+        choices=("on", "off"),
+        help="whether what documents say of themselves is believed",
     )
     for option, what in (
         ("--read", "who may read, by default; may be repeated"),
         ("--deny", "who may not, by default; may be repeated"),
         ("--group", "whose it is, by default: for barriers; may be repeated"),
     ):
-        trusting.add_argument(option, metavar="PRINCIPAL", action="append", help=what)
-    trusting.add_argument("--clearance", metavar="LEVEL", help="the clearance, by default")
+        parser.add_argument(option, metavar="PRINCIPAL", action="append", help=what)
+    parser.add_argument("--clearance", metavar="LEVEL", help="the clearance, by default")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,17 +93,23 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _trust(args: argparse.Namespace, to: Administration, by: Operator) -> Document:
-    now = to.set_trust(
-        by,
-        args.workspace,
-        args.name,
-        front_matter=None if args.front_matter is None else args.front_matter == "on",
-        read=_names(args.read),
-        deny=_names(args.deny),
-        groups=_names(args.group),
-        clearance=args.clearance,
-    )
+    now = to.set_trust(by, args.workspace, args.name, **_said(args))
     return {"workspace": args.workspace, "source": _source(now)}
+
+
+def wanted(args: argparse.Namespace, to: Administration) -> Wanted:
+    """What the options of `add_trust_options` say."""
+    return to.wanted(**_said(args))
+
+
+def _said(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "front_matter": None if args.front_matter is None else args.front_matter == "on",
+        "read": _names(args.read),
+        "deny": _names(args.deny),
+        "groups": _names(args.group),
+        "clearance": args.clearance,
+    }
 
 
 def _names(words: list[str] | None) -> frozenset[str] | None:
@@ -121,12 +137,8 @@ def _list(args: argparse.Namespace, to: Administration, by: Operator) -> Documen
 def _source(source: Source) -> Document:
     return {
         "name": source.name,
-        "directory": source.directory,
-        "front_matter": source.trust.front_matter,
-        "read": sorted(source.trust.default.readers),
-        "deny": sorted(source.trust.default.denied),
-        "groups": sorted(source.trust.default_groups),
-        "clearance": source.trust.default_clearance,
+        "directory": source.directory or None,
+        **trust_document(source.trust),
         "access_list": source.access_list,
         "changed_by": source.changed_by,
         "at": when(source.at),
@@ -134,14 +146,28 @@ def _source(source: Source) -> Document:
     }
 
 
+def trust_document(trust: Trust) -> Document:
+    return {
+        "front_matter": trust.front_matter,
+        "read": sorted(trust.default.readers),
+        "deny": sorted(trust.default.denied),
+        "groups": sorted(trust.default_groups),
+        "clearance": trust.default_clearance,
+    }
+
+
 def _show(source: Document) -> None:
-    print(f"{escape(source['name'])}  {escape(source['directory'])}")
-    print(f"  front matter: {'believed' if source['front_matter'] else 'not believed'}")
-    for label, names in (("read", "read"), ("deny", "deny"), ("groups", "groups")):
-        print(f"  {label} by default: {', '.join(map(escape, source[names])) or 'nobody'}")
-    print(f"  clearance by default: {escape(source['clearance']) or 'none: each document must say its own'}")
+    print(f"{escape(source['name'])}  {escape(source['directory'] or 'not ingested yet: egressctl ingest')}")
+    show_trust(source)
     print(f"  access list: {escape(source['access_list']) or 'none'}")
     print(f"  changed by {escape(source['changed_by'])}, {escape(source['at'])}")
+
+
+def show_trust(source: Document) -> None:
+    print(f"  front matter: {'believed' if source['front_matter'] else 'not believed'}")
+    for name, none in (("read", "nobody"), ("deny", "nobody"), ("groups", "none")):
+        print(f"  {name} by default: {', '.join(map(escape, source[name])) or none}")
+    print(f"  clearance by default: {escape(source['clearance']) or 'none: each document must say its own'}")
 
 
 def _show_list(document: Document) -> None:

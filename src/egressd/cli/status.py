@@ -204,11 +204,24 @@ def _sandboxes(sandboxes: list[dict[str, Any]], now: float, paint: Paint) -> str
             escape(s["address4"]),
             escape(s["address6"]),
             shorten(escape(s["command"]), _COMMAND_WIDTH),
+            _held_to(s),
         ]
         for s in sandboxes
     ]
     head = ["sandbox", "workspace", "uid", "pid", "age", "IPv4", "IPv6", "command"]
+    if any(row[-1] for row in rows):
+        head.append("held to")
+    else:
+        rows = [row[:-1] for row in rows]
     return table(head, rows, right="uid,pid,age", columns=paint.columns)
+
+
+def _held_to(sandbox: dict[str, Any]) -> str:
+    """What this sandbox alone is held to."""
+    if sandbox.get("closed"):
+        return "no network"
+    bounds = {"bytes": sandbox.get("quota"), "connections": sandbox.get("connections")}
+    return ", ".join(f"{bound} {what}" for what, bound in bounds.items() if bound is not None)
 
 
 def _alarms(alarms: list[dict[str, Any]]) -> str:

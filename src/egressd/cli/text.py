@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Final, TextIO
 
-__all__ = ["Paint", "amount", "duration", "escape", "escape_lines", "shorten", "table"]
+__all__ = ["Paint", "amount", "duration", "escape", "escape_lines", "octets", "shorten", "table"]
 
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 _RED, _GREEN, _BOLD, _RESET = "\x1b[31m", "\x1b[32m", "\x1b[1m", "\x1b[0m"
@@ -59,6 +59,12 @@ def amount(number: int) -> str:
     while abs(value) >= 1023.95 and unit < len(_UNITS) - 1:  # so that 1023.96 KiB reads 1.0 MiB
         value, unit = value / 1024, unit + 1
     return f"{number} ({value:.1f} {_UNITS[unit]})"
+
+
+def octets(number: int) -> str:
+    """The same in a sentence: `48201 bytes (47.1 KiB)`."""
+    exact, _, rough = amount(number).partition(" ")
+    return f"{exact} byte{'' if number == 1 else 's'} {rough}".rstrip()
 
 
 def duration(seconds: float) -> str:

@@ -38,6 +38,7 @@ def add(subparsers: Subparsers) -> None:
         examples="  egressctl verify acme.proof --key egressd.pem --policy acme.yaml\n"
         "  egressctl verify acme.proof --key 'host/egressd/1a2b3c4d+e5f6a7b8+AX...'\n"
         "  egressctl verify acme.proof --checkpoint october.proof   does the journal continue October's?\n"
+        "  egressctl verify receipt.proof --manifest MANIFEST.json  are these the files it was shown?\n"
         "  egressctl verify acme.proof --html acme.html      one page to read and print\n"
         "  egressctl verify --journal /var/lib/egressd/journal      every record of a journal",
     )
@@ -53,10 +54,17 @@ def add(subparsers: Subparsers) -> None:
         "--checkpoint", metavar="FILE",
         help="what you kept from earlier, a signed checkpoint or a proof: does the journal continue it?",
     )  # fmt: skip
+    parser.add_argument(
+        "--manifest", metavar="FILE",
+        help="the MANIFEST.json of a request: is it the list of files that was put on record?",
+    )  # fmt: skip
     parser.add_argument("--html", metavar="FILE", help="also as one page to read and print")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.manifest is not None and args.file is None:
+        complain("--manifest is compared with the proof of a request: name that, too")
+        return USAGE
     if (args.file is None) == (args.journal is None):
         complain("name a proof to check, or a journal with --journal (see egressctl verify --help)")
         return USAGE
@@ -75,7 +83,14 @@ def _proof(args: argparse.Namespace) -> int:
     key, origin = (None, None) if args.key is None else _key(args.key)
     digest = None if args.policy is None else _policy_digest(Path(args.policy))
     checkpoint = None if args.checkpoint is None else _checkpoint(args.checkpoint)
-    report = verify(_read(args.file), key=key, origin=origin, policy_digest=digest, checkpoint=checkpoint)
+    report = verify(
+        _read(args.file),
+        key=key,
+        origin=origin,
+        policy_digest=digest,
+        checkpoint=checkpoint,
+        manifest=None if args.manifest is None else _read(args.manifest),
+    )
     if args.html:
         from egressd.cli.proof import page_of  # noqa: PLC0415
 

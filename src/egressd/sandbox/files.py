@@ -13,12 +13,13 @@ from __future__ import annotations
 import os
 import posixpath
 import stat
+from collections.abc import Iterable
 
 from egressd.model.errors import Refused
 from egressd.model.verdicts import Reason
 from egressd.sandbox.plan import DATA_FILES, Bind, Machine, Overlay
 
-__all__ = ["check_tree", "machine", "open_binds", "open_files"]
+__all__ = ["check_tree", "machine", "open_binds", "open_files", "seen_anyway"]
 
 _NEVER_SHOWN = ("/run", "/proc", "/sys", "/dev")
 _VISIBLE = ("/usr", "/etc", "/bin", "/sbin", "/lib", "/lib64", "/lib32", "/libx32")
@@ -68,6 +69,18 @@ def open_binds(paths: list[str] | tuple[str, ...], *, run_dir: str) -> tuple[Bin
         check_tree(real, links=False)
         binds.append(Bind(source=real, target=target))
     return tuple(binds)
+
+
+def seen_anyway(path: str, *, bind_ro: Iterable[str] = ()) -> str | None:
+    """The place in every sandbox, or among those bound into this one, that shows something of `path` as it
+    is, whatever else was decided about it. None where there is none."""
+    real = os.path.realpath(path)
+    visible: tuple[str, ...] = () if any(_within(real, hidden) for hidden in _HIDDEN) else _VISIBLE
+    for place in (*visible, *bind_ro):
+        other = os.path.realpath(place)
+        if _within(real, other) or _within(other, real):
+            return place
+    return None
 
 
 def check_tree(root: str, *, links: bool) -> None:

@@ -100,6 +100,7 @@ class Wish:
     memory: int | None = None  # bytes; the workspace's own limit holds as well, and the one below
     processes: int | None = None
     file_size: int | None = None  # bytes
+    descriptors: int | None = None  # of each process
     quota: int | None = None  # bytes over the link, held by the kernel
     connections: int | None = None  # opened over the link, held by the kernel
     closed: bool = False  # nothing is admitted over the link
@@ -173,9 +174,8 @@ def prepare(wish: Wish, terms: messages.Terms, *, default_signals: tuple[str, ..
         files=shown if wish.projected is None else wish.projected,
         tools=wish.tools,
         binds=binds,
-        environment=plan.environment(
-            terminal=terminal, ollama_port=ollama, usage=wish.usage, extra=wish.environment
-        ),
+        environment=plan.environment(terminal=terminal, ollama_port=ollama, usage=wish.usage),
+        unseen=wish.environment,
         terminal=wish.terminal,
         default_signals=default_signals,
         limits=bounds.rlimits,
@@ -196,6 +196,7 @@ def _wanted(wish: Wish, terms: messages.Terms) -> limits.Wanted:
         processes=_lower(wish.processes, terms.processes),
         cpu=wish.cpu,
         file_size=wish.file_size,
+        descriptors=wish.descriptors,
     )
 
 
@@ -459,7 +460,7 @@ def _lift(number: int, temporary: contextlib.ExitStack) -> int:
 def _state(pid: int) -> str:
     """The letter of proc(5)'s stat, after the name in parentheses; "X" for a process that is gone."""
     try:
-        with open(f"/proc/{pid}/stat") as stream:
+        with open(f"/proc/{pid}/stat", errors="replace") as stream:
             return stream.read().rpartition(")")[2].split()[0]
     except OSError:
         return "X"
@@ -673,7 +674,7 @@ class Running:
     def _command(self) -> int | None:
         """The command's pid. It was the gate's, the second process of its pid namespace."""
         for pid in _children(self.child):
-            with contextlib.suppress(OSError), open(f"/proc/{pid}/status") as stream:
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/status", errors="replace") as stream:
                 if any(line.startswith("NSpid:") and line.split()[-1] == "2" for line in stream):
                     return pid
         return None
@@ -692,7 +693,7 @@ class Running:
     def _handles(self, number: signal.Signals) -> bool:
         """Whether the command catches or ignores the signal (proc(5), SigCgt and SigIgn)."""
         command = self._command()
-        with contextlib.suppress(OSError), open(f"/proc/{command}/status") as stream:
+        with contextlib.suppress(OSError), open(f"/proc/{command}/status", errors="replace") as stream:
             masks = [int(line.split()[1], 16) for line in stream if line.startswith(("SigCgt", "SigIgn"))]
             return any(mask >> (number - 1) & 1 for mask in masks)
         return False

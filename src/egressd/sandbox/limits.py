@@ -9,8 +9,9 @@ rlimits need nothing, and bound less: RLIMIT_DATA counts private writable memory
 the processes of the sandbox's user namespace (ucounts, Linux 5.14), and neither holds the superuser.
 A limit that cannot be had ends the launch.
 
-RLIMIT_CPU and RLIMIT_FSIZE are always set, whatever else holds. The first is each process' own: what all of
-them use together is read from the cgroup (`Group.cpu_seconds`), or added up by who watches them.
+RLIMIT_CPU, RLIMIT_FSIZE and RLIMIT_NOFILE are always set, whatever else holds. The first is each process'
+own: what all of them use together is read from the cgroup (`Group.cpu_seconds`), or added up by who watches
+them.
 """
 
 # pathlib costs 9 ms to import, a tenth of all of `egressctl run`
@@ -36,6 +37,7 @@ class Wanted:
     processes: int | None = None
     cpu: float | None = None  # seconds, of all processes together
     file_size: int | None = None  # bytes
+    descriptors: int | None = None  # of each process
 
     @property
     def controllers(self) -> frozenset[str]:
@@ -54,7 +56,7 @@ class Bounds:
 
 def bound(wanted: Wanted, *, root: str = "/") -> Bounds:
     """Decide how `wanted` is enforced. `Refused` where it cannot be. `root` is for tests."""
-    always = plan.Limits(cpu=wanted.cpu, file_size=wanted.file_size)
+    always = plan.Limits(cpu=wanted.cpu, file_size=wanted.file_size, descriptors=wanted.descriptors)
     if not wanted.controllers and wanted.cpu is None:
         return Bounds(None, always, "no limits" if always == plan.Limits() else "rlimits")
     group = Group.make(wanted, root=root)

@@ -89,6 +89,7 @@ class Limits:
     processes: int | None = None  # in the sandbox's own user namespace (RLIMIT_NPROC, Linux 5.14)
     cpu: float | None = None  # seconds, per process (RLIMIT_CPU)
     file_size: int | None = None  # bytes of each file that is written (RLIMIT_FSIZE)
+    descriptors: int | None = None  # open ones, per process (RLIMIT_NOFILE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,8 @@ class SandboxSpec:
     tools: str | None = None  # shown at /opt/egressd
     binds: tuple[Bind, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    # More of it, which may hold keys: everybody on the machine can read a command line (proc(5), cmdline).
+    unseen: Mapping[str, str] = field(default_factory=dict)
     terminal: bool = False  # stay in the caller's session, so that job control works
     default_signals: tuple[str, ...] = ()  # names without SIG, to be restored before the command
     limits: Limits = Limits()
@@ -114,7 +117,12 @@ class Plan:
 
 def plan(spec: SandboxSpec, machine: Machine) -> Plan:
     """The whole command line, beginning with "bwrap"."""
-    data = tuple((_FIRST_DATA + i, DATA_FILES[o.name]) for i, o in enumerate(machine.overlays))
+    data = [(_FIRST_DATA + i, DATA_FILES[o.name]) for i, o in enumerate(machine.overlays)]
+    unseen: list[str] = []
+    if spec.unseen:
+        number = _FIRST_DATA + len(data)
+        unseen = ["--args", str(number)]
+        data.append((number, "".join(f"{word}\0" for word in _variables(spec.unseen))))
     arguments = [
         "bwrap",
         *_namespaces(terminal=spec.terminal),
@@ -123,12 +131,14 @@ def plan(spec: SandboxSpec, machine: Machine) -> Plan:
         *_overlays(machine.overlays),
         *_directories(spec),
         *("--remount-ro", "/dev", "--remount-ro", "/"),
-        *_environment(spec.environment),
+        "--clearenv",
+        *_variables(spec.environment),
+        *unseen,
         *("--seccomp", str(SECCOMP), "--json-status-fd", str(STATUS)),
         "--",
         *_gate(spec),
     ]
-    return Plan(tuple(arguments), data)
+    return Plan(tuple(arguments), tuple(data))
 
 
 def _namespaces(*, terminal: bool) -> list[str]:
@@ -185,8 +195,8 @@ def _directories(spec: SandboxSpec) -> list[str]:
     return [*arguments, "--chdir", "/tmp" if spec.files is None else WORK]  # noqa: S108
 
 
-def _environment(environment: Mapping[str, str]) -> list[str]:
-    arguments = ["--clearenv"]
+def _variables(environment: Mapping[str, str]) -> list[str]:
+    arguments = []
     for name, value in environment.items():
         arguments += ["--setenv", name, value]
     return arguments
@@ -220,6 +230,8 @@ def _gate_script(limits: Limits) -> str:
         lines.append(f"ulimit -S -t {soft} && ulimit -H -t {soft + 1} || exit {FAILED}")
     if limits.file_size is not None:
         lines.append(f"ulimit -f {limits.file_size // _BLOCK} || exit {FAILED}")
+    if limits.descriptors is not None:
+        lines.append(f"ulimit -n {limits.descriptors} || exit {FAILED}")
     return "; ".join([*lines, 'exec "$@"'])
 
 
@@ -249,13 +261,15 @@ def environment(
 def describe(made: Plan) -> str:
     """A line for a shell that builds the same sandbox by hand, without egressd and thus without a network.
 
-    The gate is opened, the filter left out, the texts come from here-documents.
+    The gate is opened, the filter left out, the texts come from here-documents; what may hold keys does not.
     """
     arguments = list(made.arguments)
-    for option in ("--seccomp", "--json-status-fd"):
-        at = arguments.index(option)
-        del arguments[at : at + 2]
-    documents = [f"{number}<<'EOF{number}'" for number, _ in made.data]
-    bodies = "".join(f"{text}EOF{number}\n" for number, text in made.data)
+    for option in ("--seccomp", "--json-status-fd", "--args"):
+        if option in arguments[: arguments.index("--")]:
+            at = arguments.index(option)
+            del arguments[at : at + 2]
+    texts = [(number, text) for number, text in made.data if "\0" not in text]
+    documents = [f"{number}<<'EOF{number}'" for number, _ in texts]
+    bodies = "".join(f"{text}EOF{number}\n" for number, text in texts)
     line = " ".join([shlex.join(arguments), f"{READY}>/dev/null {GATE}<<<go", *documents])
     return f"{line}\n{bodies}"

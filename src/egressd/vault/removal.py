@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 
 __all__ = ["empty", "open_own", "remove_empty"]
 
@@ -23,9 +24,10 @@ def open_own(name: str | bytes, *, above: int) -> int:
             os.close(found)
 
 
-def empty(directory: int) -> list[str]:
+def empty(directory: int, *, blank: bool = False) -> list[str]:
     """Remove everything beneath the directory open as `directory`; it stays. Says what could not be removed
-    and why, and goes on with the rest."""
+    and why, and goes on with the rest. `blank`: files are cut to nothing first, because one that somebody has
+    open, or has sent to somebody who never receives it, outlives its name."""
     problems: list[str] = []
     with contextlib.suppress(OSError):
         os.fchmod(directory, 0o700)  # copies lie in directories of mode 0555
@@ -36,8 +38,9 @@ def empty(directory: int) -> list[str]:
         return [f"a directory cannot be listed: {error.strerror}"]
     for name, is_directory in found:
         if is_directory:
-            problems += _remove(name, above=directory)
+            problems += _remove(name, above=directory, blank=blank)
         else:
+            problems += _blanked(name, above=directory) if blank else []
             problems += _gone(name, above=directory, directory=False)
     return problems
 
@@ -51,7 +54,25 @@ def remove_empty(name: str, *, above: int) -> list[str]:
     return problems
 
 
-def _remove(name: str, *, above: int) -> list[str]:
+def _blanked(name: str, *, above: int) -> list[str]:
+    """A regular file with this one name, cut to nothing; all else is left alone. A copy has one name."""
+    try:
+        found = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
+        try:
+            status = os.fstat(found)
+            if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+                os.chmod(f"/proc/self/fd/{found}", 0o600)  # noqa: PTH101 - copies are 0444
+                os.truncate(f"/proc/self/fd/{found}", 0)
+        finally:
+            os.close(found)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        return [f"{name!a} cannot be emptied: {error.strerror}"]
+    return []
+
+
+def _remove(name: str, *, above: int, blank: bool) -> list[str]:
     """The directory `name` and all beneath it."""
     try:
         number = open_own(name, above=above)
@@ -60,7 +81,7 @@ def _remove(name: str, *, above: int) -> list[str]:
     except OSError as error:
         return [f"{name!a} cannot be opened: {error.strerror}"]
     try:
-        problems = empty(number)
+        problems = empty(number, blank=blank)
     finally:
         os.close(number)
     return problems + _gone(name, above=above, directory=True)

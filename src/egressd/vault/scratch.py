@@ -19,6 +19,7 @@ import errno
 import fcntl
 import os
 import re
+import socket
 import stat
 import time
 from pathlib import Path
@@ -103,12 +104,19 @@ def _free(directory: int) -> bool:
     """Whether the tmpfs holds nothing but its root. Unlinked files that are open count as used."""
     end = time.monotonic() + _PATIENCE
     while True:
+        _let_go()
         found = os.fstatvfs(directory)
         if found.f_bfree == found.f_blocks and found.f_files - found.f_ffree == 1:
             return True
         if time.monotonic() > end:
             return False
         time.sleep(0.002)
+
+
+def _let_go() -> None:
+    """Sockets may lie in each other's queues, and files with them, when their last process is gone. The
+    kernel looks for such when a socket is closed (net/unix/garbage.c); those are closed by nobody."""
+    socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).close()
 
 
 class DirectoryScratch:
@@ -216,13 +224,23 @@ def discard(name: str, *, above: int, held: int) -> list[str]:
     """
     try:
         identifier = fscrypt.identifier_of(held)
-        problems = removal.empty(held) and removal.empty(held)  # what was renamed meanwhile, too
+        # what was renamed meanwhile, too; blank, because what is still open somewhere would stay on the disk
+        problems = removal.empty(held, blank=True) and removal.empty(held, blank=True)
         if identifier is None:
             return problems + removal.remove_empty(name, above=above)
     finally:
         os.close(held)
-    kept = fscrypt.remove_key(above, identifier)
+    kept = _without_key(above, identifier)
     return [*problems, *([kept] if kept else []), *removal.remove_empty(name, above=above)]
+
+
+def _without_key(above: int, identifier: bytes) -> str:
+    """What keeps the key in the kernel; "" where nothing does."""
+    end = time.monotonic() + _PATIENCE
+    while (kept := fscrypt.remove_key(above, identifier)) and time.monotonic() < end:
+        _let_go()
+        time.sleep(0.01)
+    return kept
 
 
 def _cannot(place: str, error: OSError) -> Refused:
