@@ -13,8 +13,7 @@ from pathlib import Path
 import msgspec
 
 from broker.cycle_stand import World, eventually
-from egressd.broker import jobs
-from egressd.broker.runners import Runners
+from egressd.broker.runners.zygote import Runners, jobs
 
 
 def main() -> None:

@@ -21,8 +21,7 @@ from typing import Any
 
 import pytest
 
-from egressd.broker import jobs
-from egressd.broker.runners import PROGRAM, Run, Runners
+from egressd.broker.runners.zygote import PROGRAM, Run, Runners, jobs
 from sandbox.stand_in import Gateway, as_caller, eventually, gateway_named, processes_with
 
 __all__ = ["Told", "World", "a_runners_world", "descendants", "eventually", "world"]

@@ -13,7 +13,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from egressd.broker import cycle, runners
+from egressd.broker.runners import cycle
+from egressd.broker.runners import zygote as runners
 from egressd.model.verdicts import Reason
 from egressd.sandbox import launch
 

@@ -23,9 +23,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
-from egressd.broker.fetching import Fetched
-from egressd.broker.issuers import Issuer
-from egressd.broker.rereading import Unavailable
+from egressd.broker.identity.fetching import Fetched
+from egressd.broker.identity.issuers import Issuer
+from egressd.broker.identity.rereading import Unavailable
 from lab.authority import Authority
 
 NOW = 1_800_000_000.0  # when these tests take place

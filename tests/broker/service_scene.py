@@ -18,14 +18,14 @@ import httpx
 from egressd.access.documents import Acl, Asker, Document, Rules
 from egressd.access.principals import Identity
 from egressd.access.roles import Right, Role, may
-from egressd.broker import jobs
-from egressd.broker.administration import Administration
-from egressd.broker.app import App
 from egressd.broker.config import BrokerConfig, Inference, ServiceLimits, WorkspaceConfig
-from egressd.broker.identity import Code, Unauthenticated
+from egressd.broker.identity.tokens import Code, Unauthenticated
+from egressd.broker.runners import jobs
 from egressd.broker.service import Service
-from egressd.broker.store import Snapshot
-from egressd.broker.store_rows import Membership
+from egressd.broker.store.administration import Administration
+from egressd.broker.store.rows import Membership
+from egressd.broker.store.store import Snapshot
+from egressd.broker.web.app import App
 from egressd.broker.witness import Note
 from egressd.model.errors import Refused
 from egressd.model.verdicts import Reason

@@ -21,7 +21,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from service_scene import Scene
 
 from egressd.broker.config import Listen, Tls
-from egressd.broker.listening import Bounds, BrokerServer, context, listening
+from egressd.broker.web.listening import Bounds, BrokerServer, context, listening
 
 T = TypeVar("T")
 

@@ -9,9 +9,9 @@ from egressd.access.documents import Acl
 from egressd.access.identifiers import identifier
 from egressd.access.principals import Identity
 from egressd.access.roles import Role
-from egressd.broker.administration import Administration, Operator
-from egressd.broker.store import Membership, Source, Store
-from egressd.broker.store_rows import Stored, acl_text, list_text
+from egressd.broker.store.administration import Administration, Operator
+from egressd.broker.store.rows import Stored, acl_text, list_text
+from egressd.broker.store.store import Membership, Source, Store
 from egressd.model.errors import Refused
 from egressd.model.verdicts import Reason
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from egressd.broker.config import BrokerConfig, Inference, Listen, ServiceLimits, Tls, load, parse
-from egressd.broker.jobs import Limits
+from egressd.broker.runners.jobs import Limits
 from egressd.model.errors import PolicyError
 
 ISSUERS = "issuers: {idp: {issuer: 'https://idp.example/', audience: app}}\n"

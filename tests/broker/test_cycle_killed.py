@@ -16,8 +16,7 @@ import msgspec
 import pytest
 
 from broker.cycle_stand import STEPS, Told, World, a_runners_world, descendants, eventually, listen
-from egressd.broker import jobs
-from egressd.broker.runners import Run
+from egressd.broker.runners.zygote import Run, jobs
 
 pytestmark = pytest.mark.kernel
 BEFORE_GO = STEPS[: STEPS.index("go")]

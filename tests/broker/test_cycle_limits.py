@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from broker.cycle_stand import World, world
-from egressd.broker import jobs
-from egressd.broker.jobs import Limits
+from egressd.broker.runners import jobs
+from egressd.broker.runners.jobs import Limits
 
 __all__ = ["world"]
 pytestmark = pytest.mark.kernel

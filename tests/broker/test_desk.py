@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from egressd.broker import jobs
-from egressd.broker.desk import Desk, Stopped
+from egressd.broker.runners import jobs
+from egressd.broker.runners.desk import Desk, Stopped
 from egressd.ipc.channel import Channel, pair
 
 

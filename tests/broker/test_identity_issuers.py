@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from egressd.access.claims import Provider
-from egressd.broker import issuers
-from egressd.broker.issuers import DEFAULT_ALGORITHMS, Issuer, Nonce
+from egressd.broker.identity import issuers
+from egressd.broker.identity.issuers import DEFAULT_ALGORITHMS, Issuer, Nonce
 from egressd.model import tree
 from egressd.model.errors import Problem
 

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from identity_provider import WELL_KNOWN, Clock, Pages, ec_key, ed_key, jwk, key_set, rsa_key
 
-from egressd.broker import jwks, keyring
-from egressd.broker.fetching import Fetched
-from egressd.broker.issuers import ALGORITHMS, Issuer
-from egressd.broker.jwks import NoKey
-from egressd.broker.keyring import COOLDOWN, FRESH, RETRY, STALE, Keyring
-from egressd.broker.rereading import Unavailable
+from egressd.broker.identity import jwks, keyring
+from egressd.broker.identity.fetching import Fetched
+from egressd.broker.identity.issuers import ALGORITHMS, Issuer
+from egressd.broker.identity.jwks import NoKey
+from egressd.broker.identity.keyring import COOLDOWN, FRESH, RETRY, STALE, Keyring
+from egressd.broker.identity.rereading import Unavailable
 from egressd.model.errors import Unfit
 
 ISSUER = Issuer(name="op", issuer="https://op.example", audiences=("egressd",), algorithms=ALGORITHMS)

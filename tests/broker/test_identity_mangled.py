@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from identity_provider import NOW, Clock, Pages, claims_of, ec_key, jwk, signer, token
 
-from egressd.broker.identity import Unauthenticated, Verifier
-from egressd.broker.issuers import Issuer
+from egressd.broker.identity.issuers import Issuer
+from egressd.broker.identity.tokens import Unauthenticated, Verifier
 
 ISSUER = Issuer(name="op", issuer="https://op.example", audiences=("egressd",))
 

@@ -22,11 +22,11 @@ from identity_provider import (
     unix_now,
 )
 
-from egressd.broker import fetching
-from egressd.broker.fetching import MAX_BODY, fetch
-from egressd.broker.identity import Code, Unauthenticated, Verifier
-from egressd.broker.issuers import Issuer
-from egressd.broker.rereading import Unavailable
+from egressd.broker.identity import fetching
+from egressd.broker.identity.fetching import MAX_BODY, fetch
+from egressd.broker.identity.issuers import Issuer
+from egressd.broker.identity.rereading import Unavailable
+from egressd.broker.identity.tokens import Code, Unauthenticated, Verifier
 from lab.authority import Authority
 from lab.machine import open_descriptors
 

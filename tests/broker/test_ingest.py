@@ -19,9 +19,9 @@ from egressd.access.acl_file import load
 from egressd.access.authorise import authorise
 from egressd.access.principals import Identity
 from egressd.access.roles import Role
-from egressd.broker.administration import Administration
-from egressd.broker.ingest import AccessList, Ingested, ingest
-from egressd.broker.store import Store
+from egressd.broker.store.administration import Administration
+from egressd.broker.store.ingest import AccessList, Ingested, ingest
+from egressd.broker.store.store import Store
 from egressd.model.errors import Refused, Unfit
 from egressd.model.verdicts import Reason
 from egressd.vault.beneath import Bounds
@@ -373,8 +373,8 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[3])
 from store_world import OPERATOR, administered
-from egressd.broker.ingest import ingest
-from egressd.broker.store import Store
+from egressd.broker.store.ingest import ingest
+from egressd.broker.store.store import Store
 store = Store.open(sys.argv[1])
 to, journal = administered(store)
 def record(workspace, event, fields):
@@ -408,7 +408,7 @@ def test_killed_in_the_middle_of_it_the_old_state_stays(desk: Desk, url: str) ->
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if all files had been written an hour ago."""
-    import egressd.broker.ingest as module
+    import egressd.broker.store.ingest as module
 
     later = time.time_ns() + 3600 * 10**9
     monkeypatch.setitem(module.survey.__kwdefaults__, "now_ns", lambda: later)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from egressd.broker.jobs import Limits
-from egressd.broker.runner_limits import Meter, Usage, named
+from egressd.broker.runners.jobs import Limits
+from egressd.broker.runners.limits import Meter, Usage, named
 
 LINES = [b'{"tokens": 3}', b'{"cost": 0.5}', b'{"tokens": 4, "cost": 1}', b"", b"no", b'{"tokens": -1}']
 

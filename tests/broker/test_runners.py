@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from broker.cycle_stand import World, a_runners_world, descendants, eventually, listen, world
-from egressd.broker import jobs
-from egressd.broker.runners import Run, Runners
+from egressd.broker.runners.zygote import Run, Runners, jobs
 from egressd.model.errors import Refused
 from egressd.model.verdicts import Reason
 from sandbox.stand_in import CALLER, as_caller
@@ -131,8 +130,8 @@ def test_closing_ends_everything() -> None:
 SERVICE = """
 import sys
 from broker.cycle_stand import World
-from egressd.broker import jobs
-from egressd.broker.runners import Runners
+from egressd.broker.runners import jobs
+from egressd.broker.runners.zygote import Runners
 from pathlib import Path
 runners = Runners.start()
 world = World(runners, Path(sys.argv[1]), Path("/"))

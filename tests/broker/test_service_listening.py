@@ -20,7 +20,7 @@ from service_scene import CONFIG, PROJECTED, STARTED, Scene, ended, out, request
 from service_server import Authority, Pair, Serving, everything, serving
 
 from egressd.broker.config import BrokerConfig, Listen, ServiceLimits, Tls
-from egressd.broker.listening import Bounds, context, listening
+from egressd.broker.web.listening import Bounds, context, listening
 from egressd.model.errors import PolicyError, Refused
 
 QUICK = Bounds(handshake=0.5, head=0.4, body=0.4, unread=0.4, idle=1, connections=8, graceful=2)

@@ -19,9 +19,9 @@ from schemathesis.specs.openapi.checks import (
 )
 from service_scene import CONFIG, Scene, request
 
-from egressd.broker.app import ROUTES
 from egressd.broker.config import BrokerConfig, ServiceLimits
-from egressd.broker.openapi import document
+from egressd.broker.web.app import ROUTES
+from egressd.broker.web.openapi import document
 
 PLENTY = ServiceLimits(rate=(999_999, 1.0), per_user=9999, at_once=9999, body=1 << 20)
 CHECKS = (

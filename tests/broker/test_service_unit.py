@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from egressd.broker import main
-from egressd.broker.app import ROUTES
 from egressd.broker.config import BrokerConfig, Inference, ServiceLimits, Tls, WorkspaceConfig, parse
-from egressd.broker.requests import LIMITS
+from egressd.broker.web.app import ROUTES
+from egressd.broker.web.requests import LIMITS
 
 ROOT = Path(__file__).resolve().parents[2]
 UNIT = ROOT / "systemd" / "egressd-broker.service"

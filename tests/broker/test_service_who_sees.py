@@ -14,10 +14,11 @@ import httpx
 import pytest
 from service_scene import DIGEST, EVERYBODY, Scene, ended, identity, request, user
 
-from egressd.broker import requests, service
+from egressd.broker import service
+from egressd.broker.identity.keyring import MAX_WAITING
 from egressd.broker.inferences import Inference, Inferences, State
-from egressd.broker.keyring import MAX_WAITING
 from egressd.broker.service import told_at
+from egressd.broker.web import requests
 
 
 def run(scene: Scene, play: Callable[[httpx.AsyncClient], Awaitable[Any]]) -> Any:

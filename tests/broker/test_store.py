@@ -16,8 +16,8 @@ from egressd.access.authorise import Finding, authorise, judge
 from egressd.access.documents import LEVELS, Asker
 from egressd.access.principals import Identity
 from egressd.access.roles import Role
-from egressd.broker import store_rows
-from egressd.broker.store import Membership, Source, Store
+from egressd.broker.store import rows as store_rows
+from egressd.broker.store.store import Membership, Source, Store
 from egressd.model.errors import Refused, Unfit
 from egressd.model.verdicts import Reason
 
@@ -184,7 +184,7 @@ def test_the_same_is_done_for_a_candidate_that_is_not_there(
         read.append(bool(found.problem))
         return found
 
-    monkeypatch.setattr("egressd.broker.store.as_document", as_document)
+    monkeypatch.setattr("egressd.broker.store.store.as_document", as_document)
     store.snapshot(workspace, who, [f"handbook:{name}" for name in candidates])
     assert read == [False, False]
 

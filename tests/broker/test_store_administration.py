@@ -29,9 +29,9 @@ from egressd.access.principals import Identity
 from egressd.access.roles import Right, Role, may, may_set
 from egressd.access.statements import Statement
 from egressd.access.trust import Trust
-from egressd.broker.administration import Administration, Operator, local_operator
-from egressd.broker.store import Membership, Source, Store
-from egressd.broker.store_statements import as_said, said_text
+from egressd.broker.store.administration import Administration, Operator, local_operator
+from egressd.broker.store.statements import as_said, said_text
+from egressd.broker.store.store import Membership, Source, Store
 from egressd.model.errors import Refused, Unfit
 from egressd.model.verdicts import Reason
 
@@ -463,7 +463,7 @@ def test_a_problem_comes_back_as_one() -> None:
 def test_root_and_the_owner_are_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Store.open(f"sqlite:///{tmp_path}/store.db") as store:
         assert local_operator(store).name.startswith(f"uid {os.geteuid()} (")
-        monkeypatch.setattr("egressd.broker.administration.os.geteuid", lambda: 54321)
+        monkeypatch.setattr("egressd.broker.store.administration.os.geteuid", lambda: 54321)
         with pytest.raises(Refused, match="only root and the store's owner"):
             local_operator(store)
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from store_world import ANN, fill
 
-from egressd.broker.store import Store
-from egressd.broker.store_account import as_owner
+from egressd.broker.store.account import as_owner
+from egressd.broker.store.store import Store
 from egressd.model.errors import Refused
 from egressd.model.verdicts import Reason
 
@@ -185,7 +185,7 @@ def test_a_table_that_is_gone_is_not_an_empty_one(file: Path) -> None:
 
 
 def test_a_locked_database_is_said_and_left_alone(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("egressd.broker.store_engine.BUSY", 0.05)
+    monkeypatch.setattr("egressd.broker.store.engine.BUSY", 0.05)
     with opened(file) as store:
         other = sqlite3.connect(file, isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
@@ -202,7 +202,7 @@ def test_a_locked_database_is_said_and_left_alone(file: Path, monkeypatch: pytes
 def test_a_lock_that_shuts_out_readers_too_is_no_empty_answer(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("egressd.broker.store_engine.BUSY", 0.05)
+    monkeypatch.setattr("egressd.broker.store.engine.BUSY", 0.05)
     with opened(file) as store:
         store.close()
         other = sqlite3.connect(file, isolation_level=None)

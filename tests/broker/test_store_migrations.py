@@ -16,9 +16,9 @@ from sqlalchemy import Engine, inspect, text
 from store_world import ANN, fill
 
 from egressd.access.roles import Role
-from egressd.broker.store import Store
-from egressd.broker.store_engine import engine_for, parsed, writing
-from egressd.broker.store_schema import METADATA, REVISIONS
+from egressd.broker.store.engine import engine_for, parsed, writing
+from egressd.broker.store.schema import METADATA, REVISIONS
+from egressd.broker.store.store import Store
 from egressd.model.errors import Refused
 from egressd.model.verdicts import Reason
 
@@ -32,7 +32,7 @@ def engine(url: str) -> Iterator[Engine]:
 
 def config() -> Config:
     made = Config()
-    made.set_main_option("script_location", "egressd.broker:migrations")
+    made.set_main_option("script_location", "egressd.broker.store:migrations")
     made.set_main_option("path_separator", "os")
     return made
 

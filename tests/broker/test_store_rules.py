@@ -23,8 +23,8 @@ from egressd.access.acl_file import load
 from egressd.access.authorise import authorise
 from egressd.access.documents import LEVELS
 from egressd.access.roles import Role
-from egressd.broker.ingest import AccessList, ingest
-from egressd.broker.store import Store
+from egressd.broker.store.ingest import AccessList, ingest
+from egressd.broker.store.store import Store
 from egressd.model.errors import Refused
 
 GROUPS = (FINANCE, RESEARCH, STAFF)

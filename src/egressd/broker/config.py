@@ -18,8 +18,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, PlainValidator
 
 from egressd.access.documents import LEVELS
-from egressd.broker import issuers
-from egressd.broker.jobs import Limits
+from egressd.broker.identity import issuers
+from egressd.broker.runners.jobs import Limits
 from egressd.ipc.messages import MOST_CONNECTIONS
 from egressd.model import tree
 from egressd.model.errors import PolicyError, Problem, Unfit

@@ -15,8 +15,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from egressd.broker.jobs import Job
-from egressd.broker.requests import spelled
+from egressd.broker.runners.jobs import Job
+from egressd.broker.web.requests import spelled
 
 __all__ = ["Inference", "Inferences", "Piece", "State"]
 

@@ -25,9 +25,9 @@ from egressd.model.verdicts import Reason
 if TYPE_CHECKING:
     import socket
 
-    from egressd.broker.listening import BrokerServer
-    from egressd.broker.runners import Runners
+    from egressd.broker.runners.zygote import Runners
     from egressd.broker.service import Service
+    from egressd.broker.web.listening import BrokerServer
     from egressd.broker.witness import Witness
     from egressd.sandbox.control import Fact
 
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check(config: BrokerConfig, source: str) -> None:
     """The files it names, too, where this account may read them."""
-    from egressd.broker.listening import context  # noqa: PLC0415
+    from egressd.broker.web.listening import context  # noqa: PLC0415
 
     if config.tls is not None:
         context(config.tls, source=source)
@@ -98,7 +98,7 @@ def _many(count: int, what: str) -> str:
 
 def serve(config: BrokerConfig, *, source: str) -> int:
     """Until SIGTERM or SIGINT. The exit status."""
-    from egressd.broker.runners import Runners  # noqa: PLC0415
+    from egressd.broker.runners.zygote import Runners  # noqa: PLC0415
 
     os.umask(0o077)
     with Runners.start(most=config.limits.at_once) as runners:
@@ -107,13 +107,13 @@ def serve(config: BrokerConfig, *, source: str) -> int:
 
 def _serve(config: BrokerConfig, runners: Runners, source: str) -> int:
     # What makes threads is imported when the process that forks has begun.
-    from egressd.broker.administration import Administration  # noqa: PLC0415
-    from egressd.broker.app import App  # noqa: PLC0415
-    from egressd.broker.conversation import ForkedRunners  # noqa: PLC0415
-    from egressd.broker.identity import Verifier  # noqa: PLC0415
-    from egressd.broker.listening import BrokerServer, context, listening  # noqa: PLC0415
+    from egressd.broker.identity.tokens import Verifier  # noqa: PLC0415
+    from egressd.broker.runners.conversation import ForkedRunners  # noqa: PLC0415
     from egressd.broker.service import Service  # noqa: PLC0415
-    from egressd.broker.store import Store  # noqa: PLC0415
+    from egressd.broker.store.administration import Administration  # noqa: PLC0415
+    from egressd.broker.store.store import Store  # noqa: PLC0415
+    from egressd.broker.web.app import App  # noqa: PLC0415
+    from egressd.broker.web.listening import BrokerServer, context, listening  # noqa: PLC0415
     from egressd.broker.witness import Witness  # noqa: PLC0415
 
     tls = None if config.tls is None else context(config.tls, source=source)

@@ -33,13 +33,13 @@ from egressd.access.principals import Identity
 from egressd.access.roles import Right, Role, may
 from egressd.broker import config as configuration
 from egressd.broker.config import BrokerConfig, WorkspaceConfig
-from egressd.broker.conversation import Runners, Talk
+from egressd.broker.identity.keyring import MAX_WAITING
 from egressd.broker.inferences import Inference, Inferences, State
-from egressd.broker.jobs import Copy, Finished, Job, Limits, Output, Projected, Started
-from egressd.broker.keyring import MAX_WAITING
 from egressd.broker.rates import Buckets, Places
-from egressd.broker.requests import Fault, Faults, NewInference, lower
-from egressd.broker.store import Snapshot
+from egressd.broker.runners.conversation import Runners, Talk
+from egressd.broker.runners.jobs import Copy, Finished, Job, Limits, Output, Projected, Started
+from egressd.broker.store.store import Snapshot
+from egressd.broker.web.requests import Fault, Faults, NewInference, lower
 from egressd.broker.witness import Note
 from egressd.journal.records import stamp
 from egressd.model.errors import EgressdError, Refused

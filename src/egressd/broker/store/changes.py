@@ -9,8 +9,8 @@ from typing import Final
 from sqlalchemy import Connection, Table, bindparam, delete, insert, select, text, update
 from sqlalchemy.sql.elements import ColumnElement
 
-from egressd.broker import store_schema as schema
-from egressd.broker.store_rows import Membership, Source, Stored, as_membership, as_source, as_stored
+from egressd.broker.store import schema
+from egressd.broker.store.rows import Membership, Source, Stored, as_membership, as_source, as_stored
 
 __all__ = ["Change"]
 

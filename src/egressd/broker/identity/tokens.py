@@ -31,11 +31,11 @@ import jwt
 from egressd.access import claims as access_claims
 from egressd.access.claims import GroupClaims
 from egressd.access.principals import Identity
-from egressd.broker.fetching import Fetch, fetch
-from egressd.broker.issuers import Issuer, Nonce
-from egressd.broker.jwks import Key, NoKey
-from egressd.broker.keyring import Keyring, boottime
-from egressd.broker.rereading import Reread, Unavailable
+from egressd.broker.identity.fetching import Fetch, fetch
+from egressd.broker.identity.issuers import Issuer, Nonce
+from egressd.broker.identity.jwks import Key, NoKey
+from egressd.broker.identity.keyring import Keyring, boottime
+from egressd.broker.identity.rereading import Reread, Unavailable
 from egressd.model import tree
 from egressd.model.errors import EgressdError, Unfit
 from egressd.model.names import quoted

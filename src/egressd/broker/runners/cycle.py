@@ -28,10 +28,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import egressd
-from egressd.broker import jobs
-from egressd.broker.desk import Desk, Stopped
-from egressd.broker.relaying import Relay
-from egressd.broker.runner_limits import Meter, named
+from egressd.broker.runners import jobs
+from egressd.broker.runners.desk import Desk, Stopped
+from egressd.broker.runners.limits import Meter, named
+from egressd.broker.runners.relaying import Relay
 from egressd.ipc import messages
 from egressd.model.errors import EgressdError, Refused
 from egressd.model.verdicts import Reason

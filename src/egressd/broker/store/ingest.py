@@ -22,7 +22,8 @@ from egressd.access.identifiers import identifier
 from egressd.access.roles import Right
 from egressd.access.statements import Statement
 from egressd.access.trust import Trust
-from egressd.broker.administration import (
+from egressd.broker.store.account import as_owner
+from egressd.broker.store.administration import (
     Actor,
     Administration,
     NothingToDo,
@@ -32,9 +33,8 @@ from egressd.broker.administration import (
     check_source,
     told_change,
 )
-from egressd.broker.store_account import as_owner
-from egressd.broker.store_rows import Source, Stored
-from egressd.broker.store_statements import judged, said_text
+from egressd.broker.store.rows import Source, Stored
+from egressd.broker.store.statements import judged, said_text
 from egressd.model.errors import Refused, Unfit
 from egressd.model.verdicts import Reason
 from egressd.sandbox.files import seen_anyway
@@ -63,7 +63,7 @@ class Read:
     path: bytes
     size: int
     digest: str
-    own: str | None  # as `store_statements.said_text`
+    own: str | None  # as `statements.said_text`
     stamp: str  # "" where a change could go unseen
 
 

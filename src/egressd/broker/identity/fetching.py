@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import httpx
 
-from egressd.broker.rereading import Unavailable
+from egressd.broker.identity.rereading import Unavailable
 from egressd.model.names import quoted
 
 __all__ = ["DEADLINE", "MAX_BODY", "Fetch", "Fetched", "fetch"]

@@ -24,8 +24,8 @@ from egressd.access.documents import LEVELS, Asker, Document, Rules
 from egressd.access.identifiers import MAX_IDENTIFIER
 from egressd.access.principals import Identity
 from egressd.access.roles import Role
-from egressd.broker.store_changes import Change
-from egressd.broker.store_engine import (
+from egressd.broker.store.changes import Change
+from egressd.broker.store.engine import (
     FilePlace,
     engine_for,
     parsed,
@@ -35,8 +35,8 @@ from egressd.broker.store_engine import (
     unavailable,
     writing,
 )
-from egressd.broker.store_migration import bring_up
-from egressd.broker.store_rows import Membership, Source, Stored, as_document
+from egressd.broker.store.migration import bring_up
+from egressd.broker.store.rows import Membership, Source, Stored, as_document
 from egressd.model.errors import Refused
 
 __all__ = ["DEFAULT_STORE", "Membership", "Snapshot", "Source", "Store"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from sqlalchemy import Connection, Engine, inspect, text
 
-from egressd.broker.store_engine import reading, unavailable, writing
-from egressd.broker.store_schema import METADATA, REVISIONS
+from egressd.broker.store.engine import reading, unavailable, writing
+from egressd.broker.store.schema import METADATA, REVISIONS
 
 __all__ = ["bring_up"]
 
@@ -36,7 +36,7 @@ def _migrate(connection: Connection) -> None:
     from alembic.config import Config  # noqa: PLC0415
 
     config = Config()
-    config.set_main_option("script_location", "egressd.broker:migrations")
+    config.set_main_option("script_location", "egressd.broker.store:migrations")
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
     command.upgrade(config, "head")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Protocol
 
-from egressd.broker import runners as forked
-from egressd.broker.jobs import Job
+from egressd.broker.runners import zygote as forked
+from egressd.broker.runners.jobs import Job
 
 __all__ = ["Conversation", "ForkedRunners", "Runners", "Talk"]
 

@@ -25,10 +25,10 @@ from egressd.access.identifiers import SOURCE
 from egressd.access.principals import Identity, principal
 from egressd.access.roles import Right, Role, may, may_set
 from egressd.access.trust import Trust
-from egressd.broker.store import Store
-from egressd.broker.store_changes import Change
-from egressd.broker.store_rows import Membership, Source, Stored, list_text
-from egressd.broker.store_statements import judged
+from egressd.broker.store.changes import Change
+from egressd.broker.store.rows import Membership, Source, Stored, list_text
+from egressd.broker.store.statements import judged
+from egressd.broker.store.store import Store
 from egressd.model.errors import EgressdError, Refused, Unfit
 from egressd.model.identities import WORKSPACE_PATTERN
 from egressd.model.verdicts import Reason

@@ -18,7 +18,7 @@ from typing import Annotated, NamedTuple
 import msgspec
 from msgspec import Meta, Struct
 
-from egressd.broker.jobs import Limits
+from egressd.broker.runners.jobs import Limits
 from egressd.sandbox.limits import Group
 
 __all__ = ["Meter", "Usage", "named"]

@@ -35,8 +35,8 @@ from typing import Any
 
 import msgspec
 
-from egressd.broker import cycle, jobs
-from egressd.broker.desk import Desk
+from egressd.broker.runners import cycle, jobs
+from egressd.broker.runners.desk import Desk
 from egressd.ipc.channel import Channel, pair, payload
 from egressd.model.errors import EgressdError, ProtocolError, Refused
 from egressd.model.verdicts import Reason
@@ -47,7 +47,7 @@ from egressd.sandbox.plan import FAILED
 __all__ = ["PROGRAM", "Run", "Runners", "main"]
 
 # -I: neither the directory it is started in nor variables decide what is imported.
-PROGRAM = (sys.executable, "-I", "-m", "egressd.broker.runners")
+PROGRAM = (sys.executable, "-I", "-m", "egressd.broker.runners.zygote")
 _MOST = 64  # requests at once
 _PLACE = 3  # the number of the one descriptor that a zygote, and a runner, has
 _READY = b"ready"

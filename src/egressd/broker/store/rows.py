@@ -14,7 +14,7 @@ from egressd.access.identifiers import identifier
 from egressd.access.principals import principal
 from egressd.access.roles import Role
 from egressd.access.trust import Trust
-from egressd.broker.store_engine import unavailable
+from egressd.broker.store.engine import unavailable
 
 __all__ = [
     "DIGEST", "Membership", "Source", "Stored", "acl_text", "as_acl", "as_document", "as_membership",

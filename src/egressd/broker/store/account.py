@@ -11,7 +11,7 @@ import os
 import pwd
 from collections.abc import Iterator
 
-from egressd.broker.store import Store
+from egressd.broker.store.store import Store
 
 __all__ = ["as_owner"]
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from egressd.access.identifiers import MAX_IDENTIFIER
-from egressd.broker.jobs import Limits
+from egressd.broker.runners.jobs import Limits
 from egressd.model.errors import Unfit
 from egressd.policy import values
 

@@ -12,9 +12,9 @@ import os
 import select
 from typing import Any
 
-from egressd.broker.desk import Desk, Stopped
-from egressd.broker.jobs import Limits, Output
-from egressd.broker.runner_limits import Meter, Usage
+from egressd.broker.runners.desk import Desk, Stopped
+from egressd.broker.runners.jobs import Limits, Output
+from egressd.broker.runners.limits import Meter, Usage
 from egressd.sandbox.launch import Enough, Outcome
 
 __all__ = ["Relay", "texts"]

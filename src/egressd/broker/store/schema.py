@@ -1,7 +1,7 @@
 """The store's tables, as they are now; migrations/ says how they came to be, and a test that both agree.
 
 Everything is of one workspace, and changing anything of it adds one to that workspace's generation. Lists are
-JSON in a text column, written by `store_rows` alone and read with distrust: a hand may have edited them.
+JSON in a text column, written by `rows` alone and read with distrust: a hand may have edited them.
 Times are Unix time in seconds. Text is compared byte for byte by both databases.
 """
 

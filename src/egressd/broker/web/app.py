@@ -25,16 +25,26 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from egressd.access.principals import Identity
 from egressd.access.roles import Role
-from egressd.broker import requests
-from egressd.broker.administration import Administration
-from egressd.broker.answers import NOT_THERE, Answer, HttpProblem, Stream, body, lines, problem, token, wait
-from egressd.broker.identity import PUBLIC_TEXT, Code, Unauthenticated
+from egressd.broker.identity.tokens import PUBLIC_TEXT, Code, Unauthenticated
 from egressd.broker.inferences import Inference
-from egressd.broker.openapi import document
 from egressd.broker.rates import TooMany
-from egressd.broker.requests import Fault, Faults
 from egressd.broker.service import Ending, Found, NotAllowed, NotThere, NotYet, Service
-from egressd.broker.store_rows import Membership, Source
+from egressd.broker.store.administration import Administration
+from egressd.broker.store.rows import Membership, Source
+from egressd.broker.web import requests
+from egressd.broker.web.answers import (
+    NOT_THERE,
+    Answer,
+    HttpProblem,
+    Stream,
+    body,
+    lines,
+    problem,
+    token,
+    wait,
+)
+from egressd.broker.web.openapi import document
+from egressd.broker.web.requests import Fault, Faults
 from egressd.model.errors import EgressdError, Refused, Unfit
 from egressd.model.verdicts import Reason
 from egressd.policy import values

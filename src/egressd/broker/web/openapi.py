@@ -9,7 +9,7 @@ from egressd.access.identifiers import MAX_IDENTIFIER
 from egressd.access.principals import MAX_PRINCIPAL
 from egressd.access.roles import Role
 from egressd.broker.inferences import State
-from egressd.broker.requests import LIMITS
+from egressd.broker.web.requests import LIMITS
 
 __all__ = ["document"]
 

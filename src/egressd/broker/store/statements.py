@@ -9,7 +9,7 @@ from typing import Any, Final
 from egressd.access.principals import principal
 from egressd.access.statements import Statement
 from egressd.access.trust import Trust, effective
-from egressd.broker.store_rows import Stored, acl_text, list_text
+from egressd.broker.store.rows import Stored, acl_text, list_text
 from egressd.model.errors import Unfit
 
 __all__ = ["as_said", "judged", "said_text"]

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-from egressd.broker import jobs
+from egressd.broker.runners import jobs
 from egressd.ipc.channel import Channel
 from egressd.model.errors import EgressdError, ProtocolError, Refused
 from egressd.model.verdicts import Reason

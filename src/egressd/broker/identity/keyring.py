@@ -21,11 +21,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from egressd.broker import jwks
-from egressd.broker.fetching import MAX_BODY, Fetch, fetch
-from egressd.broker.issuers import Issuer
-from egressd.broker.jwks import Key
-from egressd.broker.rereading import Reread, Unavailable
+from egressd.broker.identity import jwks
+from egressd.broker.identity.fetching import MAX_BODY, Fetch, fetch
+from egressd.broker.identity.issuers import Issuer
+from egressd.broker.identity.jwks import Key
+from egressd.broker.identity.rereading import Reread, Unavailable
 from egressd.model.errors import Unfit
 from egressd.model.names import quoted
 

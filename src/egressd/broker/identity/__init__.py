@@ -1,0 +1,1 @@
+"""EFFECTS: whose token it is. Issuers as configured, their keys, and the verification of one ID token."""

@@ -1,0 +1,1 @@
+"""EFFECTS: the broker over HTTP. Routes, bodies, problems and streams; decides nothing."""
