@@ -36,7 +36,7 @@ from egressd.access.documents import LEVELS, Asker, Document, Rules
 from egressd.access.identifiers import identifier
 from egressd.access.principals import Identity
 from egressd.access.roles import Role
-from egressd.broker.jobs import Copy
+from egressd.broker.runners.jobs import Copy
 from egressd.vault import beneath, mounts
 from egressd.vault.projection import Manifest, project, room
 

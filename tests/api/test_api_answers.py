@@ -13,6 +13,7 @@ import pytest
 from api_scene import ACME, MEMBER, OTHER, PROOF, ROOT, SECRETS, STRANGER, Site, play, write_journal
 
 from egressd.ipc import messages
+from egressd.journal import testimony
 from egressd.processes.api import Bounds
 from egressd.processes.api_table import ENDPOINTS
 from egressd.ruleset.observe import Counters, LinkCounts, Tally
@@ -211,6 +212,40 @@ def test_a_member_sees_the_records_of_their_workspace_and_no_others(tmp_path: Pa
         assert numbers((await site.get("/v1/audit", uid=OTHER)).json) == [6, 7]
         assert (await site.get("/v1/audit", uid=STRANGER)).json == []
         assert (await site.get("/v1/audit?event=lost,process-started,journal-opened", uid=MEMBER)).json == []
+
+    play(tmp_path, story)
+
+
+def test_what_brokers_say_of_requests_is_for_root(tmp_path: Path) -> None:
+    """A member of the workspace does not see it under any of the names that it might be asked for."""
+    told = {"workspace": "acme", "link": "eg1", "request": "r-" + "a" * 26, "host": "api.test",
+            "route": "default", "reason": "unlisted", "asker": "user:okta:00u1",
+            "discarded": 3467173467}  # fmt: skip
+    events = sorted(testimony.PRIVATE)
+
+    async def story(site: Site) -> None:
+        own = [("controller", "sandbox-opening", {"workspace": "acme", "link": "eg1"})]
+        write_journal(site.journal, [*own, *(("controller", event, told) for event in events), *own])
+        last = len(events) + 1
+        for uid in (MEMBER, STRANGER):
+            for query in (
+                "",
+                "?after=0",
+                "?since=2026-11-21",
+                "?workspace=acme",
+                "?limit=1",
+                "?after=0&limit=1",
+            ):
+                reply = await site.get(f"/v1/audit{query}", uid=uid)
+                assert not any(word in reply.body for word in (b"request", b"00u1", b"3467173467"))
+            for query in (f"event={','.join(events)}", "host=api.test", "route=default", "reason=unlisted"):
+                reply = await site.get(f"/v1/audit?{query}", uid=uid)
+                assert (reply.status, reply.json) == (200, []), query
+        assert numbers((await site.get("/v1/audit", uid=MEMBER)).json) == [0, last]
+        assert numbers((await site.get("/v1/audit?after=0&limit=1", uid=MEMBER)).json) == [last]
+        assert numbers((await site.get("/v1/audit?after=0", uid=ROOT)).json) == list(range(1, last + 1))
+        found = await site.get(f"/v1/audit?event={','.join(events)}", uid=ROOT)
+        assert numbers(found.json) == list(range(1, last)), "it was there to be seen"
 
     play(tmp_path, story)
 

@@ -44,6 +44,7 @@ queries = st.builds(
     Query,
     workspaces=st.none() | st.sets(st.sampled_from(["acme", "rival", "x"])).map(frozenset),
     events=st.none() | st.just(frozenset({"denied"})),
+    unshown=st.just(frozenset()) | st.sampled_from([frozenset({"denied"}), frozenset({"flow", "lost"})]),
     route=st.none() | st.just("default"),
     after=st.none() | st.integers(-1, COUNT + 5),
     since=st.none() | st.integers(-5, COUNT).map(lambda s: START + timedelta(seconds=s)),

@@ -308,11 +308,20 @@ class Topology:
     def address(self, host: str, family: int = 4, slot: int = 0, workspace: str = "acme") -> str:
         return str(POOLS.synthetic(self.block(host, workspace), slot)[family == 6])
 
-    def connect(self, number: int, workspace: str = "acme", *, quota: int | None = None) -> None:
+    def connect(
+        self,
+        number: int,
+        workspace: str = "acme",
+        *,
+        quota: int | None = None,
+        connections: int | None = None,
+        closed: bool = False,
+    ) -> None:
         """A sandbox with its link: chain first."""
         name, link = self.sandbox(number), Link(number)
-        self.nft.run(build.link(link, self.wants[workspace], POOLS, quota))
-        self.links[number] = LinkWant(link=link, workspace=workspace, quota=quota)
+        lease = LinkWant(link, workspace, quota=quota, connections=connections, closed=closed)
+        self.nft.run(build.link(lease, self.wants[workspace], POOLS))
+        self.links[number] = lease
         sh(f"ip netns add {name}")
         sh(f"ip link add eth0 netns {name} address {layout.SANDBOX_MAC} type veth"
            f" peer name {link.device} netns {self.gateway} address {layout.GATEWAY_MAC}")  # fmt: skip

@@ -168,7 +168,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
             nft.run(build.workspace(want, POOLS))
             nft.run(build.nat(entries, {}))
             links = Links(route, Ledger(nft, monitor), POOLS)
-            links.open(Link(1), want, namespace=one.net, quota=None)
+            links.open(LinkWant(Link(1), "acme"), want, namespace=one.net)
             monitor.close()
         plumb(one, 1)
         table = {(entry.mark, entry.synthetic): entry for entry in entries}

@@ -59,49 +59,51 @@ def ether(payload: Packet, **fields: object) -> Packet:
     return Ether(src=SANDBOX_MAC, dst=fields.pop("dst", GATEWAY_MAC), **fields) / payload
 
 
-def cases(t: Topology) -> list[Case]:
+def cases(t: Topology, number: int = 1) -> list[Case]:
+    """What a sandbox can send, at its wits' end; `number` is of its link."""
+    me4, me6 = map(str, POOLS.sandbox(Link(number)))
     plain4, plain6 = t.address("plain.test", 4), t.address("plain.test", 6)
     quic4, quic6 = t.address("quic.test", 4), t.address("quic.test", 6)
-    web4 = IP(src=ME4, dst=plain4)
-    web6 = IPv6(src=ME6, dst=plain6)
+    web4 = IP(src=me4, dst=plain4)
+    web6 = IPv6(src=me6, dst=plain6)
     syn = TCP(sport=2000, dport=80, flags="S")
     return [
         # allowed
         Case("v4 SYN to an allowed host", ether(web4 / TCP(sport=1001, dport=80, flags="S")), "ok", True),
         Case("v6 SYN to an allowed host", ether(web6 / TCP(sport=1002, dport=80, flags="S")), "ok", True),
-        Case("v4 UDP to an allowed host", ether(IP(src=ME4, dst=quic4) / UDP(sport=1003, dport=443) / b"x"),
+        Case("v4 UDP to an allowed host", ether(IP(src=me4, dst=quic4) / UDP(sport=1003, dport=443) / b"x"),
              "ok", True),
-        Case("v6 UDP to an allowed host", ether(IPv6(src=ME6, dst=quic6) / UDP(sport=1004, dport=443) / b"x"),
+        Case("v6 UDP to an allowed host", ether(IPv6(src=me6, dst=quic6) / UDP(sport=1004, dport=443) / b"x"),
              "ok", True),
-        Case("TTL 1", ether(IP(src=ME4, dst=plain4, ttl=1) / TCP(sport=1005, dport=80, flags="S")), "ok"),
+        Case("TTL 1", ether(IP(src=me4, dst=plain4, ttl=1) / TCP(sport=1005, dport=80, flags="S")), "ok"),
         # admitted by address and port, invalid to conntrack: must not leave untranslated
         Case("v4 bare ACK with data", ether(web4 / TCP(sport=1010, dport=80, flags="A") / b"leak"), "ok"),
         Case("v6 bare ACK with data", ether(web6 / TCP(sport=1011, dport=80, flags="A") / b"leak"), "ok"),
         Case("v4 UDP, bad checksum",
-             ether(IP(src=ME4, dst=quic4) / UDP(sport=1012, dport=443, chksum=0x1234) / b"leak"), "ok"),
+             ether(IP(src=me4, dst=quic4) / UDP(sport=1012, dport=443, chksum=0x1234) / b"leak"), "ok"),
         Case("v6 UDP, bad checksum",
-             ether(IPv6(src=ME6, dst=quic6) / UDP(sport=1013, dport=443, chksum=0x1234) / b"leak"), "ok"),
+             ether(IPv6(src=me6, dst=quic6) / UDP(sport=1013, dport=443, chksum=0x1234) / b"leak"), "ok"),
         Case("v4 all TCP flags", ether(web4 / TCP(sport=1014, dport=80, flags=0xFF)), "ok"),
         Case("v6 all TCP flags", ether(web6 / TCP(sport=1015, dport=80, flags=0xFF)), "ok"),
         Case("v4 SYN, bad checksum", ether(web4 / TCP(sport=1016, dport=80, flags="S", chksum=1)), "ok"),
         Case("v4 UDP header of four bytes",
-             ether(IP(src=ME4, dst=quic4, proto=17) / Raw(bytes.fromhex("03f801bb"))), "ok"),
-        Case("v4 bad IP checksum", ether(IP(src=ME4, dst=plain4, chksum=0xBAD) / syn), "ok"),
+             ether(IP(src=me4, dst=quic4, proto=17) / Raw(bytes.fromhex("03f801bb"))), "ok"),
+        Case("v4 bad IP checksum", ether(IP(src=me4, dst=plain4, chksum=0xBAD) / syn), "ok"),
         # not on the list
         Case("v4 wrong port", ether(web4 / TCP(sport=2000, dport=81, flags="S")), "unlisted"),
         Case("v6 wrong protocol", ether(web6 / UDP(sport=2000, dport=80)), "unlisted"),
-        Case("v4 real address", ether(IP(src=ME4, dst=SERVER4) / syn), "unlisted"),
-        Case("v6 real address", ether(IPv6(src=ME6, dst=SERVER6) / syn), "unlisted"),
-        Case("v4 other sandbox", ether(IP(src=ME4, dst=OTHER4) / syn), "unlisted"),
-        Case("v6 other sandbox", ether(IPv6(src=ME6, dst=OTHER6) / syn), "unlisted"),
-        Case("v4 ping", ether(IP(src=ME4, dst=plain4) / ICMP()), "unlisted"),
-        Case("v6 ping", ether(IPv6(src=ME6, dst=plain6) / ICMPv6EchoRequest()), "unlisted"),
-        Case("v4 loopback", ether(IP(src=ME4, dst="127.0.0.1") / syn), "unlisted"),
-        Case("v4 multicast", ether(IP(src=ME4, dst="224.0.0.251") / UDP(dport=5353), dst="01:00:5e:00:00:fb"),
+        Case("v4 real address", ether(IP(src=me4, dst=SERVER4) / syn), "unlisted"),
+        Case("v6 real address", ether(IPv6(src=me6, dst=SERVER6) / syn), "unlisted"),
+        Case("v4 other sandbox", ether(IP(src=me4, dst=OTHER4) / syn), "unlisted"),
+        Case("v6 other sandbox", ether(IPv6(src=me6, dst=OTHER6) / syn), "unlisted"),
+        Case("v4 ping", ether(IP(src=me4, dst=plain4) / ICMP()), "unlisted"),
+        Case("v6 ping", ether(IPv6(src=me6, dst=plain6) / ICMPv6EchoRequest()), "unlisted"),
+        Case("v4 loopback", ether(IP(src=me4, dst="127.0.0.1") / syn), "unlisted"),
+        Case("v4 multicast", ether(IP(src=me4, dst="224.0.0.251") / UDP(dport=5353), dst="01:00:5e:00:00:fb"),
              "unlisted"),
-        Case("v4 GRE", ether(IP(src=ME4, dst=plain4, proto=47) / Raw(b"\0" * 8)), "unlisted"),
+        Case("v4 GRE", ether(IP(src=me4, dst=plain4, proto=47) / Raw(b"\0" * 8)), "unlisted"),
         Case("another MAC", ether(web4 / syn, dst="02:53:00:00:00:99"), "unlisted"),
-        Case("v4 resolver's neighbour", ether(IP(src=ME4, dst="169.254.53.54") / UDP(dport=53)), "unlisted"),
+        Case("v4 resolver's neighbour", ether(IP(src=me4, dst="169.254.53.54") / UDP(dport=53)), "unlisted"),
         # not the sandbox's own
         Case("v4 forged", ether(IP(src="10.9.9.9", dst=plain4) / syn), "source"),
         Case("v6 forged", ether(IPv6(src="2001:db8:bad::1", dst=plain6) / syn), "source"),
@@ -110,24 +112,24 @@ def cases(t: Topology) -> list[Case]:
         Case("v6 link-local source", ether(IPv6(src="fe80::1", dst="fe80::53") / ICMPv6ND_NS()), "source"),
         Case("v6 no source", ether(IPv6(src="::", dst="ff02::1:ff00:53") / ICMPv6ND_NS()), "source"),
         # misshapen
-        Case("v4 first fragment", ether(IP(src=ME4, dst=plain4, flags="MF") / syn), "shape"),
-        Case("v4 last fragment", ether(IP(src=ME4, dst=plain4, frag=9, proto=6) / Raw(b"\0" * 40)), "shape"),
+        Case("v4 first fragment", ether(IP(src=me4, dst=plain4, flags="MF") / syn), "shape"),
+        Case("v4 last fragment", ether(IP(src=me4, dst=plain4, frag=9, proto=6) / Raw(b"\0" * 40)), "shape"),
         Case("v4 source route", ether(
-            IP(src=ME4, dst=plain4, options=[IPOption(bytes.fromhex("8307040a03000200"))]) / syn), "shape"),
+            IP(src=me4, dst=plain4, options=[IPOption(bytes.fromhex("8307040a03000200"))]) / syn), "shape"),
         Case("v6 fragment", ether(web6 / IPv6ExtHdrFragment(offset=0, m=1) / syn), "shape"),
         Case("v6 atomic fragment", ether(web6 / IPv6ExtHdrFragment() / syn), "shape"),
         Case("v6 hop by hop", ether(web6 / IPv6ExtHdrHopByHop() / syn), "shape"),
         Case("v6 routing", ether(web6 / IPv6ExtHdrRouting(addresses=[SERVER6]) / syn), "shape"),
         Case("v6 destination options", ether(web6 / IPv6ExtHdrDestOpt() / syn), "shape"),
         Case("v6 authentication header", ether(web6 / AH(nh=6, spi=1, seq=1, icv=b"\0" * 12) / syn), "shape"),
-        Case("v4 header beyond the packet", ether(IP(src=ME4, dst=plain4, ihl=15, len=40) / syn), "shape"),
-        Case("v4 total length too long", ether(IP(src=ME4, dst=plain4, len=4000) / syn), "shape"),
-        Case("v4 version 5", ether(IP(src=ME4, dst=plain4, version=5) / syn), "shape"),
+        Case("v4 header beyond the packet", ether(IP(src=me4, dst=plain4, ihl=15, len=40) / syn), "shape"),
+        Case("v4 total length too long", ether(IP(src=me4, dst=plain4, len=4000) / syn), "shape"),
+        Case("v4 version 5", ether(IP(src=me4, dst=plain4, version=5) / syn), "shape"),
         # cut short: there is not even a source to compare
         Case("v4 cut in the header", bytes(ether(web4 / syn))[: 14 + 12], "source"),
         Case("v6 cut in the header", bytes(ether(web6 / syn))[: 14 + 20], "source"),
         # the source is whole, the port is not
-        Case("v4 cut in the ports", bytes(ether(IP(src=ME4, dst=plain4, len=22) / syn))[:36], "unlisted"),
+        Case("v4 cut in the ports", bytes(ether(IP(src=me4, dst=plain4, len=22) / syn))[:36], "unlisted"),
         # not IP
         Case("ARP", ether(ARP(pdst="169.254.53.53"), dst="ff:ff:ff:ff:ff:ff"), "other"),
         Case("VLAN", ether(Dot1Q(vlan=7) / web4 / syn), "other"),

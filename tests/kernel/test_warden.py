@@ -553,6 +553,17 @@ TAMPERING = {
     "the way to a limit of connections": "nft flush map inet egressd connections",
     "a way around a limit": "nft 'delete element inet egressd connections { eg50 };"
     " add element inet egressd connections { eg50 : accept }'",
+    "a budget of connections": "nft 'flush chain netdev egressd eg50;"
+    " delete limit netdev egressd eg50_budget'",
+    "a budget with more in it": "nft 'flush chain netdev egressd eg50;"
+    " delete limit netdev egressd eg50_budget;"
+    " add limit netdev egressd eg50_budget { rate over 1/week burst 9999 packets; }'",
+    "a budget that fills again": "nft 'flush chain netdev egressd eg50;"
+    " delete limit netdev egressd eg50_budget;"
+    " add limit netdev egressd eg50_budget { rate over 1/second burst 9000 packets; }'",
+    "the guard of a closed link": "nft flush chain netdev egressd eg51",
+    "a closed link opened": "nft insert rule netdev egressd eg51 meta mark set 0x80004001 accept",
+    "a closed link that looks up": "nft insert rule netdev egressd eg51 jump acme_4",
     "a chain more": "nft add chain inet egressd extra '{ type filter hook forward priority -5; }'",
     "all rules for IPv4": "ip rule flush",
     "all rules for IPv6": "ip -6 rule flush",
@@ -578,9 +589,10 @@ def settled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[World, W
         world.found()
         warden = world.warden()
         warden.begin(acme(connections=9))
-        one = world.inhabitant()
-        warden.open(50, one.net)
+        one, two = world.inhabitant(), world.inhabitant()
+        warden.open(50, one.net, quota=1 << 40, connections=9000)
         plumb(one, 50)
+        warden.open(51, two.net, closed=True)
         warden.nat(*nat(PLAIN, "192.0.2.80", "2001:db8::80"))
         yield world, warden
 

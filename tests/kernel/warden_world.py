@@ -273,9 +273,12 @@ class Warden:
         assert isinstance(self.workspaces(*wants), messages.Done)
         assert isinstance(self.ask(messages.Settle), messages.Done)
 
-    def open(self, link: int, descriptor: int, *, workspace: str = "acme", owner: int = USER, quota: int | None = None) -> Any:  # fmt: skip  # noqa: E501
+    def open(
+        self, link: int, descriptor: int, *, workspace: str = "acme", owner: int = USER, **bounds: Any
+    ) -> Any:
+        """`bounds`: quota, connections, closed."""
         return self.ask(
-            messages.OpenLink, descriptor=descriptor, link=link, workspace=workspace, owner=owner, quota=quota
+            messages.OpenLink, descriptor=descriptor, link=link, workspace=workspace, owner=owner, **bounds
         )
 
     def close(self, link: int) -> Any:

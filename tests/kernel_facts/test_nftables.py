@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from egressd.ipc.messages import MOST_CONNECTIONS
 from egressd.kernel.conntrack import Conntrack
 from egressd.kernel.nft import Nft
 from egressd.model.errors import KernelError
@@ -336,6 +337,61 @@ def test_a_rule_written_anew_counts_from_nothing(netns: str, nft: Nft) -> None:
         send(netns, port=8)
         send(netns, port=9)
     assert arrives(lambda: packets(nft, "over", "inet"), 2) == 2
+
+
+def lim(burst: int) -> str:
+    return f"limit netdev t few {{ rate over 1/week burst {burst} packets; }}"
+
+
+@pytest.mark.parametrize("burst", [1, 5, 300])
+def test_a_limit_that_is_as_good_as_never_filled_again_counts_to_the_packet(
+    netns: str, nft: Nft, burst: int
+) -> None:
+    """Hence a budget of connections is one. What is over takes nothing, and looking neither."""
+    nft.run([f"add {lim(burst)}", "add counter netdev t over", "add counter netdev t seen"])
+    guarded(nft, "counter name seen", "limit name few counter name over")
+    send(netns, count=burst)
+    assert arrives(lambda: packets(nft, "seen"), burst) == burst
+    nft.list_json()
+    assert packets(nft, "over") == 0
+    send(netns, count=3)
+    assert arrives(lambda: packets(nft, "seen"), burst + 3) == burst + 3
+    assert packets(nft, "over") == 3
+
+
+def test_a_limit_with_a_name_outlives_its_rules_and_its_own_declaration(netns: str, nft: Nft) -> None:
+    """Hence it has one: rules may be written anew, and it may be said again, with another number even."""
+    nft.run([f"add {lim(3)}", "add counter netdev t over", "add counter netdev t seen"])
+    rules = ("counter name seen", "limit name few counter name over")
+    guarded(nft, *rules)
+    send(netns, count=2)
+    assert arrives(lambda: packets(nft, "seen"), 2) == 2
+    nft.run(["flush chain netdev t c", f"add {lim(900)}", *(f"add rule netdev t c {r}" for r in rules)])
+    assert of(nft, "limit", "few")["burst"] == 3
+    send(netns, count=2)
+    assert arrives(lambda: packets(nft, "seen"), 4) == 4
+    assert packets(nft, "over") == 1
+
+
+def test_a_limit_in_a_rule_begins_anew_with_it(netns: str, nft: Nft) -> None:
+    nft.run(["add counter netdev t over", "add counter netdev t seen"])
+    rules = ("counter name seen", "limit rate over 1/week burst 1 packets counter name over")
+    guarded(nft, *rules)
+    send(netns, count=2)
+    assert arrives(lambda: packets(nft, "over"), 1) == 1
+    nft.run(["flush chain netdev t c", *(f"add rule netdev t c {r}" for r in rules)])
+    send(netns, count=1)
+    assert arrives(lambda: packets(nft, "seen"), 3) == 3
+    assert packets(nft, "over") == 1
+
+
+def test_a_limit_that_fills_too_slowly_for_its_size_is_refused(nft: Nft) -> None:
+    """Its tokens are nanoseconds in 64 bits, and 30,500 weeks are no more than that. Compared as signed
+    numbers half as many: hence MOST_CONNECTIONS."""
+    assert MOST_CONNECTIONS * 7 * 86_400 * 10**9 < 1 << 63
+    nft.run([f"add {lim(MOST_CONNECTIONS)}", f"add {lim(MOST_CONNECTIONS)}"])
+    with pytest.raises(KernelError):
+        nft.run([f"add {lim(30_501)}".replace("few", "many")])
 
 
 def test_a_full_set_of_limits_limits_nothing(netns: str, nft: Nft) -> None:

@@ -208,3 +208,36 @@ def test_the_page_lists_every_metric_and_no_other() -> None:
     ]
     told_ = [[f"`{m.name}`", m.kind, ", ".join(m.labels) or "none", m.text] for m in TABLE.values()]
     assert listed == told_, "docs/metrics.md"
+
+
+# ---- requests
+
+
+REQUESTS = {
+    "workspaces": {
+        "acme": {"outcomes": {"done": 3, "refused": 2, "odd": 7}, "documents": 900, "undestroyed": 1,
+                 "leftovers": 4},
+        "rival": {"outcomes": {}, "documents": 0, "undestroyed": 0, "leftovers": 0},
+    },
+    "refused": {"limit": 5, "made-up": 2},
+}  # fmt: skip
+
+
+def test_what_requests_came_to_by_their_brokers_word() -> None:
+    found = told(document(requests=REQUESTS))
+    outcomes = {o: one(found, "requests_total", workspace="acme", outcome=o) for o in ("done", "refused")}
+    assert outcomes == {"done": 3, "refused": 2}
+    assert labels_of(found, "requests_total", "outcome") == {"done", "failed", "stopped", "refused"}
+    assert one(found, "requests_total", workspace="rival", outcome="done") == 0, "from the beginning"
+    assert one(found, "request_documents_total", workspace="acme") == 900
+    assert one(found, "requests_undestroyed_total", workspace="acme") == 1
+    assert one(found, "request_leftovers_total", workspace="acme") == 4
+    refused = {r: one(found, "testimony_refused_total", reason=r) for r in ("member", "limit", OTHER)}
+    assert refused == {"member": 0, "limit": 5, OTHER: 2}
+
+
+def test_without_brokers_nothing_is_told_of_requests() -> None:
+    for more in ({}, {"requests": {"workspaces": {}, "refused": {}}}):
+        found = told(document(**more))
+        assert not [name for name, _ in found if name.startswith("egressd_request")]
+        assert one(found, "testimony_refused_total", reason="member") == 0

@@ -409,6 +409,7 @@ def hostile(text: str) -> PageData:
                 text, text, text, text, text, text, text, text, Amount(), Amount(), Amount(), Amount()
             ),
         ),
+        request=(Fact(text, text, exact=True), Fact(text, text)),
         policy_text=text,
         policy_digest=text,
         changes=(Change(text, text, True, text, text, text),),

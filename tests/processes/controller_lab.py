@@ -163,7 +163,8 @@ class World:
         self.flows: dict[str, list[tuple[int, str]]] = {}  # by workspace: (mark, real address)
         self.state = STATE
         self.refused: dict[str, dict[str, dict[str, int]]] = {}  # by who refused, workspace and reason
-        self.last_counters: dict[str, tuple[int, int]] = {}  # of links that are closed
+        self.last_counters: dict[str, tuple[int, int]] = {}  # of links that are closed, or read
+        self.spent: tuple[str, ...] = ()  # budgets of them that have refused something
         self.directory = directory
         self.proving: list[asyncio.Future[None]] = []
         self.held: asyncio.Event | None = None  # until then, no proof is ready
@@ -231,6 +232,15 @@ class World:
         elif isinstance(message, messages.CloseLink):
             peer.send(
                 messages.LinkClosed(request=message.request, link=message.link, counters=self.last_counters)
+            )
+        elif isinstance(message, messages.ReadLink):
+            peer.send(
+                messages.LinkSpent(
+                    request=message.request,
+                    link=message.link,
+                    counters=self.last_counters,
+                    spent=self.spent,
+                )
             )
         elif isinstance(message, messages.ReadFlows):
             value = msgspec.json.encode(self.flows.get(message.workspace, []))

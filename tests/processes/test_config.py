@@ -45,6 +45,30 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "uids"),
+    [
+        ("brokers: ['4001', root]\n", {0, 4001}),
+        ("brokers: []\n", set()),
+        ("", {4001}),  # the account of that name
+    ],
+)
+def test_brokers_are_accounts_by_name_or_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, uids: set[int]
+) -> None:
+    monkeypatch.setattr("egressd.processes.config._BROKER", "4001")
+    config = load(written(tmp_path, text))
+    assert config.broker_uids() == uids
+    assert Config.decode(config.encode()).broker_uids() == uids
+
+
+def test_without_an_account_for_it_there_is_no_broker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("egressd.processes.config._BROKER", "no-such-account-here")
+    assert Config().broker_uids() == frozenset()
+    gone = Config(brokers=("no-such-account-here", "4001"))  # it was there when the file was read
+    assert gone.broker_uids() == {4001}
+
+
+@pytest.mark.parametrize(
     ("text", "line", "says"),
     [
         ("\nworkspace_dir: /x\n", 2, "workspace_dir"),
@@ -58,6 +82,9 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
         ("hosts: {a.example: [no-address]}\n", 1, "no-address"),
         ("hosts: {a.example: []}\n", 1, "no address"),
         ("user: no-such-account-here\n", 1, "systemd-sysusers"),
+        ("brokers: [no-such-account-here]\n", 1, "there is no account 'no-such-account-here'"),
+        ("brokers: egressd-broker\n", 1, "Expected `array"),
+        ("brokers: [4001]\n", 1, "Expected `str`"),
         ("upstream: udp://192.0.2.53\n", 1, "upstream"),
         ("upstream: ['gopher://192.0.2.53']\n", 1, "gopher"),
         ("upstream: ['udp://resolver.example']\n", 1, "resolver.example"),

@@ -368,7 +368,7 @@ def test_metrics_are_for_root_and_the_exporter(
             assert answer.reason == "member"
             client.close()
             return
-        assert set(answer) == {"status", "counters", "journal", "drift"}
+        assert set(answer) == {"status", "counters", "journal", "drift", "requests"}
         assert {each["workspace"] for each in answer["counters"]["workspaces"]} == {"acme", "rival"}
         assert answer["journal"]["lost"] == {} and answer["drift"] is None
         w.disconnect("evidence")

@@ -60,13 +60,15 @@ def listing(tenants: Sequence[tuple[str, int, int, str, str, tuple[int, ...]]]) 
     import json
 
     from egressd.model.identities import Link
+    from egressd.ruleset.build import LinkWant
 
     commands = build.base(POOLS)
     for name, index, block, host, real, links in tenants:
         wanted = want(name, index, block, host)
         commands += build.workspace(wanted, POOLS)
         for number in links:
-            commands += build.link(Link(number), wanted, POOLS, 1000 + index)
+            lease = LinkWant(Link(number), name, quota=1000 + index, connections=200 + index)
+            commands += build.link(lease, wanted, POOLS)
         commands += build.nat(nat(index, block, host, real), {})
     told = {"devices": [f"eg{n}" for t in tenants for n in t[5]], "commands": commands}
     done = subprocess.run(
@@ -95,7 +97,7 @@ def own(name: str) -> Own:
     )
 
 
-LINKS = "in|ok|denied|other|quota|connections"
+LINKS = "in|ok|denied|other|over_quota|opened|over_budget|quota|budget|connections"
 
 
 def objects(text: str) -> list[str]:

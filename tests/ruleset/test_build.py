@@ -6,6 +6,7 @@ A golden file that differs is written beside it as `.new`: read the difference, 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,13 +43,15 @@ LEADS = [
     NatEntry(MARK, "198.18.0.5", "192.0.2.2", "api.example.com"),
     NatEntry(MARK, "fd53:e9::4", "2001:db8::1", "api.example.com"),
 ]
+LIMITED = LinkWant(Link(7), "acme", quota=50 << 20, connections=300)
 LISTINGS = {
     "base": lambda: build.base(POOLS),
     "enforce": lambda: build.workspace(acme(), POOLS),
     "observe": lambda: build.workspace(acme(Guard.OBSERVE), POOLS),
     "off": lambda: build.workspace(acme(Guard.OFF), POOLS),
-    "link": lambda: build.link(Link(7), acme(), POOLS, None),
-    "limits": lambda: build.link(Link(7), acme(connections=200), POOLS, 50 << 20),
+    "link": lambda: build.link(LinkWant(Link(7), "acme"), acme(), POOLS),
+    "limits": lambda: build.link(LIMITED, acme(connections=200), POOLS),
+    "closed": lambda: build.link(replace(LIMITED, closed=True), acme(connections=200), POOLS),
     "unlink": lambda: build.unlink(Link(7)),
     "drop": lambda: build.drop_workspace(acme()),
     "nat": lambda: build.nat(LEADS, {(MARK, "198.18.0.5"): "192.0.2.9"}),
@@ -183,6 +186,6 @@ def test_an_identifier_is_one_word_or_refused(text: str) -> None:
 def test_a_workspace_may_be_called_like_something_of_ours(name: str) -> None:
     """Its objects end otherwise than the static ones and those of links."""
     wanted = WorkspaceWant(workspace=name, index=1, guard="off")
-    things = build.desired(Desired(POOLS, {name: wanted}, (LinkWant(Link(7), name, 1),)))
+    things = build.desired(Desired(POOLS, {name: wanted}, (LinkWant(Link(7), name, 1, 1),)))
     static = build.desired(Desired(POOLS, {}))
-    assert len(things) == len(static) + len(build.fragment(wanted, POOLS)) - 3 + 6
+    assert len(things) == len(static) + len(build.fragment(wanted, POOLS)) - 3 + 10

@@ -7,6 +7,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -78,13 +79,25 @@ FULL = [
     policy(workspace="in", guard=Guard.OFF),  # named like a set of ours, and a keyword
     policy(host("a.test"), workspace="eg1"),
     policy(network("2001:db8::1.2.3.4/128"), workspace="tcp"),  # inet_ntop may spell it otherwise
+    policy(host("b.test"), workspace="late", connections=3),
 ]
+# What a link may be held to, in turn.
+BOUNDS: tuple[dict[str, Any], ...] = (
+    {"quota": 1 << 20},
+    {},
+    {"connections": 1},
+    {"quota": 1 << 62, "connections": 10_000},
+    {"closed": True},
+    {"quota": 5, "connections": 5, "closed": True},
+)
 
 
 def everything(policies: list[Policy]) -> Desired:
     made = wants(*policies)
-    links = tuple(LinkWant(Link(number), name, 1 << 20 if number % 2 else None)
-                  for number, name in enumerate(sorted(made), 1))  # fmt: skip
+    links = tuple(
+        LinkWant(Link(number), name, **BOUNDS[number % len(BOUNDS)])
+        for number, name in enumerate(sorted(made) * 2, 1)
+    )
     nat = leads(made["acme"], "192.0.2.1", "2001:db8::1") if "acme" in made else {}
     return Desired(pools=POOLS, wants=made, links=links, nat=nat)
 
@@ -94,7 +107,7 @@ def construct(nft: Nft, wanted: Desired) -> None:
     for found in wanted.wants.values():
         nft.run(build.workspace(found, POOLS))
     for lease in wanted.links:
-        nft.run(build.link(lease.link, wanted.wants[lease.workspace], POOLS, lease.quota))
+        nft.run(build.link(lease, wanted.wants[lease.workspace], POOLS))
     nft.run(build.nat(wanted.nat.values(), {}))
 
 

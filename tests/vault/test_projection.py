@@ -21,7 +21,7 @@ import msgspec
 import pytest
 from vault_scene import AS_ROOT, USER, Child, Copy, Entry, Source, everything, in_child, refusal
 
-from egressd.broker import jobs
+from egressd.broker.runners import jobs
 from egressd.vault import mounts, projection
 from egressd.vault.beneath import PIECE, Bounds
 from egressd.vault.projection import MANIFEST, Manifest, project, room

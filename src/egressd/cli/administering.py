@@ -19,9 +19,9 @@ from egressd.model.errors import EgressdError, PolicyError
 from egressd.model.verdicts import Reason
 
 if TYPE_CHECKING:
-    from egressd.broker.administration import Administration, Operator
     from egressd.broker.config import BrokerConfig
-    from egressd.broker.store import Store
+    from egressd.broker.store.administration import Administration, Operator
+    from egressd.broker.store.store import Store
 
 __all__ = ["DEFAULT_CONFIG", "Document", "add_options", "administer", "when"]
 
@@ -88,8 +88,8 @@ def _refused(args: argparse.Namespace, error: Exception) -> int:
 @contextlib.contextmanager
 def _administration(args: argparse.Namespace) -> Iterator[tuple[Administration, Operator]]:
     # SQLAlchemy is loaded by who needs it: not by `egressctl --help`, and not by `egressctl run`.
-    from egressd.broker.administration import Administration, local_operator  # noqa: PLC0415
-    from egressd.broker.store import Store  # noqa: PLC0415
+    from egressd.broker.store.administration import Administration, local_operator  # noqa: PLC0415
+    from egressd.broker.store.store import Store  # noqa: PLC0415
 
     config = _config(args)
     run_dir = args.run_dir if args.run_dir != DEFAULT_RUN_DIR else config.run_dir
@@ -111,7 +111,7 @@ def _config(args: argparse.Namespace) -> BrokerConfig:
 
 def _recorder(run_dir: str, store: Store) -> Callable[[str, str, Mapping[str, Any]], None]:
     """Through egressd, as the broker's account where root asks: the workspaces know that one."""
-    from egressd.broker.store_account import as_owner  # noqa: PLC0415
+    from egressd.broker.store.account import as_owner  # noqa: PLC0415
     from egressd.sandbox.control import Control  # noqa: PLC0415
 
     def record(workspace: str, event: str, fields: Mapping[str, Any]) -> None:

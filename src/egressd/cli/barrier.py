@@ -10,7 +10,7 @@ from egressd.cli.arguments import Subparsers, verb_parser
 from egressd.cli.text import escape
 
 if TYPE_CHECKING:
-    from egressd.broker.administration import Administration, Operator
+    from egressd.broker.store.administration import Administration, Operator
 
 __all__ = ["add", "run"]
 

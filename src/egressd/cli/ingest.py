@@ -19,8 +19,8 @@ from egressd.cli.text import amount, escape, octets
 from egressd.model.errors import PolicyError, Problem
 
 if TYPE_CHECKING:
-    from egressd.broker.administration import Administration, Operator
-    from egressd.broker.ingest import AccessList, Ingested
+    from egressd.broker.store.administration import Administration, Operator
+    from egressd.broker.store.ingest import AccessList, Ingested
 
 __all__ = ["add", "run"]
 
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _ingest(args: argparse.Namespace, to: Administration, by: Operator) -> Document:
-    from egressd.broker.ingest import ingest  # noqa: PLC0415
+    from egressd.broker.store.ingest import ingest  # noqa: PLC0415
 
     access_list = _access_list(args.acl, to.store.levels) if args.acl else None
     said = wanted(args, to)
@@ -93,7 +93,7 @@ def _ingest(args: argparse.Namespace, to: Administration, by: Operator) -> Docum
 def _access_list(name: str, levels: tuple[str, ...]) -> AccessList:
     """`PolicyError` has every problem of the file, each with its line."""
     from egressd.access.acl_file import MAX_BYTES, load  # noqa: PLC0415
-    from egressd.broker.ingest import AccessList  # noqa: PLC0415
+    from egressd.broker.store.ingest import AccessList  # noqa: PLC0415
     from egressd.processes.plain_files import FLAGS, Unreadable, contents  # noqa: PLC0415
 
     path = Path(name)

@@ -11,8 +11,8 @@ from egressd.cli.screen import paint
 from egressd.cli.text import escape, table
 
 if TYPE_CHECKING:
-    from egressd.broker.administration import Administration, Operator
-    from egressd.broker.store import Membership
+    from egressd.broker.store.administration import Administration, Operator
+    from egressd.broker.store.store import Membership
 
 __all__ = ["add", "run"]
 

@@ -11,8 +11,8 @@ from egressd.cli.text import escape
 
 if TYPE_CHECKING:
     from egressd.access.trust import Trust
-    from egressd.broker.administration import Administration, Operator, Wanted
-    from egressd.broker.store import Source
+    from egressd.broker.store.administration import Administration, Operator, Wanted
+    from egressd.broker.store.store import Source
 
 __all__ = ["add", "add_trust_options", "run", "show_trust", "trust_document", "wanted"]
 

@@ -25,6 +25,9 @@ RequestId = Annotated[int, Meta(ge=1)]
 Text = Annotated[str, Meta(max_length=4096)]
 HostName = Annotated[str, Meta(min_length=1, max_length=253)]
 UserId = Annotated[int, Meta(ge=0, le=0xFFFF_FFFE)]
+# A link's budget of connections is a bucket of the kernel's that is as good as never filled again; nft counts
+# its tokens in nanoseconds, in 64 bits (nft_limit.c).
+MOST_CONNECTIONS = 10_000
 
 
 class _Message(Struct, frozen=True, tag_field="type", forbid_unknown_fields=True, kw_only=True):
@@ -49,7 +52,7 @@ class _Request(_Message, frozen=True, tag=True):
 #   CloseLink       only ever takes permission away.
 #   CutFlows        the same, for open connections.
 #   Settle          the same: removes links and chains that no message since the last connect named.
-#   ReadCounters, ReadRuleset, ReadDrift, ReadFlows   read.
+#   ReadCounters, ReadRuleset, ReadDrift, ReadFlows, ReadLink   read.
 
 
 class SetWorkspaces(_Request, frozen=True, tag=True):
@@ -88,6 +91,8 @@ class OpenLink(_Request, frozen=True, tag=True):
     workspace: WorkspaceName
     owner: UserId
     quota: Annotated[int, Meta(ge=1, le=1 << 62)] | None = None  # bytes
+    connections: Annotated[int, Meta(ge=1, le=MOST_CONNECTIONS)] | None = None  # that may ever be opened
+    closed: bool = False  # nothing is admitted, whatever the workspace's policy
 
 
 class KeepLink(_Request, frozen=True, tag=True):
@@ -97,9 +102,17 @@ class KeepLink(_Request, frozen=True, tag=True):
     workspace: WorkspaceName
     owner: UserId
     quota: Annotated[int, Meta(ge=1, le=1 << 62)] | None = None
+    connections: Annotated[int, Meta(ge=1, le=MOST_CONNECTIONS)] | None = None
+    closed: bool = False
 
 
 class CloseLink(_Request, frozen=True, tag=True):
+    link: LinkNumber
+
+
+class ReadLink(_Request, frozen=True, tag=True):
+    """What has this one link counted until now? Answered by `LinkSpent`."""
+
     link: LinkNumber
 
 
@@ -146,6 +159,7 @@ TO_WARDEN: TypeAlias = (
     | OpenLink
     | KeepLink
     | CloseLink
+    | ReadLink
     | Settle
     | ReadCounters
     | ReadRuleset
@@ -183,6 +197,15 @@ class LinkClosed(_Request, frozen=True, tag=True):
     counters: dict[str, tuple[int, int]]  # "in", "ok", "denied", "other" -> (packets, bytes)
 
 
+class LinkSpent(_Request, frozen=True, tag=True):
+    """Counters as in `LinkClosed`, and which of the link's own budgets have refused something, by the names
+    of `OpenLink`: "quota", "connections"."""
+
+    link: LinkNumber
+    counters: dict[str, tuple[int, int]]
+    spent: tuple[Annotated[str, Meta(max_length=32)], ...] = ()
+
+
 class Tampered(_Message, frozen=True, tag=True):
     """Somebody changed the gateway behind our back; `what` was found missing or foreign, and restored."""
 
@@ -211,7 +234,7 @@ class LinkLost(_Message, frozen=True, tag=True):
     counters: dict[str, tuple[int, int]]
 
 
-FROM_WARDEN: TypeAlias = Done | Failed | Payload | LinkClosed | LinkLost | Tampered | Retired
+FROM_WARDEN: TypeAlias = Done | Failed | Payload | LinkClosed | LinkSpent | LinkLost | Tampered | Retired
 
 
 # --------------------------------------------------------------------------------------------------
@@ -389,6 +412,47 @@ class Attach(_Message, frozen=True, tag=True):
 
     command: Text = ""
     digest: Annotated[str, Meta(pattern=r"^(sha256:[0-9a-f]{64})?$")] = ""
+    # Of this sandbox alone; the workspace's own limits hold as well.
+    quota: Annotated[int, Meta(ge=1, le=1 << 62)] | None = None  # bytes
+    connections: Annotated[int, Meta(ge=1, le=MOST_CONNECTIONS)] | None = None  # that it may ever open
+    closed: bool = False  # "network: none": a link over which nothing is admitted
+
+
+class Testify(_Message, frozen=True, tag=True):
+    """Put this on record as the asker's word: from root and the brokers that the configuration names.
+    After `Enter`, of that workspace; after `Attach`, of that sandbox, too. Answered `Recorded`.
+
+    Workspace, link, boot and the broker's uid are the controller's own additions; `fields` cannot name
+    them (`journal.testimony`).
+    """
+
+    event: Literal[
+        "request-asked",
+        "request-decided",
+        "request-files",
+        "request-refused",
+        "request-ended",
+        "access-changed",
+        "documents-ingested",
+        "leftovers-removed",
+    ]
+    fields: Annotated[dict[str, Annotated[str, Meta(max_length=4096)] | int | float | bool | None],
+                      Meta(max_length=24)]  # fmt: skip
+
+
+class Recorded(_Message, frozen=True, tag=True):
+    """It was handed over, before anything that is recorded later."""
+
+
+class ReadSpent(_Message, frozen=True, tag=True):
+    """After `Attach`: what has my link counted until now? Answered `Spent`."""
+
+
+class Spent(_Message, frozen=True, tag=True):
+    """As `LinkSpent`."""
+
+    counters: dict[str, tuple[int, int]]  # "in", "ok", "denied", "other" -> (packets, bytes)
+    spent: tuple[Annotated[str, Meta(max_length=32)], ...] = ()
 
 
 class Ended(_Message, frozen=True, tag=True):
@@ -472,7 +536,19 @@ class ChangeKey(_Message, frozen=True, tag=True):
 
 
 FROM_CLIENT: TypeAlias = (
-    Enter | Attach | Ended | Attempt | Ask | Why | SelectRoute | ForUser | Apply | Prove | ChangeKey
+    Enter
+    | Attach
+    | Testify
+    | ReadSpent
+    | Ended
+    | Attempt
+    | Ask
+    | Why
+    | SelectRoute
+    | ForUser
+    | Apply
+    | Prove
+    | ChangeKey
 )
 
 
@@ -543,7 +619,7 @@ class Part(_Message, frozen=True, tag=True):
     last: bool
 
 
-TO_CLIENT: TypeAlias = Terms | Lease | Refusal | Revoked | Answer | Part
+TO_CLIENT: TypeAlias = Terms | Lease | Recorded | Spent | Refusal | Revoked | Answer | Part
 
 
 # --------------------------------------------------------------------------------------------------

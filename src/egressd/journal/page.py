@@ -94,6 +94,7 @@ def _sections(data: PageData) -> list[tuple[str, str, Html]]:
         ("time", "When", _times(data)),
         ("refused", "What was refused", _refused(data)),
         ("sandboxes", "Sandboxes", _sandboxes(data)),
+        *_requested(data),
         ("policy", "The policy, and its changes", _policy(data)),
         *_where(data),
         ("balance", "Do the numbers add up", _balance(data)),
@@ -108,6 +109,10 @@ def _sections(data: PageData) -> list[tuple[str, str, Html]]:
 def _where(data: PageData) -> list[tuple[str, str, Html]]:
     told = data.pin or data.places or data.routes
     return [("residency", "Where it went", _residency(data))] if told else []
+
+
+def _requested(data: PageData) -> list[tuple[str, str, Html]]:
+    return [("request", "What the sandbox was shown", _request(data))] if data.request else []
 
 
 def _section(anchor: str, title: str, body: Html) -> Html:
@@ -550,6 +555,19 @@ def _sandboxes(data: PageData) -> Html:
         rows,
         css_of={1: "w", 2: "mid", 4: "w", 5: "n", 6: "n"},
         empty="No sandbox ran in this window.",
+    )
+
+
+def _request(data: PageData) -> Html:
+    return joined(
+        element(
+            "p",
+            "A broker decided which files a request may read, put that on record, and ran it in this sandbox."
+            " All of this is its word; when it said so is the journal's. Who asked stands in the journal, and"
+            " is in no proof. Whoever has the list of files can have it compared:",
+        ),
+        element("pre", "egressctl verify FILE.proof --key KEY --manifest MANIFEST.json"),
+        _facts(data.request),
     )
 
 

@@ -234,6 +234,7 @@ class PageData:
     tried_more: str = ""
     claims: tuple[Claim, ...] = ()
     sandboxes: tuple[SandboxRow, ...] = ()
+    request: tuple[Fact, ...] = ()  # of a sandbox that ran one
     policy_text: str = ""
     policy_digest: str = ""
     changes: tuple[Change, ...] = ()

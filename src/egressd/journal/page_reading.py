@@ -43,6 +43,7 @@ from egressd.journal.records import RecordError
 from egressd.journal.residency import residency
 from egressd.journal.statement import JournalPart, Predicate
 from egressd.journal.summary import Flow, HostTotal, LinkTotals, Sandbox, Summary
+from egressd.journal.testimony import Request
 from egressd.journal.verification import Check as Checked
 from egressd.journal.verification import Report, Verdict
 
@@ -122,6 +123,7 @@ class _Reading:
             "tried_more": _more(summary.attempts_more, "times"),
             "claims": tuple(_claims(summary)),
             "sandboxes": tuple(_sandbox(each) for each in summary.sandboxes),
+            "request": () if predicate.request is None else tuple(_request(predicate.request)),
             "policy_text": _pretty(predicate.policy.text),
             "policy_digest": predicate.policy.digest,
             "changes": tuple(
@@ -380,6 +382,25 @@ def _sandbox(found: Sandbox) -> SandboxRow:
         denied=None if totals is None else _denied(totals),
         other=None if totals is None else _other(totals),
     )
+
+
+def _request(found: Request) -> Iterator[Fact]:
+    yield Fact("Request", found.id, exact=True)
+    yield Fact("What was asked for", found.action)
+    yield Fact("Role of who asked", found.role)
+    yield Fact("Files it was shown", f"{found.files:,}, {found.octets:,} bytes")
+    yield Fact("Their list, MANIFEST.json", found.manifest, exact=True)
+    yield Fact("Network", "none" if found.network == "none" else "as the policy has it")
+    yield Fact("Decided", found.decided)
+    yield Fact("Ended", _request_ended(found))
+    yield Fact("Destroyed, and looked for", "yes" if found.destroyed else "nobody says so")
+
+
+def _request_ended(found: Request) -> str:
+    if found.ended is None:
+        return "not on record"
+    why = "; ".join(part for part in (found.why, found.hit and f"limits reached: {found.hit}") if part)
+    return f"{found.ended}, status {found.status}" + (f": {why}" if why else "")
 
 
 def _ended(found: Sandbox) -> str:

@@ -40,7 +40,7 @@ __all__ = [
 Scalar: TypeAlias = str | int | float | bool | None
 Fields: TypeAlias = Mapping[str, Scalar]
 
-MAX_TEXT = 1024  # characters of one text
+MAX_TEXT = 4096  # characters of one text: as many as a message carries (ipc.messages)
 MAX_FIELDS = 48
 MAX_LINE = 1 << 16  # bytes, newline included
 _SHORT_TEXT = 64  # characters, where cutting to MAX_TEXT is not enough for MAX_LINE

@@ -11,19 +11,23 @@ are closed: what a reader does not know, it refuses.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Annotated, Any, Final
 
 import msgspec
 from msgspec import Meta, Struct
 
-from egressd.journal.summary import Summary
+from egressd.journal import testimony
+from egressd.journal.lines import Line
+from egressd.journal.summary import Summary, device
 
 __all__ = [
     "MARK", "PREDICATE_TYPE", "SHARED", "STATEMENT_TYPE", "WITHHELD", "Attestation", "Continued", "Facts",
     "JournalPart", "Machine", "PolicyFacts", "Predicate", "Records", "RegistryFacts", "Rotation",
     "RulesetFacts", "Scope",
     "ShownRuleset", "Statement", "StatementError", "Subject", "Window", "belongs", "build", "decode",
-    "encode", "is_key_record", "is_place", "is_snapshot", "report_data", "sha256_hex", "subjects",
+    "encode", "is_key_record", "is_place", "is_snapshot", "report_data", "request_of", "sha256_hex",
+    "subjects",
 ]  # fmt: skip
 
 STATEMENT_TYPE: Final = "https://in-toto.io/Statement/v1"
@@ -139,8 +143,9 @@ class Scope(_Part, frozen=True):
 
 
 class Window(_Part, frozen=True):
-    """Every record of the scope whose number is in [first, past) is in the proof. `since` and `until` are
-    when that begins and ends; `asked_*` what was asked for. In front of it, `base` records carry the
+    """Every record of the scope whose number is in [first, past) is in the proof, but what brokers said of
+    requests: of that there is in a receipt what `testimony` says. `since` and `until` are when that begins
+    and ends; `asked_*` what was asked for. In front of it, `base` records carry the
     counters that the window begins with, where addresses were found to be that had been let in by then, and
     the journal's earlier changes of keys."""
 
@@ -192,7 +197,9 @@ class JournalPart(_Part, frozen=True):
     continued: Continued | None = None
 
 
-class Predicate(_Part, frozen=True):
+class Predicate(_Part, frozen=True, omit_defaults=True):
+    """`request`: in the receipt of a sandbox that ran one; else it is not there at all."""
+
     scope: Scope
     window: Window
     policy: PolicyFacts
@@ -204,6 +211,7 @@ class Predicate(_Part, frozen=True):
     registry: RegistryFacts
     journal: JournalPart
     attestation: Attestation | None
+    request: testimony.Request | None = None
 
 
 class Subject(_Part, frozen=True):
@@ -228,6 +236,7 @@ def build(
     journal: JournalPart,
     size: int,
     root: bytes,
+    request: testimony.Request | None = None,
 ) -> Statement:
     """The statement. `size` and `root` are those of the end checkpoint."""
     ruleset = ShownRuleset(
@@ -252,6 +261,7 @@ def build(
             registry=facts.registry,
             journal=journal,
             attestation=facts.attestation,
+            request=request,
         ),
     )
 
@@ -291,12 +301,26 @@ def belongs(event: str, fields: dict[str, str | int | float | bool | None], scop
     workspace = fields.get("workspace")
     if event in SHARED:
         return workspace is None or workspace == scope.workspace
-    if workspace != scope.workspace:
+    if workspace != scope.workspace or not testimony.is_shown(event, receipt=scope.link is not None):
         return False
     if scope.link is None or event in _OF_ALL_LINKS:
         return True
     link = fields.get("link")
     return link == scope.link or (type(link) is int and f"eg{link}" == scope.link)
+
+
+def request_of(lines: Iterable[Line], scope: Scope) -> testimony.Request | None:
+    """What the records of a receipt say of the request that ran in its sandbox."""
+    if scope.link is None:
+        return None
+    return testimony.of_sandbox(
+        testimony.Entry(line.event, line.seq, line.time, line.fields)
+        for line in lines
+        if line.event in testimony.SHOWN
+        and line.process == "controller"
+        and line.fields.get("workspace") == scope.workspace
+        and device(line.fields) == scope.link
+    )
 
 
 def is_snapshot(event: str) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, Final, TypeAlias
 
 from msgspec import Struct
 
+from egressd.journal import testimony
 from egressd.journal.lines import Line
 from egressd.journal.snapshots import (
     Counts,
@@ -58,7 +59,7 @@ SAYERS: Final = {
         (
             "attempt", "counted", "flows-cut", "name-granted", "name-released", "policy-changed",
             "registry-changed", "residency-admitted", "residency-refused", "route-refused", "route-selected",
-            "sandbox-closed", "sandbox-lost", "sandbox-opening", "snapshot",
+            "sandbox-closed", "sandbox-lost", "sandbox-opening", "snapshot", *testimony.PRIVATE,
         ),
         "controller",
     ),
@@ -77,8 +78,8 @@ def speaks_for_itself(line: Line) -> bool:
 # of denials do not have them; where the link tells whose they are, they are recorded as denied.
 LATE: Final = frozenset(
     {
-        "connections", "cut", "dial", "inspector", "invalid", "misrouted", "pace", "reply", "unmarked",
-        "unresolved",
+        "budget-connections", "connections", "cut", "dial", "inspector", "invalid", "misrouted", "pace",
+        "reply", "unmarked", "unresolved",
     }
 )  # fmt: skip
 

@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import msgspec
 
-from egressd.journal import crosschecks, dsse, lines, merkle, notes, statement
+from egressd.journal import crosschecks, dsse, lines, merkle, notes, statement, testimony
 from egressd.journal.dsse import DsseError
 from egressd.journal.keys import BadKey, PublicKey, Verifier
 from egressd.journal.lines import Line
@@ -32,7 +32,7 @@ from egressd.journal.residency import CLAIM, Unproved, residency
 from egressd.journal.statement import MARK, JournalPart, Predicate, Statement, StatementError
 from egressd.journal.summary import LATE, FlowBooks, Place, speaks_for_itself, summarise
 
-__all__ = ["LIMITS", "MAX_FILE", "REPORT_DATA", "Check", "Report", "Verdict", "verify"]
+__all__ = ["LIMITS", "MAX_FILE", "REPORT_DATA", "REQUEST_LIMIT", "Check", "Report", "Verdict", "verify"]
 
 MAX_FILE: Final = 360 << 20  # bytes; the largest statement (processes.proving) in base64
 _SLACK: Final = (
@@ -57,6 +57,20 @@ LIMITS: Final = (
     "Destinations, flows and times come from events, which may be lost; totals come from counters.",
     "Commands, exit statuses and the processes inside a sandbox are what the caller's own broker said.",
 )
+# Said where a request was run.
+REQUEST_LIMIT: Final = (
+    "What the request was shown, in which role, and that nothing of it is left, is what the broker said; when"
+    " it said so, and over which link, is egressd's own word. Who asked is not in a proof."
+)
+_READ_TOGETHER: Final = 5  # seconds: two processes' records are written in the order in which they are read
+# Records of a sandbox that there are only once its command runs.
+_SENT: Final = frozenset(
+    {
+        "attempt", "denied", "dns-denied", "dns-refused-address", "dns-would-deny", "flow", "flow-closed",
+        "flow-failed", "flow-refused", "name-granted", "observed", "relay-closed", "relay-denied",
+        "relay-failed",
+    }
+)  # fmt: skip
 
 
 class _Moment(msgspec.Struct):
@@ -113,11 +127,14 @@ def verify(
     origin: str | None = None,
     policy_digest: str | None = None,
     checkpoint: str | None = None,
+    manifest: bytes | None = None,
 ) -> Report:
     """Check a proof file. `key`: the one that the reader trusts, `origin`: the journal that he knows it of;
-    `policy_digest`: of the policy that he thinks was in force; `checkpoint`: a note that he has kept. Never
-    raises for what stands in the file."""
-    inquiry = _Inquiry(key=key, origin=origin, policy_digest=policy_digest, kept=checkpoint)
+    `policy_digest`: of the policy that he thinks was in force; `checkpoint`: a note that he has kept;
+    `manifest`: the list of files that a request was shown. Never raises for what stands in the file."""
+    inquiry = _Inquiry(
+        key=key, origin=origin, policy_digest=policy_digest, kept=checkpoint, manifest=manifest
+    )
     inquiry.run(data)
     return Report(
         checks=tuple(inquiry.checks),
@@ -137,6 +154,7 @@ class _Inquiry:
     origin: str | None
     policy_digest: str | None
     kept: str | None
+    manifest: bytes | None = None
     checks: list[Check] = field(default_factory=list)
     statement: Statement | None = None
     signers: tuple[str, ...] = ()
@@ -164,7 +182,7 @@ class _Inquiry:
         steps: tuple[Callable[[Predicate], None], ...] = (
             self._start, self._kept, self._rotations, self._read, self._included, self._scope,
             self._speakers, self._window, self._policy, self._residency, self._ruleset, self._summary,
-            self._sandboxes,
+            self._sandboxes, self._request,
             self._books, self._flows, self._attempts, self._losses, self._remarks, self._attestation,
         )  # fmt: skip
         for step in steps:
@@ -479,7 +497,7 @@ class _Inquiry:
         workspace = scope.workspace if scope.link is None else None
         for place, line in enumerate(self.lines):
             own = line.fields.get("workspace") == scope.workspace
-            if own and workspace and place >= window.base:
+            if own and workspace and place >= window.base and line.event not in testimony.PRIVATE:
                 continue  # `belongs` would say the same, only slower
             if place < window.base:
                 before = statement.is_snapshot(line.event) or statement.is_place(line.event)
@@ -612,7 +630,7 @@ class _Inquiry:
                 text = f"{_counted(found.refused, 'address')} were refused under a pin that has gone since."
                 self._note("residency", text)
             return
-        self.limits = (*LIMITS, CLAIM)
+        self.limits = (*self.limits, CLAIM)
         pin = ", ".join(found.pin)
         for own in predicate.registry.catalogue:
             text = f"What URLs say of a place is also the word of a file of that machine's own: {own}."
@@ -692,6 +710,78 @@ class _Inquiry:
                 *([f"{len(still)} not closed in it ({_few(still)})"] if still else []),
             ]
             self._note("sandboxes", f"{count} in the window, {', '.join(parts)}.")
+
+    def _request(self, predicate: Predicate) -> None:
+        """What was shown to the sandbox was decided once, before anything ran in it."""
+        if len(self.lines) != len(predicate.journal.records.lines):
+            return
+        said, found = predicate.request, statement.request_of(self.lines, predicate.scope)
+        if found != said:
+            place, says, is_ = _difference(
+                msgspec.to_builtins(said), msgspec.to_builtins(found), "predicate.request"
+            )
+            self._broken("request", f"It says {says} of its request, the records say {is_}.", place)
+            return
+        decisions = [line for line in self.lines if line.event == testimony.DECIDED]
+        if said is not None and self._decided_in_time(predicate, said, decisions):
+            self.limits = (*self.limits, REQUEST_LIMIT)
+            self._shown(said)
+        elif said is None and decisions:
+            text = f"Record {decisions[0].seq} is a decision that does not say what one must."
+            self._broken("request", text, _RECORDS)
+        elif said is None and any(line.event == testimony.ENDED for line in self.lines):
+            self._note("request", "A request ended in this sandbox; what it was shown is not on record.")
+        self._same_manifest(said)
+
+    def _decided_in_time(
+        self, predicate: Predicate, said: testimony.Request, decisions: Sequence[Line]
+    ) -> bool:
+        if len(decisions) != 1:
+            text = f"Of one sandbox there are {len(decisions)} decisions, the first in record"
+            self._broken("request", f"{text} {decisions[0].seq}.", _RECORDS)
+            return False
+        decided = decisions[0]
+        early = next((x for x in self.lines if x.event in _SENT and x.seq < decided.seq), None)
+        if early is not None:
+            before = f"comes before the decision, record {decided.seq}"
+            text = f"Record {early.seq} ({early.event}) is of what the sandbox sent, and {before}"
+            if _apart(early.time, decided.time, by=_READ_TOGETHER):
+                self._broken("request", f"{text}.", _RECORDS)
+                return False
+            self._note("request", f"{text}, by less than {_READ_TOGETHER} seconds.")
+        admitted = predicate.summary.totals.ok_packets
+        if said.network == "none" and admitted:
+            text = f"The request was to have no network, and {admitted} packets of it were admitted."
+            self._broken("request", text, "predicate.summary.totals.ok_packets")
+            return False
+        return True
+
+    def _shown(self, said: testimony.Request) -> None:
+        files = f"{said.files} file{'' if said.files == 1 else 's'}, {said.octets} bytes"
+        network = "" if said.network == "policy" else ", without a network"
+        self._holds(
+            "request",
+            f"Request {said.id} ({said.action}) ran in role {said.role}{network}: it was shown {files}, which"
+            " was put on record once, before anything was sent.",
+        )
+        if said.destroyed:
+            text = "Its sandbox and copies were destroyed, and looked for, by its broker's word."
+            self._holds("destroyed", text)
+        else:
+            text = "Nobody said" if said.destroyed is None else "Its broker does not say"
+            self._note("destroyed", f"{text} that the request's copies were destroyed.")
+
+    def _same_manifest(self, said: testimony.Request | None) -> None:
+        if self.manifest is None:
+            return
+        digest, place = f"sha256:{hashlib.sha256(self.manifest).hexdigest()}", "predicate.request.manifest"
+        if said is None:
+            self._broken("manifest", "A manifest was given, and the proof is of no request.", "predicate")
+        elif said.manifest != digest:
+            text = f"The manifest that was given ({digest}) is not the proof's ({said.manifest})."
+            self._broken("manifest", text, place)
+        else:
+            self._holds("manifest", "The manifest that was given is the one that was put on record.")
 
     def _books(self, predicate: Predicate) -> None:
         found = predicate.summary
@@ -841,14 +931,14 @@ def _counted(places: Sequence[Place | Unproved], what: str) -> str:
     return f"{count} {what if count == 1 else what + 'es'}"
 
 
-def _apart(earlier: str, later: str) -> bool:
-    """By more than the slack, in either order; times that are none are."""
+def _apart(earlier: str, later: str, *, by: float = _SLACK) -> bool:
+    """By more than so many seconds, in either order; times that are none are."""
     decode = msgspec.json.Decoder(_Moment).decode
     try:
         first, second = (decode(msgspec.json.encode({"at": time})).at for time in (earlier, later))
     except msgspec.DecodeError:
         return True
-    return bool(abs((second - first).total_seconds()) > _SLACK)
+    return bool(abs((second - first).total_seconds()) > by)
 
 
 def _difference(says: Any, is_: Any, path: str) -> tuple[str, str, str]:

@@ -12,6 +12,8 @@ import errno
 import functools
 import ipaddress
 import struct
+import time
+from collections.abc import Iterable
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
 
@@ -29,6 +31,7 @@ from egressd.kernel.routing import (
     Tables,
     Thing,
     change_link,
+    received,
     remove_link,
     set_down,
 )  # fmt: skip
@@ -36,6 +39,7 @@ from egressd.model.errors import KernelError, Refused
 from egressd.model.identities import Link
 from egressd.model.verdicts import Reason
 from egressd.ruleset import build, layout
+from egressd.ruleset.build import LinkWant
 from egressd.ruleset.layout import Pools
 from egressd.ruleset.wants import WorkspaceWant
 
@@ -47,6 +51,8 @@ SANDBOX_DEVICE = "eth0"
 _INDEX_BASE = 1 << 20
 _MTU = 1500
 _PARTS = ("in", "ok", "denied", "other")  # of what came, see ruleset.build
+_OVER = {"over_quota": "quota", "over_budget": "connections"}
+_DRAIN_LOOKS, _DRAIN_PAUSE = 20, 0.0005  # seconds
 
 
 class Links:
@@ -56,16 +62,17 @@ class Links:
         """`ledger` None: to look and to repair, not to open or close."""
         self._route, self._ledger, self.pools = route, ledger, pools
 
-    def open(self, link: Link, want: WorkspaceWant, *, namespace: int, quota: int | None) -> None:
+    def open(self, lease: LinkWant, want: WorkspaceWant, *, namespace: int) -> None:
         """Make the link, guard first. `Refused` if the namespace cannot take it, KernelError if the
         kernel fails; either way nothing of it is left."""
         assert self._ledger is not None
+        link = lease.link
         try:
             self._route.run([_create(link, namespace)])
         except NetlinkError as error:
             raise _told(error) from error
         try:
-            self._ledger.run(build.link(link, want, self.pools, quota))
+            self._ledger.run(build.link(lease, want, self.pools))
             self._route.run(_raise(link, self.pools.sandbox(link)))
         except BaseException:
             self._route.run([remove_link(link.device)])
@@ -85,9 +92,35 @@ class Links:
         error. Returns its last counters, by "in", "ok", "denied", "other"."""
         assert self._ledger is not None
         self._route.run([set_down(link.device)])  # waits until no packet is on its way through the chain
-        counts = {part: self._ledger.count(f"{link.device}_{part}") for part in _PARTS}
+        counts = self._counts(link, _PARTS)
         self._ledger.run(build.unlink(link))
+        return counts
+
+    def spent(self, link: Link) -> tuple[dict[str, Count], tuple[str, ...]]:
+        """Its counters now, by "in", "ok", "denied", "other"; and which of its budgets have refused
+        something, by the names of `messages.OpenLink`.
+
+        What the sandbox has sent is in them, so they are final once its last process is gone.
+        """
+        self._drain(link)
+        over = self._counts(link, _OVER)
+        refused = tuple(name for part, name in _OVER.items() if over.get(part, (0, 0)) != (0, 0))
+        return self._counts(link, _PARTS), refused
+
+    def _counts(self, link: Link, parts: Iterable[str]) -> dict[str, Count]:
+        assert self._ledger is not None
+        counts = {part: self._ledger.count(f"{link.device}_{part}") for part in parts}
         return {part: count for part, count in counts.items() if count is not None}
+
+    def _drain(self, link: Link) -> None:
+        """A veth counts a frame when it is sent, its guard when a softirq takes it from that processor's
+        backlog, a moment later. Not waited for long: a frame whose VLAN tag is cut short is dropped between
+        the two (skb_vlan_untag), and anybody in a sandbox can send such."""
+        sent = received(self._route, _INDEX_BASE + link.number)
+        for _ in range(_DRAIN_LOOKS):
+            if self._counts(link, ("in",)).get("in", (sent, 0))[0] >= sent:
+                return
+            time.sleep(_DRAIN_PAUSE)
 
     def present(self) -> dict[Link, Device]:
         """Every device with a link's name."""

@@ -23,7 +23,7 @@ from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 from egressd.kernel.netlink import CREATE, DUMP, REPLACE, Netlink, Request, attributes, encode
 
-__all__ = ["Address", "Device", "Indexes", "Neighbour", "Route", "Rule", "Tables", "Thing"]
+__all__ = ["Address", "Device", "Indexes", "Neighbour", "Route", "Rule", "Tables", "Thing", "received"]
 
 AnyAddress: TypeAlias = IPv4Address | IPv6Address
 AnyNetwork: TypeAlias = IPv4Network | IPv6Network
@@ -38,6 +38,7 @@ NEWADDR, DELADDR, GETADDR = 20, 21, 22
 NEWROUTE, DELROUTE, GETROUTE = 24, 25, 26
 NEWNEIGH, DELNEIGH, GETNEIGH = 28, 29, 30
 NEWRULE, DELRULE, GETRULE = 32, 33, 34
+_IFLA_STATS64 = 23  # linux/if_link.h
 _NUD_PERMANENT = 0x80  # linux/neighbour.h
 _IFA_F_NODAD, _IFA_F_PERMANENT, _IFA_F_NOPREFIXROUTE = 0x02, 0x80, 0x200  # linux/if_addr.h
 _TO_TABLE, _PROHIBIT = 1, 8  # linux/fib_rules.h
@@ -278,6 +279,16 @@ def set_down(name: str) -> Request:
 def remove_link(name: str) -> Request:
     """By name: one that is gone already is no error."""
     return Request(DELLINK, encode(ifinfmsg, [("IFLA_IFNAME", name)]), f"delete {name}", 0, _GONE)
+
+
+def received(sock: Netlink, index: int) -> int:
+    """How many frames the device has received; 0 if there is none of that index. What a veth's other end
+    sends counts at once, wherever it still waits."""
+    request = Request(GETLINK, struct.pack("=BxHiII", 0, 0, index, 0, 0), f"read device {index}", 0, _GONE)
+    for reply in sock.ask(request):
+        stats = dict(attributes(reply.body[16:])).get(_IFLA_STATS64, b"")
+        return int(struct.unpack_from("=Q", stats)[0]) if stats else 0  # struct rtnl_link_stats64: rx_packets
+    return 0
 
 
 class Tables:

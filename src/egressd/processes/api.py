@@ -31,7 +31,7 @@ from urllib.parse import unquote
 
 import msgspec
 
-from egressd.journal import dsse
+from egressd.journal import dsse, testimony
 from egressd.journal.records import stamp
 from egressd.model.errors import ProtocolError, Refused
 from egressd.model.verdicts import Reason
@@ -357,7 +357,7 @@ _BY_BOUNDS = {
 
 def _query(values: dict[str, Any], may: dict[str, Any]) -> Query:
     """Of what was asked, what the asker may see. Process records and losses have no workspace: only who may
-    see all sees them."""
+    see all sees them; and what brokers say of requests, though that is of a workspace."""
     workspace, everything = values.get("workspace"), may["all"] is True
     if workspace is not None and not everything and workspace not in may["workspaces"]:
         raise Problem(Status.NOT_FOUND, f"there is no workspace {workspace} that you are a member of")
@@ -368,6 +368,7 @@ def _query(values: dict[str, Any], may: dict[str, Any]) -> Query:
     return Query(
         workspace=workspace,
         workspaces=None if everything else frozenset(may["workspaces"]),
+        unshown=frozenset() if everything else testimony.PRIVATE,
         host=None if host is None else host_of(host),
         events=events,
         reasons=values.get("reason"),

@@ -230,7 +230,8 @@ ENDPOINTS: Mapping[str, Endpoint] = {
             says="Those for which everything that is given holds, oldest first, each as the journal holds it,"
             " byte for byte; `seq` is its index. With `since` or `after` the first ones, else the last ones."
             ' Where there may be more, a `Link` header with `rel="next"` leads there. Records of workspaces'
-            " that the asker is a member of; all for root. As JSON an array, as NDJSON a line each.",
+            " that the asker is a member of, but not what brokers say of requests there; all for root. As"
+            " JSON an array, as NDJSON a line each.",
             parameters=_AUDIT,
             kinds=(JSON, NDJSON),
             schema="Records",
@@ -259,7 +260,8 @@ ENDPOINTS: Mapping[str, Endpoint] = {
             path="/v1/proof",
             name="proof",
             summary="Signed evidence of a workspace",
-            says="The DSSE envelope that `egressctl proof` writes. It may take a minute.",
+            says="The DSSE envelope that `egressctl proof` writes. It may take a minute. That of a sandbox"
+            " which ran a request is for its broker, and root.",
             parameters=(
                 _of_workspace("Of this workspace.", required=True),
                 _SINCE,

@@ -70,7 +70,7 @@ _NOTABLE = frozenset(
         "tampered", "policy-refused", "spawn-refused", "dns-refused-address", "relay-denied", "lost",
         "journal-torn", "journal-damaged", "journal-truncated", "clock-stepped",
         "key-created", "key-rotated", "peer-broken", "log-ended", "drift", "books-unbalanced",
-        "books-restarted", "process-hung", "process-killed", "sandbox-lost",
+        "books-restarted", "process-hung", "process-killed", "sandbox-lost", "testimony-refused",
     }
 )  # fmt: skip
 # Events that somebody here acts on, besides writing them down.

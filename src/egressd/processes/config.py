@@ -5,6 +5,7 @@ A file with anything wrong in it is refused whole; egressd does not start on hal
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import pwd
@@ -28,6 +29,7 @@ _ACCOUNTS = ("daemon", "warden", "resolve", "relay", "inspect", "audit")
 _Role = Literal["daemon", "warden", "resolve", "relay", "inspect", "audit", "metrics", "api"]
 # Roles of processes that run only where this key says where: the key and the account have one name.
 _OPTIONAL: tuple[_Role, ...] = ("metrics", "api")
+_BROKER = "egressd-broker"
 # linux/un.h: sun_path, with the NUL at its end.
 _UNIX_PATH_MAX = 107
 
@@ -132,6 +134,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     residency_dir: str = "/etc/egressd/residency"
     gateway: Annotated[str, Meta(pattern=r"^[a-z][a-z0-9-]{0,31}$")] = layout.GATEWAY
     uplinks: tuple[Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,15}$")], ...] = ()
+    brokers: Annotated[tuple[str, ...], Meta(max_length=64)] | None = None
 
     def encode(self) -> str:
         return msgspec.json.encode(self).decode()
@@ -153,6 +156,16 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     def api_address(self) -> ListenAddress | None:
         """None: no HTTP API, and no process for it."""
         return None if self.api is None else ListenAddress.parse(self.api, _API)
+
+    def broker_uids(self) -> frozenset[int]:
+        """Whose word about requests is put on record, root's aside. Looked up at the time of asking, as
+        members are: an account that is removed is no broker any more. Where nobody is named,
+        `egressd-broker` is, if there is such an account."""
+        found = set()
+        for name in (_BROKER,) if self.brokers is None else self.brokers:
+            with contextlib.suppress(KeyError):
+                found.add(_account(name).uid)
+        return frozenset(found)
 
     def accounts(self) -> dict[str, Account]:
         """Who each process runs as, by role; `metrics` and `api` are among them only where these are offered.
@@ -280,6 +293,15 @@ def _check_user(config: Config) -> None:
         ) from error
 
 
+def _check_brokers(config: Config) -> None:
+    for name in config.brokers or ():
+        try:
+            _account(name)
+        except KeyError:
+            text = f"there is no account {name!r}; create it, or name a number: brokers: ['908']"
+            raise ValueError(text) from None
+
+
 def _check_upstream(config: Config) -> None:
     for server in config.upstream:
         Server.parse(server)
@@ -303,4 +325,5 @@ _CHECKS: dict[str, Callable[[Config], None]] = {
     "api": _check_addresses,
     "upstream": _check_upstream,
     "user": _check_user,
+    "brokers": _check_brokers,
 }

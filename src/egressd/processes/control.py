@@ -34,6 +34,7 @@ from egressd.processes.logins import who
 from egressd.processes.members import Caller, caller_of, is_member
 from egressd.processes.routing_answers import RoutingAnswers
 from egressd.processes.spawn_refusals import SpawnRefusals
+from egressd.processes.testifying import Said, Testifying
 from egressd.processes.turns import Turns
 from egressd.processes.workspaces import broken_workspaces
 from egressd.ruleset import layout
@@ -52,6 +53,7 @@ MAX_PENDING = 4  # requests of one client waiting for their turn; ours wait for 
 MAX_KNOWN = 256  # networks that a sandbox is told about, each a comparison for every packet to a stranger
 MAX_PROOFS_PER_USER = 32  # asked for; one of them is being made
 PROOFS_AT_ONCE = 2  # as many as the auditor makes (proving.Prover); each reads a journal
+READINGS_AT_ONCE = 2  # of links: each may keep the warden for 10 ms (links.Links.spent), and others wait
 _RECEIPT_WAIT = 10.0  # seconds for a sandbox that is about to be closed
 _ACCEPTS = 64  # per wake-up, so that a crowd at the door neither waits for ever nor holds the loop
 
@@ -66,6 +68,7 @@ class Client:
     asked: int = 0
     accepted: float = field(default_factory=lambda: time.clock_gettime(time.CLOCK_BOOTTIME))
     pending: int = 0
+    said: Said = field(default_factory=Said)  # put on record of the sandbox
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
@@ -82,11 +85,13 @@ class ControlSocket:
         self._idle: collections.Counter[int] = collections.Counter()
         self._listener = listener
         self._proofs = Turns("proofs", at_once=PROOFS_AT_ONCE, most=MAX_PROOFS_PER_USER)
+        self._readings = Turns("readings", at_once=READINGS_AT_ONCE, most=MAX_CLIENTS_PER_USER)
         self._admins = {0, os.getuid()}
         self._exporter = _uid_of(controller, "metrics")
         self._api = _uid_of(controller, "api")
         self._refused = SpawnRefusals(controller.auditing.record, later=asyncio.get_running_loop().call_later)
         self._routes = RoutingAnswers(controller, later=asyncio.get_running_loop().call_later)
+        self.testifying = Testifying(controller, later=asyncio.get_running_loop().call_later)
         listener.setblocking(False)
 
     def listen(self) -> None:
@@ -265,10 +270,12 @@ class ControlSocket:
             caller=client.caller,
             command=received.message.command,
             since=time.time(),
-            quota=policy.limits.egress_bytes,
+            quota=_lower(policy.limits.egress_bytes, received.message.quota),
             digest=received.message.digest,
             policy=policy.digest,
             guard=policy.guard.value,
+            connections=received.message.connections,
+            closed=received.message.closed,
         )
         descriptor = received.take()
         try:
@@ -286,6 +293,15 @@ class ControlSocket:
         peer.send(
             messages.Lease(link=sandbox.link.number, address4=sandbox.address4, address6=sandbox.address6)
         )
+
+    async def read_spent(self, peer: Peer, client: Client, received: Received[messages.ReadSpent]) -> None:
+        sandbox, uid = client.sandbox, client.caller.uid
+        if sandbox is None:
+            raise Refused(Reason.PROTOCOL, "this connection holds no sandbox")
+        with self._readings.asked(uid):
+            async with self._readings.turn(uid):
+                found = await self.controller.spent(sandbox)
+        peer.send(messages.Spent(counters=found.counters, spent=found.spent))
 
     # ---- what a broker claims
 
@@ -307,9 +323,22 @@ class ControlSocket:
                 "port": claimed.port,
                 "pid": claimed.pid,
                 "executable": claimed.executable,
-                "command": claimed.command,
+                # a command line may name the files that a request was shown, and members read this record
+                "command": "" if self.testifying.is_of_request(sandbox.link) else claimed.command,
             },
         )
+
+    async def testify(self, peer: Peer, client: Client, received: Received[messages.Testify]) -> None:
+        if client.policy is not None and not client.attached:
+            self._policy_for(client.caller, client.policy.workspace)  # still
+        await self.testifying.hear(
+            received.message,
+            caller=client.caller,
+            workspace=None if client.policy is None else client.policy.workspace,
+            sandbox=client.sandbox,
+            said=client.said,
+        )
+        peer.send(messages.Recorded())
 
     # ---- reading
 
@@ -404,7 +433,7 @@ class ControlSocket:
         asked, uid = received.message, client.asker.uid
         self._visible(client.asker, asked.workspace)
         with self._proofs.asked(uid):
-            link = await self._ended_link(asked)
+            link = await self._ended_link(client.asker, asked)
             async with self._proofs.turn(uid):
                 if peer.closed:
                     return  # nobody waits for it any more
@@ -412,24 +441,29 @@ class ControlSocket:
                 data = await evidence.prove(self.controller, asked, link=link)
         await peer.send_document(data)
 
-    async def _ended_link(self, asked: messages.Prove) -> Link | None:
-        """The link of a receipt, once it is closed and on record. One answer for "there was none" and for
-        "not of this workspace"."""
+    async def _ended_link(self, asker: Caller, asked: messages.Prove) -> Link | None:
+        """The link of a receipt, once it is closed and on record. One answer for "there was none", for "not
+        of this workspace" and for "of somebody else's request"."""
         if asked.link is None:
             return None
         link, controller = Link(asked.link), self.controller
-        sandbox = controller.leases.by_link.get(link)
-        workspace = sandbox.workspace if sandbox is not None else controller.ended.get(link)
-        if workspace != asked.workspace:
-            text = f"no sandbox of workspace {asked.workspace} has or had the link {link.device}"
-            raise Refused(Reason.MEMBER, f"{text}; links that ended before egressd was started are not known")
+        self._check_receipt(asker, asked.workspace, link)
         end = time.monotonic() + _RECEIPT_WAIT
         while link in controller.leases.by_link:
             if time.monotonic() > end:
                 text = f"the sandbox {link.device} has not ended: end it, or prove the workspace without it"
                 raise Refused(Reason.UNAVAILABLE, text)
             await asyncio.sleep(0.02)
+        self._check_receipt(asker, asked.workspace, link)  # a request may have begun in it since
         return link
+
+    def _check_receipt(self, asker: Caller, workspace: str, link: Link) -> None:
+        sandbox = self.controller.leases.by_link.get(link)
+        owner = sandbox.workspace if sandbox is not None else self.controller.ended.get(link)
+        hidden = not self._may_see_all(asker) and not self.testifying.may_see_receipt(link, asker.uid)
+        if owner != workspace or hidden:
+            text = f"no sandbox of workspace {workspace} has or had the link {link.device}"
+            raise Refused(Reason.MEMBER, f"{text}; links that ended before egressd was started are not known")
 
     async def _send(self, peer: Peer, document: Any) -> None:
         await peer.send_document(msgspec.json.encode(document))
@@ -452,6 +486,7 @@ class ControlSocket:
             await self.revoke(sandbox, text)
         self._refused.drain()
         self._routes.drain()
+        self.testifying.close()
 
 
 def _uid_of(controller: Controller, role: str) -> int | None:
@@ -473,6 +508,11 @@ def _check_behalf(client: Client, message: Any) -> None:
 _FOR_OTHERS = messages.Ask | messages.Why | messages.SelectRoute | messages.Prove
 
 
+def _lower(one: int | None, other: int | None) -> int | None:
+    bounds = [bound for bound in (one, other) if bound is not None]
+    return min(bounds, default=None)
+
+
 def _turn_away(sock: socket.socket) -> None:
     data = msgspec.json.encode(
         messages.Refusal(reason=Reason.LIMIT.value, text="too many connections to egressd; end some first")
@@ -490,6 +530,8 @@ _CLAIMS: dict[type, Any] = {
 _HANDLERS: dict[type, Any] = {
     messages.Enter: ControlSocket.enter,
     messages.Attach: ControlSocket.attach,
+    messages.ReadSpent: ControlSocket.read_spent,
+    messages.Testify: ControlSocket.testify,
     messages.ForUser: ControlSocket.for_user,
     messages.Ask: ControlSocket.ask,
     messages.Why: ControlSocket.why,

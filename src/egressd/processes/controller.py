@@ -60,8 +60,8 @@ _SHARE = (
 _UNBOUND_WITHIN = 1.0  # seconds
 _ENDED = 65_536  # links that are remembered after their end, for who asks for a receipt
 _REPLIES = (
-    messages.Done, messages.Failed, messages.Payload, messages.LinkClosed, messages.RefusedNames,
-    messages.RefusedFlows, messages.JournalState,
+    messages.Done, messages.Failed, messages.Payload, messages.LinkClosed, messages.LinkSpent,
+    messages.RefusedNames, messages.RefusedFlows, messages.JournalState,
 )  # fmt: skip
 _SERVING = ("resolver", "relay", "inspector")  # who has to know which source address is whose sandbox
 # Sets that all workspaces share, and what their elements count.
@@ -665,6 +665,13 @@ class Controller:
         self._remember_ended(sandbox.link, sandbox.workspace)
         self._account(sandbox, counters)
 
+    async def spent(self, sandbox: Sandbox) -> messages.LinkSpent:
+        """What its link has counted until now."""
+        warden = self.peer("warden")
+        request = messages.ReadLink(request=warden.next_request(), link=sandbox.link.number)
+        answer: messages.LinkSpent = (await warden.ask(request)).message
+        return answer
+
     async def told(self, link: Link) -> None:
         """When this returns, those who served a closed link have said what it was denied: answers come in
         order, and to forget what is forgotten changes nothing. One that hangs is not waited for."""
@@ -853,6 +860,9 @@ def _opening(sandbox: Sandbox, *, boot: str) -> dict[str, Any]:
         "address4": str(sandbox.address4),
         "address6": str(sandbox.address6),
         "boot": boot,
+        **({"quota": sandbox.quota} if sandbox.quota is not None else {}),
+        **({"connections": sandbox.connections} if sandbox.connections is not None else {}),
+        **({"closed": True} if sandbox.closed else {}),
     }
 
 
@@ -896,6 +906,8 @@ def _link(sandbox: Sandbox) -> dict[str, Any]:
         "workspace": sandbox.workspace,
         "owner": sandbox.caller.uid,
         "quota": sandbox.quota,
+        "connections": sandbox.connections,
+        "closed": sandbox.closed,
     }
 
 

@@ -29,7 +29,15 @@ __all__ = ["Attribution", "Denial", "PacketLog"]
 Address = IPv4Address | IPv6Address
 # Rules that a packet only meets after the guard has compared its source with the link's own addresses.
 _SOURCE_VALIDATED = frozenset(
-    {Reason.UNLISTED, Reason.PORT, Reason.ADDRESS, Reason.UNRESOLVED, Reason.CONNECTIONS, Reason.INVALID}
+    {
+        Reason.UNLISTED,
+        Reason.PORT,
+        Reason.ADDRESS,
+        Reason.UNRESOLVED,
+        Reason.CONNECTIONS,
+        Reason.BUDGET_CONNECTIONS,
+        Reason.INVALID,
+    }
 )
 _REMEMBERED = 65_536  # links, and addresses of ended ones, kept for late log messages
 

@@ -100,9 +100,9 @@ def _is_of_a_link(rest: str, *, family: str, sort: str) -> bool:
         case "chain":
             return not rest or (family != "netdev" and rest == "connections")
         case "counter":
-            return rest in ("in", "ok", "denied", "other")
+            return rest in build.LINK_COUNTERS
         case _:
-            return sort == "quota"
+            return sort in ("quota", "limit")
 
 
 @functools.cache

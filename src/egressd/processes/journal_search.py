@@ -60,7 +60,10 @@ class Query:
     route: str | None = None
     after: int | None = None  # with a greater number
     host: str | None = None  # a canonical name, a pattern as policies have them, or an address
+    request: str | None = None  # "r-..."
+    asker: str | None = None  # requests of this principal; `Search` knows which those are
     events: frozenset[str] | None = None
+    unshown: frozenset[str] = frozenset()  # events that whoever asks may not see
     reasons: frozenset[str] | None = None
     since: datetime | None = None
     until: datetime | None = None
@@ -69,9 +72,11 @@ class Query:
         fields = record.fields
         return (
             (self.events is None or record.event in self.events)
+            and record.event not in self.unshown
             and (self.workspace is None or fields.get("workspace") == self.workspace)
             and (self.workspaces is None or fields.get("workspace") in self.workspaces)
             and (self.route is None or fields.get("route") == self.route)
+            and (self.request is None or fields.get("request") == self.request)
             and (self.after is None or record.seq > self.after)
             and (self.sandbox is None or _device(fields.get("link")) == self.sandbox)
             and (self.reasons is None or fields.get("reason") in self.reasons)
@@ -124,6 +129,7 @@ class _Sieve:
     """What a line must have to be worth decoding: one of `starts`, and of each group one."""
 
     starts: tuple[bytes, ...]
+    unshown: tuple[bytes, ...]
     groups: tuple[tuple[bytes, ...], ...]
     since: bytes
     until: bytes
@@ -137,6 +143,10 @@ class _Sieve:
             groups.append(tuple(_pair("workspace", name) for name in sorted(query.workspaces)))
         if query.route is not None:
             groups.append((_pair("route", query.route),))
+        if query.request is not None:
+            groups.append((_pair("request", query.request),))
+        if query.asker is not None:
+            groups.append((_pair("asker", query.asker), b'"request":'))
         if query.sandbox is not None:
             groups.append((_pair("link", query.sandbox), b'"link":' + query.sandbox[2:].encode()))
         if query.reasons is not None:
@@ -145,6 +155,7 @@ class _Sieve:
             groups.append((_json(query.host.lstrip("*"))[1:-1],))
         return cls(
             starts=tuple(_EVENT + _json(event) for event in sorted(query.events or ())),
+            unshown=tuple(_EVENT + _json(event) for event in sorted(query.unshown)),
             groups=tuple(groups),
             since=stamp(query.since).encode() if query.since else b"",
             until=stamp(query.until).encode() if query.until else b"~",
@@ -153,6 +164,8 @@ class _Sieve:
     def pick(self, lines: list[bytes]) -> list[bytes]:
         if self.starts:
             lines = [line for line in lines if line.startswith(self.starts)]
+        if self.unshown:
+            lines = [line for line in lines if not line.startswith(self.unshown)]
         for group in self.groups:
             if len(group) == 1:
                 needle = group[0]
@@ -415,10 +428,14 @@ def _bisect(file: _File, start: int, end: int, bound: bytes) -> tuple[int, int]:
 @dataclass(slots=True)
 class Search:
     """Takes lines, gives those that match. `damaged` counts lines that may have matched, and are no
-    records."""
+    records.
+
+    Who asked is said in one record of a request; the others name the request. So whoever looks for an asker
+    has to know which requests were theirs, whenever that was said, and learns of new ones as they come."""
 
     query: Query
     damaged: int = 0
+    _requests: set[str] = field(default_factory=set)
     _sieve: _Sieve = field(init=False)
 
     def __post_init__(self) -> None:
@@ -431,12 +448,34 @@ class Search:
             except RecordError:
                 self.damaged += 1
                 continue
-            if self.query.holds(record):
+            if self._is_asked(record) and self.query.holds(record):
                 yield line, record
 
+    def _is_asked(self, record: Line) -> bool:
+        asker, request = self.query.asker, record.fields.get("request")
+        if asker is None:
+            return True
+        if record.fields.get("asker") != asker:
+            return request in self._requests
+        if isinstance(request, str):
+            self._requests.add(request)
+        return True
+
+    def _know(self, journal: Journal) -> None:
+        """The requests of whoever is asked for."""
+        asked = Search(Query(asker=self.query.asker, events=_TELLING), _requests=self._requests)
+        for lines in journal.batches(journal.spans(asked.query)):
+            for _ in asked.pick(lines):
+                pass
+
     def through(self, journal: Journal, *, reverse: bool = False) -> Iterator[Found]:
+        if self.query.asker is not None:
+            self._know(journal)
         for lines in journal.batches(journal.spans(self.query), reverse=reverse):
             yield from self.pick(lines)
+
+
+_TELLING = frozenset({"request-asked", "request-refused"})  # events that say who asked
 
 
 # ---- following

@@ -59,6 +59,8 @@ class Sandbox:
     digest: str = ""  # of the whole command, as the broker says
     policy: str = ""  # digest of the policy it was admitted under
     guard: str = ""
+    connections: int | None = None  # that it may ever open; `limits.connections` is another matter
+    closed: bool = False  # started without a network
     claims: Claims = field(default_factory=Claims, compare=False)
 
 
@@ -109,11 +111,25 @@ class Leases:
         digest: str = "",
         policy: str = "",
         guard: str = "",
+        connections: int | None = None,
+        closed: bool = False,
     ) -> Sandbox:
         """Enter a new sandbox into the table. Refused when every address is taken."""
         link, address4, address6 = self._free()
         sandbox = Sandbox(
-            link, workspace, caller, command, since, address4, address6, quota, digest, policy, guard
+            link=link,
+            workspace=workspace,
+            caller=caller,
+            command=command,
+            since=since,
+            address4=address4,
+            address6=address6,
+            quota=quota,
+            digest=digest,
+            policy=policy,
+            guard=guard,
+            connections=connections,
+            closed=closed,
         )
         self.by_link[link] = sandbox
         self._addresses.add(address4)

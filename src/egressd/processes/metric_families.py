@@ -2,8 +2,8 @@
 
 Every label has few values, whatever a sandbox does. `workspace` and `host` are of the policies: names under
 a wildcard, which sandboxes choose, count under the wildcard, and beyond `MAX_HOSTS` hosts of a workspace the
-rest counts as `(other)`. `reason`, `process`, `verdict`, `direction` and `cause` come from closed sets; what
-is not in them counts as `(other)`. docs/metrics.md has the table; a test compares the two.
+rest counts as `(other)`. `reason`, `process`, `verdict`, `direction`, `outcome` and `cause` come from closed
+sets; what is not in them counts as `(other)`. docs/metrics.md has the table; a test compares the two.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ _FLOW_REASONS = (
     Reason.SNI_MISSING, Reason.SNI_ADDRESS, Reason.SNI_REPEATED, Reason.SNI_OTHER, Reason.ECH, Reason.NOT_TLS,
     Reason.HELLO_MALFORMED, Reason.HELLO_TOO_LONG, Reason.HELLO_TOO_SLOW,
 )  # fmt: skip
+_TESTIMONY_REASONS = (Reason.MEMBER, Reason.PROTOCOL, Reason.LIMIT)
+_OUTCOMES = ("done", "failed", "stopped", "refused")
 T = TypeVar("T")
 
 Count: TypeAlias = Annotated[int, Meta(ge=0)]
@@ -132,11 +134,24 @@ class Journal(Struct, frozen=True):
     checkpoint_time: float = 0.0
 
 
+class RequestCounts(Struct, frozen=True):
+    outcomes: dict[str, Count] = {}
+    documents: Count = 0
+    undestroyed: Count = 0
+    leftovers: Count = 0
+
+
+class Requests(Struct, frozen=True):
+    workspaces: dict[str, RequestCounts] = {}
+    refused: dict[str, Count] = {}
+
+
 class Document(Struct, frozen=True):
     status: Status
     counters: Counters
     journal: Journal | None = None  # None: the auditor did not answer
     drift: list[str] | None = None  # None: not known
+    requests: Requests = Requests()
 
 
 def read(document: Any) -> Document:
@@ -263,6 +278,11 @@ TABLE: dict[str, Told] = {
         _counter("late_bytes", "Bytes admitted at the link and lost behind it.", "reason"),
         _counter("names_refused", "Questions the resolver refused.", "workspace", "reason"),
         _counter("flows_refused", "Connections the inspector refused.", "workspace", "reason"),
+        _counter("requests", "Requests that have ended, or were refused.", "workspace", "outcome"),
+        _counter("request_documents", "Documents that requests were shown.", "workspace"),
+        _counter("requests_undestroyed", "Requests whose copies were not seen destroyed.", "workspace"),
+        _counter("request_leftovers", "Requests whose copies were found later.", "workspace"),
+        _counter("testimony_refused", "Records of brokers that were not taken.", "reason"),
         _gauge("journal_up", "1 if the auditor answered."),
         _counter("journal_records", "Records on disk."),
         _gauge("journal_bytes", "Bytes of records on disk."),
@@ -316,6 +336,7 @@ def tell(document: Document, rows: Rows, told: Families, *, now: float) -> None:
         _account(account, rows.sums(account), told)
     for reason, tally in _by_reason(document.counters.late, _plus).items():
         told.tally("late", tally, reason)
+    _requests(document.requests, told)
     told.tell("journal_up", document.journal is not None)
     if document.journal is not None:
         _journal(document.journal, told, now=now)
@@ -369,6 +390,18 @@ def _account(account: Account, hosts: Mapping[str, Sums], told: Families) -> Non
     flows = dict.fromkeys(_FLOW_REASONS, 0) | account.flows_refused
     for reason, count in _by_reason(flows, operator.add).items():
         told.tell("flows_refused_total", count, name, reason)
+
+
+def _requests(requests: Requests, told: Families) -> None:
+    for name, counts in requests.workspaces.items():
+        for outcome in _OUTCOMES:
+            told.tell("requests_total", counts.outcomes.get(outcome, 0), name, outcome)
+        told.tell("request_documents_total", counts.documents, name)
+        told.tell("requests_undestroyed_total", counts.undestroyed, name)
+        told.tell("request_leftovers_total", counts.leftovers, name)
+    refused = dict.fromkeys(_TESTIMONY_REASONS, 0) | requests.refused
+    for reason, count in _by_reason(refused, operator.add).items():
+        told.tell("testimony_refused_total", count, reason)
 
 
 def _by_reason(counts: Mapping[str, T], plus: Callable[[T, T], T]) -> dict[str, T]:

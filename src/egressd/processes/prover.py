@@ -30,7 +30,7 @@ from typing import Final
 
 import msgspec
 
-from egressd.journal import lines, merkle, notes, statement
+from egressd.journal import lines, merkle, notes, statement, testimony
 from egressd.journal.keys import BadKey, Verifier
 from egressd.journal.lines import Line, event_of
 from egressd.journal.notes import Checkpoint, NoteError
@@ -60,6 +60,11 @@ _CHUNK = 1 << 16
 _NICE = 10
 _MOST_REPORT = 1 << 16  # bytes; a report of SEV-SNP takes 1184
 _TIME: Final = re.compile(rb"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}Z")
+# What brokers said of requests is in no proof, but for what a receipt shows.
+_UNSHOWN: Final = {
+    receipt: frozenset(e.encode() for e in testimony.PRIVATE if not testimony.is_shown(e, receipt=receipt))
+    for receipt in (False, True)
+}
 _SHARED: Final = frozenset(event.encode() for event in statement.SHARED)
 _WITHHELD: Final = frozenset(event.encode() for event in statement.WITHHELD)
 _SNAPSHOTS: Final = (b"counted", b"snapshot")
@@ -159,6 +164,9 @@ class _Gathering:
         self._end = None if asked.until is None else _later(asked.until)
         self._chain, self._places = _Chain(), _Places()
         self._snapshots = asked.scope.link is None  # a receipt's counters are its link's, in its own records
+        self._unshown = _UNSHOWN[asked.scope.link is not None]
+        self._link = None if asked.scope.link is None else f'"link":"{asked.scope.link}"'.encode()
+        self._known = False  # there was a record of the link
         self._begun = self._since is None
         self._bytes = 0
         self._ahead: list[tuple[int, bytes]] = []  # later than `until`, unless one follows that is not
@@ -188,14 +196,18 @@ class _Gathering:
             self.found.first = index if self._begun else 0
             self.found.since = time.decode("ascii", "replace")
         event = event_of(line)
+        if event in self._unshown:
+            return
         if self._needle in line:
             if event in _SNAPSHOTS and not self._snapshots:
                 return
             if event in _SNAPSHOTS and not self._begun and self._chain.add(index, line):
                 self._restart(index, time)
                 return
-            if event in _PLACED and not self._begun:
+            if event in _PLACED and (not self._begun or self._link is not None):
                 self._places.add(index, line)
+            if self._link is not None and self._link in line and self._begun:
+                self._of_link(index, event, time)
         elif event in _WITHHELD:
             self._ahead_withheld[event.decode()] += 1
             return
@@ -234,6 +246,17 @@ class _Gathering:
             self._bytes = 0
             self.found.first, self.found.since = index, self._asked.since
         self._check_size(1)
+
+    def _of_link(self, index: int, event: bytes, time: bytes) -> None:
+        """A receipt is of the last sandbox that had the link: numbers begin anew with the machine, and what
+        was said of an earlier one is somebody else's."""
+        in_time = self._until is None or time <= self._until
+        if event == b"sandbox-opening" and self._known and in_time:
+            self._ahead.clear()
+            self._ahead_withheld.clear()
+            self._bytes = 0
+            self.found = Gathered(first=index, since=time.decode())
+        self._known = True
 
     def _take(self, *, past: int) -> None:
         self.found.past = past
@@ -441,6 +464,7 @@ def prove(asked: Asked, facts: Facts) -> Statement:
         journal=journal,
         size=end.size,
         root=end.root,
+        request=statement.request_of(read, asked.scope),
     )
 
 

@@ -129,12 +129,13 @@ async def metrics(controller: Controller) -> Document:
     """All that the exporter tells, from one reading of the counters."""
     refused, state = await asyncio.gather(controller.snapshots.refusals(), journal(controller))
     counters, found = await read_books(controller)
-    status = _status_of(controller, controller.policies, found, state)
+    status, control = _status_of(controller, controller.policies, found, state), controller.control
     return {
         "status": status,
         "counters": _counters_of(controller, controller.policies, counters, found, refused),
         "journal": status["journal"],
         "drift": None if controller.drift_read is None else controller.drifted,
+        "requests": control.testifying.document(controller.policies) if control else {},
     }
 
 
@@ -188,6 +189,9 @@ def _sandbox(sandbox: Sandbox) -> Document:
         "address4": str(sandbox.address4),
         "address6": str(sandbox.address6),
         "command": sandbox.command,
+        "quota": sandbox.quota,
+        "connections": sandbox.connections,
+        "closed": sandbox.closed,
     }
 
 
@@ -282,7 +286,7 @@ def account(controller: Controller, counters: Counters, found: Books, policy: Po
         "guard": policy.guard.value,
         "hosts": _hosts(controller, counters, policy, elements) + _retired(gone, policy),
         "denied": {reason: _pair(tally) for reason, tally in counters.denied.get(name, {}).items()},
-        "links": [{"link": number, **_link(counts)} for number, counts in links.items()],
+        "links": [{"link": number, **_link(counts), **_budgets(counts)} for number, counts in links.items()],
         "ended": {"links": gone.links, **_link(gone.ended)},
         "balance": {
             "balanced": found.balanced
@@ -438,6 +442,16 @@ def _link(counts: LinkCounts, *, admitted: str = "ok") -> Document:
         admitted: _pair(counts.ok),
         "denied": _pair(counts.denied),
         "other": _pair(counts.other),
+    }
+
+
+def _budgets(counts: LinkCounts) -> Document:
+    """[used, of how many], of a sandbox's own bounds; None where there is none."""
+    used, bytes_ = counts.quota_used, counts.quota
+    opened, connections = counts.connections_used, counts.connections
+    return {
+        "quota": None if bytes_ is None else [used, bytes_],
+        "connections": None if connections is None else [opened, connections],
     }
 
 
@@ -603,8 +617,21 @@ def why_sandbox(sandbox: Sandbox, policy: Policy) -> Document:
             f"its addresses are {sandbox.address4} and {sandbox.address6}",
             f"it runs {sandbox.command or 'a command that was not named'}",
             f"it is held to policy {policy.digest}",
+            *_bounds(sandbox),
         ],
     }
+
+
+def _bounds(sandbox: Sandbox) -> list[str]:
+    """What its link alone is held to."""
+    if sandbox.closed:
+        return [f"nothing of what it sends is admitted [{Reason.CLOSED}]: {Reason.CLOSED.text}"]
+    lines = []
+    if sandbox.quota is not None:
+        lines.append(f"it may send {sandbox.quota} bytes, denied ones included")
+    if sandbox.connections is not None:
+        lines.append(f"it may open {sandbox.connections} connections in all")
+    return lines
 
 
 async def _journal(controller: Controller, visible: Visible) -> Document:

@@ -1,4 +1,4 @@
-"""Who was not let in, as records.
+"""Who was not let in, or not believed, as records.
 
 Anybody at the machine may ask without end, under names he makes up, and each record is kept for good. So
 refusals of one user for one reason, of one workspace that there is or of any that there is not, are one
@@ -27,15 +27,16 @@ class _Key:
 
 
 class SpawnRefusals:
-    """`later` is an event loop's `call_later`."""
+    """`later` is an event loop's `call_later`; `event` is what each record is called."""
 
     def __init__(
         self,
         record: Callable[[str, Mapping[str, Scalar]], None],
         *,
         later: Callable[[float, Callable[[], None]], object],
+        event: str = "spawn-refused",
     ) -> None:
-        self._record, self._later = record, later
+        self._record, self._later, self._event = record, later, event
         self._floods: Floods[_Key, Mapping[str, Scalar]] = Floods(window=_WINDOW)
 
     def add(self, uid: int, reason: str, workspace: str | None, fields: Mapping[str, Scalar]) -> None:
@@ -59,5 +60,5 @@ class SpawnRefusals:
         for flood in floods:
             count = {"count": flood.count} if flood.count > 1 else {}
             self._record(
-                "spawn-refused", {"uid": flood.key.uid, "reason": flood.key.reason, **flood.detail, **count}
+                self._event, {"uid": flood.key.uid, "reason": flood.key.reason, **flood.detail, **count}
             )

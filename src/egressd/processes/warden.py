@@ -2,8 +2,8 @@
 
 It lives in the gateway's namespace with CAP_NET_ADMIN and nothing else, never enters another, and reads
 typed messages from the controller, one at a time (HANDLERS is the whole list; ipc/messages.py says why
-each is safe though the asker be hostile). A message ends in Done, Failed, Payload or LinkClosed; one that
-is no message ends its sender's connection. An error of the kernel is an answer, never the end.
+each is safe though the asker be hostile). A message ends in Done, Failed, Payload or the counters of a link;
+one that is no message ends its sender's connection. An error of the kernel is an answer, never the end.
 
 It keeps in memory what should stand. When somebody else changes the ruleset, the rules or the routes, it
 hears of it (kernel/monitor.py), reads back, restores, and tells. After its own restart it knows nothing:
@@ -65,7 +65,13 @@ _LONELY = 20.0  # seconds without a controller after which this process begins a
 _TEXT = 4000  # characters of messages.Text
 
 NatKey = tuple[int, str]  # mark, synthetic address
-Reply = messages.Done | messages.Failed | messages.LinkClosed | tuple[messages.Payload, bytes]
+Reply = (
+    messages.Done
+    | messages.Failed
+    | messages.LinkClosed
+    | messages.LinkSpent
+    | tuple[messages.Payload, bytes]
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -413,10 +419,10 @@ class Warden:
             want = self._check_link(link, message.workspace)
             leased = {lease.namespace for lease in self.standing.leases.values() if lease.namespace}
             identity = namespaces.verify(descriptor, owner=message.owner, forbidden=self._forbidden | leased)
-            self._links.open(link, want, namespace=descriptor, quota=message.quota)
+            lease = _lease(message)
+            self._links.open(lease, want, namespace=descriptor)
         finally:
             os.close(descriptor)
-        lease = LinkWant(link=link, workspace=message.workspace, quota=message.quota)
         self.standing.leases[link] = Lease(lease, identity)
         self._named.add(link)
         return messages.Done(request=message.request, changes=1, microseconds=_since(began))
@@ -437,8 +443,7 @@ class Warden:
             raise Refused(Reason.WORKSPACE, Reason.WORKSPACE.text)
         if link not in self._links.present():
             raise Refused(Reason.NAMESPACE, f"{link.device} is gone, and its sandbox with it")
-        lease = LinkWant(link=link, workspace=message.workspace, quota=message.quota)
-        self.standing.leases[link] = Lease(lease, known.namespace if known else None)
+        self.standing.leases[link] = Lease(_lease(message), known.namespace if known else None)
         self._named.add(link)
         return messages.Done(request=message.request)
 
@@ -479,6 +484,15 @@ class Warden:
         )
 
     # ---- reading
+
+    def read_link(self, received: Received[messages.ReadLink]) -> messages.LinkSpent:
+        link = Link(received.message.link)
+        if link not in self.standing.leases:
+            raise Refused(Reason.NAMESPACE, f"nobody holds {link.device}")
+        counters, spent = self._links.spent(link)
+        return messages.LinkSpent(
+            request=received.message.request, link=link.number, counters=counters, spent=spent
+        )
 
     def read_counters(self, received: Received[messages.ReadCounters]) -> Reply:
         counters = observe.counters(self._nft.list_json())
@@ -581,6 +595,7 @@ HANDLERS: dict[type, Callable[[Warden, Received[Any]], Reply]] = {
     messages.OpenLink: Warden.open_link,
     messages.KeepLink: Warden.keep_link,
     messages.CloseLink: Warden.close_link,
+    messages.ReadLink: Warden.read_link,
     messages.Settle: Warden.settle,
     messages.ReadCounters: Warden.read_counters,
     messages.ReadRuleset: Warden.read_ruleset,
@@ -608,6 +623,16 @@ def _decode(data: bytes) -> dict[str, WorkspaceWant]:
     if len(found) < len(wants):
         raise ProtocolError("a workspace is named twice")
     return found
+
+
+def _lease(message: messages.OpenLink | messages.KeepLink) -> LinkWant:
+    return LinkWant(
+        link=Link(message.link),
+        workspace=message.workspace,
+        quota=message.quota,
+        connections=message.connections,
+        closed=message.closed,
+    )
 
 
 def _hosts_of(want: WorkspaceWant) -> tuple[int, int]:

@@ -5,6 +5,8 @@ A frame that leaves a sandbox takes this way; each `late` counter is for what wa
     netdev ingress, chain egN        in; not plain IP -> other; quota; source exact;
         acme_4 / acme_6              shape; the one lookup: destination, protocol, port -> mark
         acme_unlisted, _source, ...  denied: counted by reason, logged, refused at once
+        acme_closed                  the same for everything, where the link is closed
+        late_budget-connections      a connection too many: was admitted, is refused at once
     inet prerouting, chain steer     unmarked, invalid -> dropped; connection limit; inspector (TPROXY)
     inet prerouting, chain translate (mark, synthetic address) -> real address
     inet forward / local_in          only what was marked, and translated if it had to be
@@ -50,6 +52,7 @@ from egressd.ruleset.layout import (
     RESOLVER4,
     RESOLVER6,
     RESOLVER_BLOCK,
+    SPENT,
     TABLE,
     TOLD,
     UNLISTED_BLOCK,
@@ -69,6 +72,7 @@ from egressd.ruleset.objects import (
     Entry,
     Hook,
     Key,
+    Limit,
     Network,
     Objects,
     Quota,
@@ -83,12 +87,12 @@ from egressd.ruleset.plan import comment
 from egressd.ruleset.wants import Element, NatEntry, WorkspaceWant
 
 __all__ = [
-    "DENIALS", "LATE", "OWNER", "Desired", "LinkWant", "base", "desired", "drop_workspace", "host", "link",
-    "marks", "nat", "owner", "unlink", "unreachable", "workspace",
+    "DENIALS", "LATE", "LINK_COUNTERS", "OWNER", "Desired", "LinkWant", "base", "desired", "drop_workspace",
+    "host", "link", "marks", "nat", "owner", "unlink", "unreachable", "workspace",
 ]  # fmt: skip
 
 # Reasons the guard itself denies for. Each has a counter `W_REASON_denied` and a chain `W_REASON`.
-DENIALS = ("unlisted", "shape", "source", "quota")
+DENIALS = ("unlisted", "shape", "source", "quota", "closed")
 # Reasons for which an admitted packet is lost later, counted as `late_REASON` over all workspaces.
 LATE = {
     "unmarked": "came over a link without having passed a guard",
@@ -101,7 +105,9 @@ LATE = {
     "unresolved": "the name has no address in this slot",
     "cut": "of a connection that was ended: its address may not be reached any more",
     "misrouted": "its way does not lead to where its mark permits",
+    SPENT: "one connection more than the sandbox may ever open",
 }
+_LATE_BEHIND = tuple(reason for reason in LATE if reason != SPENT)  # the rest is lost behind the guard
 _LOG_LIMIT = "limit rate 200/second burst 50 packets"  # per reason and workspace; counters see the rest
 # Of connections that the inspector and the relay carry, by sandbox; both together manage some 8,000 a second.
 _PACE = "limit rate over 500/second burst 1000 packets"
@@ -118,11 +124,14 @@ _MAY_DIAL = "what the inspector may dial, by workspace"
 
 @dataclass(frozen=True, slots=True)
 class LinkWant:
-    """A leased link: which workspace, and how many bytes it may send (None: no bound)."""
+    """A leased link: which workspace, how many bytes it may send and how many TCP connections it may ever
+    open (None: no bound). Over one that is `closed` nothing is admitted, whatever the workspace's guard."""
 
     link: Link
     workspace: str
     quota: int | None = None
+    connections: int | None = None
+    closed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,12 +161,14 @@ def workspace(want: WorkspaceWant, pools: Pools) -> list[str]:
     return _commands(fragment(want, pools), TABLE)
 
 
-def link(link: Link, want: WorkspaceWant, pools: Pools, quota: int | None) -> list[str]:
-    """Commands that make a link's counters, quota, connection limit and guard chain.
+def link(lease: LinkWant, want: WorkspaceWant, pools: Pools) -> list[str]:
+    """Commands that make a link's counters, budgets, connection limit and guard chain.
 
     Before its device is up, so that no packet ever passes unjudged. The workspace must be there.
     """
-    return _commands(_link(LinkWant(link=link, workspace=want.workspace, quota=quota), want, pools), TABLE)
+    if lease.workspace != want.workspace:
+        raise ValueError(f"{lease.link.device} is of workspace {lease.workspace}, not {want.workspace}")
+    return _commands(_link(lease, want, pools), TABLE)
 
 
 def unlink(link: Link) -> list[str]:
@@ -169,11 +180,12 @@ def unlink(link: Link) -> list[str]:
     name = identifier(link.device)
     chain, device = f"netdev {TABLE} {name}", string(link.device)
     limit = f"inet {TABLE} {name}_connections"
-    counters = [f"counter netdev {TABLE} {name}_{part}" for part in ("in", "ok", "denied", "other")]
-    quota = f"quota netdev {TABLE} {name}_quota"
+    counters = [f"counter netdev {TABLE} {name}_{part}" for part in LINK_COUNTERS]
+    quota, budget = f"quota netdev {TABLE} {name}_quota", f"limit netdev {TABLE} {name}_budget"
     return [
         *(f"add {counter}" for counter in counters),
         f"add {quota} {{ over 1 bytes; }}",
+        f"add {budget} {{ rate over 1/week burst 1 packets; }}",
         f"add element inet {TABLE} pace {{ {device} {_PACE} }}",
         f"add chain {limit}",
         f"add element inet {TABLE} connections {{ {device} : jump {name}_connections }}",
@@ -184,6 +196,7 @@ def unlink(link: Link) -> list[str]:
         f"flush chain {limit}",
         f"delete chain {limit}",
         f"delete {quota}",
+        f"delete {budget}",
         *(f"delete {counter}" for counter in counters),
     ]
 
@@ -316,6 +329,8 @@ def _static_netdev(pools: Pools) -> Objects:
         Key("netdev", "set", "unreachable4"): _networks(four, "ipv4_addr"),
         Key("netdev", "set", "unreachable6"): _networks(six, "ipv6_addr"),
         Key("netdev", "chain", "refuse"): Chain(rules=_REFUSE, comment="says no at once"),
+        Key("netdev", "counter", f"late_{SPENT}"): Counter(comment=LATE[SPENT]),
+        Key("netdev", "chain", f"late_{SPENT}"): _late(SPENT),
     }
 
 
@@ -333,7 +348,7 @@ _REFUSE = ("meta l4proto tcp reject with tcp reset", "reject with icmpx port-unr
 
 def _static_inet() -> Objects:
     things: Objects = {
-        _inet("counter", f"late_{reason}"): Counter(comment=text) for reason, text in LATE.items()
+        _inet("counter", f"late_{reason}"): Counter(comment=LATE[reason]) for reason in _LATE_BEHIND
     }
     things[_inet("counter", "stray")] = Counter(comment="not of a sandbox, and no answer to one")
     things[_inet("counter", "revoked")] = Counter(comment="answers of hosts that were revoked")
@@ -363,7 +378,7 @@ def _static_inet() -> Objects:
             rules=_CUT_BARE, comment="the same without data: resets may go out"
         ),
     }
-    for reason in LATE:
+    for reason in _LATE_BEHIND:
         things[_inet("chain", f"late_{reason}")] = _late(reason)
     return {**things, **_static_chains()}
 
@@ -623,6 +638,7 @@ _DENIED = {
     "shape": "fragments, options, extension headers, broken headers",
     "source": "not the source address of this sandbox",
     "quota": "the sandbox has used up its bytes",
+    "closed": "the sandbox was started without a network",
 }
 
 
@@ -798,12 +814,11 @@ def _link(lease: LinkWant, want: WorkspaceWant, pools: Pools) -> Objects:
     things: Objects = {
         _netdev("counter", f"{device}_{part}"): Counter(comment=text) for part, text in _PARTS.items()
     }
-    if lease.quota is not None:
-        things[_netdev("quota", f"{device}_quota")] = Quota(bytes=lease.quota, comment="limits.egress_bytes")
+    things |= {} if lease.closed else _budgets(lease)
     things[_netdev("chain", device)] = Chain(
-        rules=_guard(lease, name, pools),
+        rules=_guard_closed(lease, name) if lease.closed else _guard(lease, name, pools),
         hook=Hook("filter", "ingress", -500, "drop", device),
-        comment=f"sandbox of workspace {name}",
+        comment=f"sandbox of workspace {name}" + (", without a network" if lease.closed else ""),
     )
     things |= connection_limit(lease, want)
     pace = Entry(statement=_PACE, comment=want.workspace)
@@ -817,17 +832,40 @@ _PARTS = {
     "denied": "denied and answered",
     "other": "not plain IP, dropped",
 }
+_BUDGET_PARTS = {
+    "over_quota": "refused: no bytes left",
+    "opened": "connections begun within the budget",
+    "over_budget": "refused: no connection left",
+}
+LINK_COUNTERS = (*_PARTS, *_BUDGET_PARTS)
+
+
+def _budgets(lease: LinkWant) -> Objects:
+    """What a link may use up. Objects with names, so that they keep what they know when rules are written
+    anew; what refuses has a counter, since a listing does not tell a quota that is just used up from one that
+    has refused something (nft_quota_do_dump)."""
+    device, things, parts = lease.link.device, Objects(), list[str]()
+    if lease.quota is not None:
+        things[_netdev("quota", f"{device}_quota")] = Quota(bytes=lease.quota, comment="bytes it may send")
+        parts.append("over_quota")
+    if lease.connections is not None:
+        budget = Limit(burst=lease.connections, comment="connections it may ever open")
+        things[_netdev("limit", f"{device}_budget")] = budget
+        parts += ["opened", "over_budget"]
+    for part in parts:
+        things[_netdev("counter", f"{device}_{part}")] = Counter(comment=_BUDGET_PARTS[part])
+    return things
 
 
 def connection_limit(lease: LinkWant, want: WorkspaceWant) -> Objects:
     """The link's limit of open connections: a chain and the element of @connections that leads there. {}
-    when the workspace has no such limit.
+    when the workspace has no such limit, or the link is closed.
 
     A chain for each link, since the rule is what counts. A set's element could count as well, but the kernel
     takes such an element away, limit and all, when it counts no connection (nft_connlimit_gc); and one that
     is made by the packet itself (`add @set { iifname ct count over 9 }`) limits nothing when the set is full.
     """
-    if want.connections is None:
+    if want.connections is None or lease.closed:
         return {}
     device = lease.link.device
     name = f"{device}_connections"
@@ -847,23 +885,56 @@ def _guard(lease: LinkWant, name: str, pools: Pools) -> tuple[str, ...]:
     device = identifier(lease.link.device)
     source4, source6 = pools.sandbox(lease.link)
     denied = f'counter name "{device}_denied"'
-    quota = f'quota name "{device}_quota" {denied} goto {name}_quota'
+    quota = f'quota name "{device}_quota" counter name "{device}_over_quota" {denied} goto {name}_quota'
+    admitted = f"meta mark >= {_LEAST_ADMITTED}"
     shape, unlisted = mark_text(_MARK_SHAPE), mark_text(_MARK_UNLISTED)
     rules = [
-        f'counter name "{device}_in"',
-        # by what the frame says, VLAN tag included, not by what the kernel took it for
-        f'ether type != {{ ip, ip6 }} counter name "{device}_other" drop',
-        # veth takes marks off only on the way between namespaces (skb_scrub_packet)
-        f"meta mark set {_ZERO}",
+        *_plain(device),
         quota if lease.quota is not None else "",
         f"ip saddr {source4} jump {name}_4",
         f"ip6 saddr {source6} jump {name}_6",
-        f'meta mark >= {_LEAST_ADMITTED} counter name "{device}_ok" accept',
+        *(_spending(device, admitted) if lease.connections is not None else ()),
+        f'{admitted} counter name "{device}_ok" accept',
         denied,
         f"meta mark vmap {{ {shape} : goto {name}_shape, {unlisted} : goto {name}_unlisted }}",
         f"goto {name}_source",
     ]
     return tuple(rule for rule in rules if rule)
+
+
+def _plain(device: str) -> tuple[str, ...]:
+    """Of all that comes, what is IP goes on, and not under a mark that it came with."""
+    return (
+        f'counter name "{device}_in"',
+        # by what the frame says, VLAN tag included, not by what the kernel took it for
+        f'ether type != {{ ip, ip6 }} counter name "{device}_other" drop',
+        # veth takes marks off only on the way between namespaces (skb_scrub_packet)
+        f"meta mark set {_ZERO}",
+    )
+
+
+def _guard_closed(lease: LinkWant, name: str) -> tuple[str, ...]:
+    """No rule accepts, and none looks anything up: without any of them, and without all, nothing passes."""
+    device = identifier(lease.link.device)
+    return *_plain(device), f'counter name "{device}_denied" goto {name}_closed'
+
+
+def _spending(device: str, admitted: str) -> tuple[str, str]:
+    """A connection begins with a SYN without ACK, and with nothing else: conntrack knows no other beginning
+    (nf_conntrack_proto_tcp.c: tcp_new, with tcp_loose=0), and what it does not know goes nowhere. So each
+    such segment that the lookup has admitted takes one from the budget, wherever it leads: to a host, the
+    inspector or the relay. One that is sent again, since nobody answered, takes another; a question to the
+    resolver takes none. Nor do datagrams: nothing here knows which of them is a flow's first.
+
+    By the time the budget is asked the element of the lookup has counted the segment: it was admitted, and is
+    refused all the same, as `late` as what is over the limit of open connections.
+    """
+    begins = f"{admitted} {_NOT_A_QUESTION} tcp flags & (syn | ack) == syn"
+    refused = f'counter name "{device}_over_budget" counter name "{device}_ok" goto late_{SPENT}'
+    return (
+        f'{begins} limit name "{device}_budget" {refused}',
+        f'{begins} counter name "{device}_opened"',
+    )
 
 
 # --------------------------------------------------------------------------------------------------

@@ -185,7 +185,7 @@ def _rules(thing: objects.Object | None) -> tuple[str, ...]:
 
 def _removed(have: Objects, leaving: set[Key]) -> Iterator[Operation]:
     """Chains first: sets and counters cannot go while a rule of theirs is there."""
-    order = {"chain": 0, "set": 1, "quota": 2, "counter": 3}
+    order = {"chain": 0, "set": 1, "quota": 2, "limit": 2, "counter": 3}
     for key in sorted(leaving, key=lambda key: (order[key.sort], key)):
         thing = have[key]
         word = thing.word if isinstance(thing, Set) else key.sort

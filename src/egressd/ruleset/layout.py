@@ -56,6 +56,10 @@ INSPECTOR_PORT, RELAY_PORT = 8443, 8444
 ROUTES_STEERED, ROUTES_DIALLED, ROUTES_FORWARD = 100, 101, 200  # routing tables
 UPLINK_MTU = 1500  # what a veth pair has; what the inspector dials is routed to lo first, which has more
 
+# Why a guard refuses the connection after the last of a link's budget: the one loss of what was admitted that
+# happens at the link itself
+SPENT = "budget-connections"
+
 SLOTS = 4
 BLOCKS = 1 << 14
 RESOLVER_BLOCK, UNLISTED_BLOCK = 0, BLOCKS - 1  # not handed out to rules

@@ -1,4 +1,4 @@
-"""What a ruleset is made of: tables of chains, sets, counters and quotas, as plain data, and their nft text.
+"""What a ruleset is made of: chains, sets, counters, quotas and limits, as plain data, and their nft text.
 
 Both sides of every comparison have this shape: `build` makes it from what is wanted, `observe` from what
 the kernel lists. Rules are text in nft's own words; `observe.render` writes the kernel's JSON in the same
@@ -17,8 +17,8 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from typing import Literal, NamedTuple, TypeAlias
 
 __all__ = [
-    "VERDICT", "Address", "Chain", "Counter", "Entry", "Family", "Hook", "Key", "Network", "Objects", "Quota",
-    "Set", "address_text", "identifier", "mark_text", "network_text", "string",
+    "VERDICT", "Address", "Chain", "Counter", "Entry", "Family", "Hook", "Key", "Limit", "Network", "Objects",
+    "Quota", "Set", "address_text", "identifier", "mark_text", "network_text", "string",
 ]  # fmt: skip
 
 Family: TypeAlias = Literal["netdev", "inet"]
@@ -146,15 +146,28 @@ class Quota:
     comment: str = field(default="", compare=False)
 
 
-Object: TypeAlias = Chain | Set | Counter | Quota
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """Matches once more than `burst` packets have been seen, and as good as for ever: it gets one packet back
+    in a week, which is as slow as nft 1.0.6 can say. Having a name it outlives the rules that ask it.
+
+    The kernel counts in nanoseconds, `burst` times 6.048e14 of them in 64 bits, and compares signed numbers
+    (nft_limit_eval): right up to 15,250.
+    """
+
+    burst: int
+    comment: str = field(default="", compare=False)
+
+
+Object: TypeAlias = Chain | Set | Counter | Quota | Limit
 
 
 class Key(NamedTuple):
-    """What names an object within both tables. Chains, sets and maps, counters and quotas have namespaces
-    of their own in the kernel; so here."""
+    """What names an object within both tables. Chains, sets and maps, counters, quotas and limits have
+    namespaces of their own in the kernel; so here."""
 
     family: Family
-    sort: Literal["chain", "set", "counter", "quota"]
+    sort: Literal["chain", "set", "counter", "quota", "limit"]
     name: str
 
     def path(self, table: str) -> str:
@@ -173,6 +186,9 @@ def make(key: Key, thing: Object, table: str) -> Iterator[str]:
         case Quota(bytes=limit, comment=comment):
             note = f" comment {string(comment)};" if comment else ""
             yield f"add quota {path} {{ over {int(limit)} bytes;{note} }}"
+        case Limit(burst=burst, comment=comment):
+            note = f" comment {string(comment)};" if comment else ""
+            yield f"add limit {path} {{ rate over 1/week burst {int(burst)} packets;{note} }}"
         case Set(partial=True):
             return
         case Set():

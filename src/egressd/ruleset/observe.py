@@ -18,7 +18,7 @@ from typing import Any, TypeAlias, cast
 
 from msgspec import Struct
 
-from egressd.ruleset.layout import TABLE
+from egressd.ruleset.layout import SPENT, TABLE
 from egressd.ruleset.objects import (
     Chain,
     Counter,
@@ -26,6 +26,7 @@ from egressd.ruleset.objects import (
     Family,
     Hook,
     Key,
+    Limit,
     Objects,
     Quota,
     Set,
@@ -52,7 +53,8 @@ class Tally(Struct, frozen=True, array_like=True):
 
 
 class LinkCounts(Struct, frozen=True):
-    """One link's books: in_ = ok + denied + other, exactly."""
+    """One link's books: in_ = ok + denied + other, exactly. What its budget of connections refused had been
+    admitted, and counts as such."""
 
     in_: Tally = Tally()
     ok: Tally = Tally()
@@ -60,6 +62,8 @@ class LinkCounts(Struct, frozen=True):
     other: Tally = Tally()
     quota_used: int | None = None  # bytes; None: no quota
     quota: int | None = None
+    connections_used: int | None = None  # connections opened; None: no budget of them
+    connections: int | None = None
 
 
 class ElementCount(Struct, frozen=True):
@@ -92,7 +96,7 @@ class Counters(Struct, frozen=True):
     """Every number in the two tables."""
 
     links: dict[str, LinkCounts]  # by device, "eg7"
-    denied: dict[str, dict[str, Tally]]  # workspace -> reason ("unlisted", "source", "shape", "quota")
+    denied: dict[str, dict[str, Tally]]  # workspace -> reason, one of build.DENIALS
     unlisted: dict[str, Tally]  # workspace -> admitted though on no list (guard off or observe)
     elements: tuple[ElementCount, ...]
     replies: dict[int, Tally]  # by mark
@@ -138,6 +142,8 @@ def parse(listing: Json, chains: str = "", *, table: str = TABLE) -> Observed:
                 things[Key(family, "counter", body["name"])] = Counter()
             case "quota":
                 things[Key(family, "quota", body["name"])] = _quota(body)
+            case "limit":
+                things[Key(family, "limit", body["name"])] = _limit(body)
             case "set" | "map":
                 things[Key(family, "set", body["name"])] = _set(body)
             case _:
@@ -200,6 +206,13 @@ def _hook(body: Json, devices: Mapping[str, str] | None) -> Hook | None:
 def _quota(body: Json) -> Quota:
     # one that matches until it is used up would let everything after it be judged: not ours
     return Quota(bytes=body["bytes"] if body.get("inv") else -1)
+
+
+def _limit(body: Json) -> Limit:
+    match body:  # one of bytes has units; one that is not `over` matches until it is used up: not ours
+        case {"rate": 1, "per": "week", "burst": int(burst), "inv": True, **rest} if "burst_unit" not in rest:
+            return Limit(burst=burst)
+    return Limit(burst=-1)
 
 
 def _set(body: Json) -> Set:
@@ -313,7 +326,7 @@ def _expression(item: Json) -> str:
     match word, body:
         case (("accept" | "drop" | "return" | "masquerade" | "notrack"), None):
             return str(word)
-        case (("counter" | "quota"), str(name)):
+        case (("counter" | "quota" | "limit"), str(name)):
             return f'{word} name "{name}"'
         case (("jump" | "goto"), {"target": str(target), **rest}) if not rest:
             return f"{word} {target}"
@@ -392,18 +405,23 @@ def _operand(operand: Any, *, mark: bool = False, quoted: bool = False) -> str:
             return f"{protocol} {name}"
         case {"&": [left, right]} | {"|": [left, right]} if len(operand) == 1:
             [sign] = operand
-            return f"{_operand(left)} {sign} {_operand(right, mark=_is_mark(left))}"
+            return f"{_operand(left)} {sign} {_mask(right, mark=_is_mark(left))}"
         case {"concat": list(parts), **rest} if not rest:
             return " . ".join(_operand(part) for part in parts)
         case {"map": target, **rest} if not rest:
             return _lookup(target)
         case list(flags):
             return ",".join(_operand(flag) for flag in flags)
-        case {"set": list(members), **rest} if not rest:
-            return f"{{ {', '.join(_member(member) for member in members)} }}"
-        case {"prefix": _}:
+        case {"set": _} | {"prefix": _}:
             return _member(operand)
     raise _ForeignError("operand")
+
+
+def _mask(mask: Any, *, mark: bool) -> str:
+    """A number; or flags by their names, several of them as nft reads them there."""
+    if isinstance(mask, list):
+        return f"({' | '.join(_operand(flag) for flag in mask)})"
+    return _operand(mask, mark=mark)
 
 
 def _lookup(target: Json) -> str:
@@ -434,13 +452,17 @@ def _member(member: Any) -> str:
             return str(ip_network(f"{address}/{length}"))
         case {"prefix": _}:  # of a number: nft's word for its upper bits
             raise _ForeignError("prefix")
+        case {"set": list(members), **rest} if not rest:
+            return f"{{ {', '.join(_member(each) for each in members)} }}"
+        case {"set": _}:
+            raise _ForeignError("set")
     return _operand(member)
 
 
 # --------------------------------------------------------------------------------------------------
 # numbers
 
-_COUNTER = re.compile(r"(?P<link>eg[1-9][0-9]*)_(?P<part>in|ok|denied|other)")
+_COUNTER = re.compile(r"(?P<link>eg[1-9][0-9]*)_(?P<part>in|ok|denied|other|opened)")
 _REASON = re.compile(r"(?P<workspace>[a-z][a-z0-9-]*)_(?P<reason>[a-z]+)_denied")
 _UNLISTED = re.compile(r"(?P<workspace>[a-z][a-z0-9-]*)_unlisted_ok")
 _MAP = re.compile(r"(?P<workspace>[a-z][a-z0-9-]*)_(?:out|cidr)[46]")
@@ -450,6 +472,7 @@ def counters(listing: Json, *, table: str = TABLE) -> Counters:
     """From `nft -j list ruleset`, or any listing that holds our tables. ValueError if it is no listing."""
     named: dict[tuple[str, str], Tally] = {}
     quotas: dict[str, tuple[int, int]] = {}
+    budgets: dict[str, int] = {}
     sets: dict[tuple[str, str], Json] = {}
     for sort, body in _ours(listing, table):
         match sort:
@@ -457,19 +480,21 @@ def counters(listing: Json, *, table: str = TABLE) -> Counters:
                 named[body["family"], body["name"]] = Tally(body["packets"], body["bytes"])
             case "quota":
                 quotas[body["name"].removesuffix("_quota")] = (body["used"], body["bytes"])
+            case "limit":
+                budgets[body["name"].removesuffix("_budget")] = body["burst"]
             case "set" | "map":
                 sets[body["family"], body["name"]] = body
     guard = {name: tally for (family, name), tally in named.items() if family == "netdev"}
     after = {name: tally for (family, name), tally in named.items() if family == "inet"}
     elements = tuple(_element_counts(sets))
     return Counters(
-        links=_links(guard, quotas),
+        links=_links(guard, quotas, budgets),
         denied=_denied(guard),
         unlisted={match["workspace"]: tally for match, tally in _matching(_UNLISTED, guard)},
         elements=elements,
         replies=_by_mark(sets.get(("inet", "in"), {})),
         opened=_by_mark(sets.get(("inet", "opened"), {})),
-        late={name.removeprefix("late_"): tally for name, tally in after.items() if name.startswith("late_")},
+        late=_late(guard, after),
         stray=after.get("stray", Tally()),
         dialled=tuple(_dial_counts(sets, {_index(e.mark): e.workspace for e in elements})),
     )
@@ -481,7 +506,16 @@ def _matching(pattern: re.Pattern[str], named: Mapping[str, Tally]) -> Iterator[
             yield match, tally
 
 
-def _links(named: Mapping[str, Tally], quotas: Mapping[str, tuple[int, int]]) -> dict[str, LinkCounts]:
+def _late(guard: Mapping[str, Tally], after: Mapping[str, Tally]) -> dict[str, Tally]:
+    """A workspace may be called `late`: at the links only what has exactly our name is nobody's own."""
+    spent = {name: guard[name] for name in (f"late_{SPENT}",) if name in guard}
+    late = {name: tally for name, tally in after.items() if name.startswith("late_")} | spent
+    return {name.removeprefix("late_"): tally for name, tally in late.items()}
+
+
+def _links(
+    named: Mapping[str, Tally], quotas: Mapping[str, tuple[int, int]], budgets: Mapping[str, int]
+) -> dict[str, LinkCounts]:
     parts: dict[str, dict[str, Tally]] = {}
     for match, tally in _matching(_COUNTER, named):
         parts.setdefault(match["link"], {})[match["part"]] = tally
@@ -493,6 +527,8 @@ def _links(named: Mapping[str, Tally], quotas: Mapping[str, tuple[int, int]]) ->
             other=found.get("other", Tally()),
             quota_used=quotas[device][0] if device in quotas else None,
             quota=quotas[device][1] if device in quotas else None,
+            connections_used=found.get("opened", Tally()).packets if device in budgets else None,
+            connections=budgets.get(device),
         )
         for device, found in parts.items()
     }
