@@ -56,7 +56,7 @@ declare -gA _egressctl_options=(
     ["egressctl barrier add"]="-h --help --json --run-dir -w --workspace --broker-config --store"
     ["egressctl barrier remove"]="-h --help --json --run-dir -w --workspace --broker-config --store"
     ["egressctl barrier list"]="-h --help --json --run-dir -w --workspace --broker-config --store"
-    ["egressctl ask"]="-h --help --json --run-dir -w --workspace --inference --file --candidates --network --receipt --proof --no-stream --token-file --broker --ca --cert --key"
+    ["egressctl ask"]="-h --help --json --run-dir -w --workspace --inference --file --candidates --network --receipt --proof --manifest --no-stream --token-file --broker --ca --cert --key"
 )
 declare -gA _egressctl_arguments=(
     ["egressctl run"]="command"
@@ -250,6 +250,7 @@ declare -gA _egressctl_values=(
     ["egressctl ask --network"]="none"
     ["egressctl ask --receipt"]="file"
     ["egressctl ask --proof"]="file"
+    ["egressctl ask --manifest"]="file"
     ["egressctl ask --token-file"]="file"
     ["egressctl ask --broker"]="none"
     ["egressctl ask --ca"]="file"

@@ -297,6 +297,7 @@ complete -c egressctl -n '__fish_seen_subcommand_from ask' -l candidates -r -F -
 complete -c egressctl -n '__fish_seen_subcommand_from ask' -l network -x -d 'none: without any network'
 complete -c egressctl -n '__fish_seen_subcommand_from ask' -l receipt -r -F -d 'write what was shown and done, with signed evidence'
 complete -c egressctl -n '__fish_seen_subcommand_from ask' -l proof -r -F -d 'write the signed evidence alone, for egressctl verify'
+complete -c egressctl -n '__fish_seen_subcommand_from ask' -l manifest -r -F -d 'write the MANIFEST.json that it was shown, for egressctl verify'
 complete -c egressctl -n '__fish_seen_subcommand_from ask' -l no-stream -d 'write the output when it is whole'
 complete -c egressctl -n '__fish_seen_subcommand_from ask' -l token-file -r -F -d 'holds your ID token (else $EGRESSD_TOKEN does)'
 complete -c egressctl -n '__fish_seen_subcommand_from ask' -l broker -x -d 'unix:PATH or https://HOST:PORT ($EGRESSD_BROKER, else the usual socket)'

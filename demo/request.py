@@ -152,7 +152,7 @@ def requested(stage: Stage) -> None:
     request = asked(desk, anna, bert)
     not_told(desk, anna)
     without_network(desk, anna)
-    proved(desk, anna, request)
+    proved(desk, request)
     left(desk, anna)
     desk.broker.signal(15)
     desk.broker.wait(30)
@@ -237,7 +237,9 @@ def asked(desk: Desk, anna: str, bert: str) -> str:
     told = desk.ask(
         anna, "--candidates", found,
         "--receipt", desk.paper("anna.json"), "--proof", desk.paper("anna.proof"),
-        shown=f"echo '{QUESTION}' | egressctl ask -w people --candidates found.txt --proof anna.proof",
+        "--manifest", desk.paper("MANIFEST.json"),
+        shown=f"echo '{QUESTION}' | egressctl ask -w people --candidates found.txt --proof anna.proof"
+        " --manifest MANIFEST.json",
     )  # fmt: skip
     story.expect(held=_answer(told) == _texts(*PLAIN), text="the model was shown two documents of three")
     told = desk.ask(
@@ -325,14 +327,9 @@ def without_network(desk: Desk, anna: str) -> None:
 # ---- what remains to be shown, and what remains
 
 
-def proved(desk: Desk, anna: str, request: str) -> None:
+def proved(desk: Desk, request: str) -> None:
     stage, story = desk.stage, desk.stage.story
     story.say("What Anna's first request was shown, for somebody who was not there:")
-    told = desk.ask(
-        anna, "--candidates", f"{desk.home}/found.txt", "--", "cat", "/work/MANIFEST.json",
-        shown="egressctl ask -w people --candidates found.txt -- cat /work/MANIFEST.json | tee MANIFEST.json",
-    )  # fmt: skip
-    stage.lab.path("evidence/MANIFEST.json").write_text(told.out)
     story.command(
         "unshare --user --net egressctl verify anna.proof --key egressd.pem --manifest MANIFEST.json"
     )

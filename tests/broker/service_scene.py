@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
+import msgspec
 
 from egressd.access.documents import Acl, Asker, Document, Rules
 from egressd.access.principals import Identity
@@ -29,6 +30,7 @@ from egressd.broker.web.app import App
 from egressd.broker.witness import Note
 from egressd.model.errors import Refused
 from egressd.model.verdicts import Reason
+from egressd.vault import manifest
 
 EVERYBODY = "group:idp:staff"
 DIGEST = "sha256:" + "ab" * 32
@@ -157,6 +159,9 @@ class FakeTalk:
         said = await self.says.get()
         if isinstance(said, BaseException):
             raise said
+        if said is PROJECTED:
+            made = manifest.digest_of(manifest.written(self.job.copies))
+            return msgspec.structs.replace(PROJECTED, manifest=made)
         return said
 
     def go(self) -> None:
@@ -171,7 +176,7 @@ class FakeTalk:
         self.closed = True
 
 
-PROJECTED = jobs.Projected(manifest="sha256:" + "cd" * 32, files=1, octets=5, seconds=0.01)
+PROJECTED = jobs.Projected(manifest="", files=1, octets=5, seconds=0.01)  # with what the job says
 STARTED = jobs.Started(link=41, policy="sha256:" + "ef" * 32)
 
 

@@ -40,7 +40,7 @@ class Journal:
         self.records.append((workspace, event, dict(fields)))
 
     @property
-    def whats(self) -> list[str]:
+    def changes(self) -> list[str]:
         return [str(fields.get("what", event)) for _, event, fields in self.records]
 
 

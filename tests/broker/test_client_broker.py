@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import socket
 import threading
 from collections.abc import Iterator
@@ -43,6 +44,11 @@ def test_asking_and_waiting_for_the_end(served: Serving, broker: Broker) -> None
     assert [one["id"] for one in broker.list()] == [result.id]
     assert broker.receipt(result.id) == result.receipt
     assert broker.receipt(result.id, proof=True)["payload"] == "acme eg41"
+    listed = broker.manifest(result.id)
+    assert f"sha256:{hashlib.sha256(listed).hexdigest()}" == result.receipt["manifest"]
+    with Broker(str(served.address), token="bob") as other, pytest.raises(Answered) as told:
+        other.manifest(result.id)
+    assert told.value.status == 404
 
 
 def test_reading_what_is_written_as_it_comes(served: Serving, broker: Broker) -> None:

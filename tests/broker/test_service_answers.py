@@ -4,6 +4,7 @@ scene, handed to its constructor."""
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from typing import Any
 
@@ -14,8 +15,12 @@ from service_scene import CONFIG, DIGEST, PROJECTED, STARTED, Scene, ended, out,
 from egressd.access.authorise import authorise
 from egressd.access.roles import Role
 from egressd.broker.config import BrokerConfig, ServiceLimits
+from egressd.broker.inferences import State
 
 NOBODY_ELSE = "r-" + "a" * 26
+MANIFEST = b'{"files":[{"id":"handbook:a.md","path":"handbook/a.md","sha256":"%s","size":5}]}\n' % (
+    b"ab" * 32
+)
 
 
 def with_limits(**limits: Any) -> BrokerConfig:
@@ -54,7 +59,10 @@ def test_an_answer_and_its_receipt() -> None:
         }
         receipt = result["receipt"]
         assert receipt["files"] == [{"id": "handbook:a.md", "sha256": DIGEST.removeprefix("sha256:")}]
-        assert receipt["manifest"] == PROJECTED.manifest
+        listed = await client.get(f"/v1/inferences/{document['id']}/manifest")
+        assert (listed.status_code, listed.headers["content-type"]) == (200, "application/json")
+        assert listed.content == MANIFEST
+        assert receipt["manifest"] == f"sha256:{hashlib.sha256(MANIFEST).hexdigest()}"
         assert receipt["network"] == {
             "mode": "policy",
             "link": 41,
@@ -149,6 +157,9 @@ UNSEEN: list[tuple[str, str, str, str, Any]] = [
     ("nobody's output", "bob", "GET", f"/v1/inferences/{NOBODY_ELSE}/output", None),
     ("somebody else's receipt", "bob", "GET", "/v1/inferences/THEIRS/receipt", None),
     ("somebody else's proof", "bob", "GET", "/v1/inferences/THEIRS/receipt?proof=1", None),
+    ("somebody else's manifest", "bob", "GET", "/v1/inferences/THEIRS/manifest", None),
+    ("a stranger's manifest", "mallory", "GET", "/v1/inferences/THEIRS/manifest", None),
+    ("nobody's manifest", "bob", "GET", f"/v1/inferences/{NOBODY_ELSE}/manifest", None),
     ("ending somebody else's", "bob", "DELETE", "/v1/inferences/THEIRS", None),
     ("ending nobody's", "bob", "DELETE", f"/v1/inferences/{NOBODY_ELSE}", None),
     ("no inference's name", "bob", "GET", "/v1/inferences/x", None),
@@ -536,5 +547,30 @@ def test_a_receipt_is_of_what_has_ended() -> None:
         id = (await client.post("/v1/inferences", json=request())).json()["id"]
         for path in ("receipt", "receipt?proof=1"):
             assert (await client.get(f"/v1/inferences/{id}/{path}")).status_code == 409
+
+    run(scene, play)
+
+
+def test_a_manifest_is_of_what_has_begun() -> None:
+    """Before that nothing had it, and it may never be had."""
+    scene = Scene()
+    scene.runners.by_itself = None
+
+    async def play(client: httpx.AsyncClient) -> None:
+        id = (await client.post("/v1/inferences", json=request(files=["handbook:a.md"]))).json()["id"]
+        path = f"/v1/inferences/{id}/manifest"
+        await until(lambda: scene.runners.talks)
+        (talk,) = scene.runners.talks
+        assert (await client.get(path)).status_code == 409
+        talk.says.put_nowait(PROJECTED)
+        await until(lambda: talk.heard)
+        assert (await client.get(path)).status_code == 409
+        talk.says.put_nowait(STARTED)
+        await until(lambda: scene.service.inferences.get(id).state is State.RUNNING)  # type: ignore[union-attr]
+        assert (await client.get(path)).content == MANIFEST
+        scene.runners.by_itself = [PROJECTED, ended(status=125, refused="no sandbox")]
+        other = (await client.post("/v1/inferences?wait=5", json=request())).json()["id"]
+        told = await client.get(f"/v1/inferences/{other}/manifest")
+        assert (told.status_code, told.json()["detail"]) == (409, "nothing was run, so nothing was shown")
 
     run(scene, play)

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from service_scene import CONFIG, EVERYBODY, PROJECTED, STARTED, Scene, ended, out, request, until, user
 
@@ -16,9 +17,11 @@ from egressd.access.roles import Role
 from egressd.broker.config import BrokerConfig, Inference, ServiceLimits, WorkspaceConfig
 from egressd.broker.inferences import Inference as Remembered
 from egressd.broker.inferences import Inferences, State
+from egressd.broker.runners import jobs
 from egressd.broker.service import Service
 from egressd.model.errors import ProtocolError, Refused
 from egressd.model.verdicts import Reason
+from egressd.vault import manifest
 
 
 def run(scene: Scene, play: Callable[[httpx.AsyncClient], Awaitable[Any]]) -> Any:
@@ -133,6 +136,48 @@ def test_a_store_that_has_not_moved_is_not_read_again() -> None:
         talk.says.put_nowait(PROJECTED)
         await until(lambda: talk.heard)
         assert talk.heard == ["go"]
+
+    run(scene, play)
+
+
+@pytest.mark.parametrize("change", [
+    lambda copies: [],
+    lambda copies: copies[:1],
+    lambda copies: [*copies, msgspec.structs.replace(copies[0], id="handbook:secret.md")],
+    lambda copies: [copies[0], msgspec.structs.replace(copies[1], digest="sha256:" + "0" * 64)],
+    lambda copies: [copies[0], msgspec.structs.replace(copies[1], size=6)],
+    lambda copies: [copies[0], msgspec.structs.replace(copies[1], id="handbook:c.md")],
+], ids=["nothing", "one too few", "one too many", "other bytes", "another size", "another name"])  # fmt: skip
+def test_a_runner_that_copied_something_else_is_stopped(change: Callable[[Any], Any]) -> None:
+    """Its own word for what it did is compared with what was decided; the record says that, too."""
+    scene = waiting()
+
+    async def play(client: httpx.AsyncClient) -> None:
+        id, talk = await begun(scene, client, files=["handbook:a.md", "handbook:b.md"])
+        made = manifest.digest_of(manifest.written(change(list(talk.job.copies))))
+        talk.says.put_nowait(jobs.Projected(manifest=made, files=2, octets=10, seconds=0.01))
+        told = await state(client, id, 5)
+        assert talk.heard == ["stop: it could not be run; the reason is on record under its number"]
+        assert (told["state"], told["result"]["why"]) == ("refused", talk.heard[0].removeprefix("stop: "))
+        assert told["result"]["receipt"]["manifest"] == ""
+        assert (await client.get(f"/v1/inferences/{id}/manifest")).status_code == 409
+        (note,) = scene.witness.notes
+        assert (note.request, note.workspace, note.asker, note.code) == (id, "acme", user("alice"), 500)
+        assert note.text().startswith("its runner copied something else than what was decided: sha256:")
+        assert note.text().endswith(f"it has '{made}'")
+
+    run(scene, play)
+
+
+def test_a_runner_that_copied_what_was_decided_in_another_order_goes() -> None:
+    scene = waiting()
+
+    async def play(client: httpx.AsyncClient) -> None:
+        _, talk = await begun(scene, client, files=["handbook:b.md", "handbook:a.md"])
+        made = manifest.digest_of(manifest.written(talk.job.copies[::-1]))
+        talk.says.put_nowait(jobs.Projected(manifest=made, files=2, octets=10, seconds=0.01))
+        await until(lambda: talk.heard)
+        assert (talk.heard, scene.witness.notes) == (["go"], [])
 
     run(scene, play)
 

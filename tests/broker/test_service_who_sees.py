@@ -16,7 +16,7 @@ from service_scene import DIGEST, EVERYBODY, Scene, ended, identity, request, us
 
 from egressd.broker import service
 from egressd.broker.identity.keyring import MAX_WAITING
-from egressd.broker.inferences import Inference, Inferences, State
+from egressd.broker.inferences import Inference, Inferences, Shown, State
 from egressd.broker.service import told_at
 from egressd.broker.web import requests
 
@@ -108,7 +108,7 @@ def test_no_role_reads_what_another_was_shown(what: str, then: dict[str, Any], r
             assert ("receipt" in told["result"], "output" in told["result"]) == (readable, readable)
             assert ("handbook" in str(told), "hello" in str(told)) == (readable, readable)
             nothing = await admin.get("/v1/inferences/r-" + "a" * 26)
-            for below in ("output", "receipt", "receipt?proof=1"):
+            for below in ("output", "receipt", "receipt?proof=1", "manifest"):
                 found = await admin.get(f"/v1/inferences/{id}/{below}")
                 assert found.status_code == (200 if readable else 404), below
                 if not readable:
@@ -154,7 +154,7 @@ def test_nothing_runs_for_a_stream_that_was_never_begun() -> None:
 
 
 def remembered(number: int) -> Inference:
-    files = tuple((f"handbook:{name}.md", DIGEST) for name in range(3))
+    files = tuple(Shown(f"handbook:{name}.md", DIGEST, 5) for name in range(3))
     made = Inference(f"r-{number}", "a", "acme", "default", "viewer", None, files, "policy", "")
     made.state = State.ENDED
     return made

@@ -151,6 +151,38 @@ def test_what_each_role_may_do(
     assert {name for name, call in calls.items() if reason(call) == "done"} == allowed
 
 
+@pytest.mark.parametrize(
+    ("groups", "says"),
+    [
+        ({FINANCE}, "you stand behind it yourself"),
+        ({RESEARCH, STAFF}, "you stand behind it yourself"),
+        ({FINANCE, RESEARCH}, "you stand behind it yourself"),
+        ({STAFF}, ""),
+        (set(), ""),
+    ],
+)
+def test_a_barrier_is_not_taken_away_by_who_stands_behind_it(
+    store: Store, made: tuple[Administration, Journal], groups: set[str], says: str
+) -> None:
+    """Whichever way it is named, and whatever their role; they may put one up all the same."""
+    to, journal = made
+    who = asker("ann", *groups)
+    give(store, "user:okta:ann", Role.OWNER)
+    assert to.add_barrier(who, "acme", FINANCE, RESEARCH) is True
+    for a, b in ((FINANCE, RESEARCH), (RESEARCH, FINANCE)):
+        if says:
+            with pytest.raises(Refused, match=says) as refused:
+                to.remove_barrier(who, "acme", a, b)
+            assert refused.value.reason is Reason.MEMBER
+            assert store.barriers("acme") == ((FINANCE, RESEARCH),)
+            assert journal.changes == ["barrier-added"]
+        else:
+            assert to.remove_barrier(who, "acme", a, b) is True
+            assert store.barriers("acme") == ()
+            to.add_barrier(who, "acme", a, b)
+    assert to.remove_barrier(OPERATOR, "acme", FINANCE, RESEARCH) is True
+
+
 def test_the_role_that_counts_is_the_one_at_the_moment_of_the_change(
     store: Store, made: tuple[Administration, Journal]
 ) -> None:
@@ -178,7 +210,7 @@ def test_the_last_owner_stays(
     to.set_member(who, "acme", "user:okta:ann", Role.OWNER, "internal")  # an owner still
     to.set_member(who, "acme", STAFF, Role.OWNER, "internal")
     to.remove_member(who, "acme", "user:okta:ann")
-    assert journal.whats == ["member-set", "member-set", "member-removed"]
+    assert journal.changes == ["member-set", "member-set", "member-removed"]
 
 
 def test_nobody_gives_a_clearance_that_they_do_not_have(
@@ -357,7 +389,7 @@ def test_what_was_recorded_and_then_failed_is_recorded_as_not_made(
     with pytest.raises(KeyError), to.changing(OPERATOR, "acme", Right.SET_MEMBERS) as turn:
         turn.changed("member-set", principal=DOT)
         raise KeyError
-    assert journal.whats == ["member-set", "not-made"]
+    assert journal.changes == ["member-set", "not-made"]
     assert journal.records[1][2] == {
         "what": "not-made", "event": "access-changed", "of": "member-set", "by": "uid 0 (root)",
         "generation": 1,
@@ -375,7 +407,7 @@ def test_what_changes_nothing_is_not_recorded_and_moves_nothing(
     assert to.remove_member(OPERATOR, "acme", DOT) is None
     assert to.add_barrier(OPERATOR, "acme", RESEARCH, FINANCE) is False
     assert to.remove_barrier(OPERATOR, "acme", RESEARCH, STAFF) is False
-    assert journal.whats == ["member-set", "barrier-added"]
+    assert journal.changes == ["member-set", "barrier-added"]
     assert store.generation("acme") == 2
 
 
@@ -409,7 +441,7 @@ def test_a_change_of_trust_judges_what_is_stored_at_once(
     }  # fmt: skip
     to.set_trust(OPERATOR, "acme", "vault", front_matter=False, read=frozenset())
     assert set(readers().values()) == {(frozenset(), "public")}
-    assert journal.whats == ["trust-set"] * 3
+    assert journal.changes == ["trust-set"] * 3
     assert journal.records[1][2]["read"] == '["group:okta:staff"]'
     assert journal.records[1][2]["read_before"] == "[]"
 

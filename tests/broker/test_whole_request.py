@@ -182,6 +182,7 @@ def test_what_is_shown_asked_answered_and_proved(whole: Whole) -> None:
     told = whole.ask(
         whole.token("u-anna", "staff"), "-w", "acme", "--candidates", f"{whole.inside}/found",
         "--receipt", f"{whole.inside}/asker/job.json", "--proof", f"{whole.inside}/asker/job.proof",
+        "--manifest", f"{whole.inside}/asker/MANIFEST.json",
         stdin="How many days?",
     )  # fmt: skip
     assert told.status == 0, told.err + whole.process.err
@@ -198,8 +199,14 @@ def test_what_is_shown_asked_answered_and_proved(whole: Whole) -> None:
     assert receipt["signed"]["signatures"]
     for name in ("salaries", "plans", "none.md", "discarded"):
         assert name not in json.dumps(receipt)
-    verified = whole.daemon.ctl("verify", f"{whole.inside}/asker/job.proof")
+    listed = out / "MANIFEST.json"
+    words = ["verify", f"{whole.inside}/asker/job.proof", "--manifest", f"{whole.inside}/asker/MANIFEST.json"]
+    verified = whole.daemon.ctl(*words)
     assert verified.status == 0, verified.out + verified.err
+    assert "The manifest that was given is the one that was put on record." in verified.out
+    assert [file["id"] for file in json.loads(listed.read_text())["files"]] == ["handbook:leave.md"]
+    listed.write_text(listed.read_text().replace("leave", "lease"))
+    assert whole.daemon.ctl(*words).status == 1
     poll(lambda: any(r["event"] == "request-ended" for r in whole.records(receipt["request"])), timeout=10)
     events = [record["event"] for record in whole.records(receipt["request"])]
     assert events.index("request-decided") < events.index("request-ended")

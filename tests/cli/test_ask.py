@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -118,6 +119,25 @@ def test_the_receipt_holds_its_evidence(ask: Any, tmp_path: Path) -> None:
     found = json.loads(receipt.read_text())
     assert (found["status"], found["signed"]["payload"]) == (0, "acme eg41")
     assert json.loads(proof.read_text())["payload"] == "acme eg41"
+
+
+def test_the_manifest_is_the_one_on_the_receipt(ask: Any, tmp_path: Path) -> None:
+    kept = [str(tmp_path / name) for name in ("job.json", "job.proof", "MANIFEST.json")]
+    words = ["--receipt", kept[0], "--proof", kept[1], "--manifest", kept[2]]
+    assert ask("-w", "acme", "--file", "handbook:a.md", *words).status == 0
+    listed = Path(kept[2]).read_bytes()
+    assert [file["path"] for file in json.loads(listed)["files"]] == ["handbook/a.md"]
+    receipt = json.loads(Path(kept[0]).read_text())
+    assert receipt["manifest"] == f"sha256:{hashlib.sha256(listed).hexdigest()}"
+    assert Path(kept[1]).exists()
+
+
+def test_of_what_never_ran_there_is_no_manifest(served: Serving, ask: Any, tmp_path: Path) -> None:
+    served.scene.runners.by_itself = [ended(status=0, refused="a reason")]
+    told = ask("-w", "acme", "--manifest", str(tmp_path / "MANIFEST.json"))
+    assert told.status == 125
+    assert "there is no manifest of it: nothing was run" in told.err
+    assert list(tmp_path.glob("MANIFEST*")) == []
 
 
 def test_a_success_without_the_receipt_that_was_asked_for_is_none(ask: Any, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from egressd.access.principals import Identity
 from egressd.access.roles import Role
-from egressd.broker.store import Store
+from egressd.broker.store.store import Store
 from egressd.ipc import messages
 
 ANN, STAFF = "user:okta:ann", "group:okta:staff"

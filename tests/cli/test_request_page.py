@@ -13,8 +13,8 @@ from egressd.access import acl_file, front_matter
 from egressd.access.documents import LEVELS
 from egressd.access.roles import LEAST
 from egressd.broker import config
-from egressd.broker.identity import Unauthenticated, Verifier
-from egressd.broker.requests import LIMITS
+from egressd.broker.identity.tokens import Unauthenticated, Verifier
+from egressd.broker.web.requests import LIMITS
 from egressd.policy import document
 from egressd.policy.compiled import Guard
 

@@ -19,9 +19,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from provider_process import INSTALLED, Provider, Running, private_jwk
 
 from egressd.access.claims import Provider as Habits
-from egressd.broker.identity import Code, Unauthenticated, Verifier
-from egressd.broker.issuers import Issuer, Nonce
-from egressd.broker.keyring import COOLDOWN, FRESH, STALE
+from egressd.broker.identity.issuers import Issuer, Nonce
+from egressd.broker.identity.keyring import COOLDOWN, FRESH, STALE
+from egressd.broker.identity.tokens import Code, Unauthenticated, Verifier
 
 pytestmark = pytest.mark.idp
 

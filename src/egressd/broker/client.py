@@ -203,19 +203,22 @@ class Broker:
         """What became of it; with `proof` the signed evidence, a DSSE envelope for `egressctl verify`."""
         return self._call("GET", f"/v1/inferences/{_id(id)}/receipt", params={"proof": "1"} if proof else {})
 
+    def manifest(self, id: str) -> bytes:
+        """MANIFEST.json as its sandbox had it, byte for byte: which files it was shown."""
+        response = self._answer("GET", f"/v1/inferences/{_id(id)}/manifest")
+        _document(response)
+        return response.content
+
     # ---- HTTP
 
     def _call(self, method: str, path: str, *, body: Any = None, params: Any = None) -> dict[str, Any]:
+        return _document(self._answer(method, path, body=body, params=params))
+
+    def _answer(self, method: str, path: str, *, body: Any = None, params: Any = None) -> httpx.Response:
         response = self._send(self._http.build_request(method, path, json=body, params=params))
         if response.is_error:
             raise _problem(response)
-        try:
-            document = response.json()
-        except ValueError as error:
-            raise NotAnswered("what answers is no broker: its answer is not JSON") from error
-        if not isinstance(document, dict):
-            raise NotAnswered("what answers is no broker: its answer is no document")
-        return document
+        return response
 
     def _send(self, request: httpx.Request, *, stream: bool = False) -> httpx.Response:
         try:
@@ -287,6 +290,16 @@ def _problem(response: httpx.Response) -> EgressdError:
         return NotAnswered(f"what answers is no broker: HTTP status {response.status_code}")
     retry = response.headers.get("retry-after", "")
     return Answered(document, response.status_code, retry_after=float(retry) if retry.isdecimal() else None)
+
+
+def _document(response: httpx.Response) -> dict[str, Any]:
+    try:
+        document = response.json()
+    except ValueError as error:
+        raise NotAnswered("what answers is no broker: its answer is not JSON") from error
+    if not isinstance(document, dict):
+        raise NotAnswered("what answers is no broker: its answer is no document")
+    return document
 
 
 def _documents(response: httpx.Response) -> Iterator[dict[str, Any]]:

@@ -13,12 +13,12 @@ import bisect
 import enum
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from egressd.broker.runners.jobs import Job
 from egressd.broker.web.requests import spelled
 
-__all__ = ["Inference", "Inferences", "Piece", "State"]
+__all__ = ["Inference", "Inferences", "Piece", "Shown", "State"]
 
 _PIECE = 256  # bytes that one takes, about, and to which small ones are put together
 
@@ -60,6 +60,14 @@ def text_or_base64(data: bytes) -> dict[str, str]:
         return {"base64": base64.b64encode(data).decode("ascii")}
 
 
+class Shown(NamedTuple):
+    """A document that it is shown, as it was ingested."""
+
+    id: str
+    digest: str  # sha256:...
+    size: int  # bytes
+
+
 @dataclass(slots=True)
 class Inference:
     """`job` holds what it is shown; nothing of it that was not cleared is here."""
@@ -70,7 +78,7 @@ class Inference:
     action: str
     role: str
     job: Job | None
-    files: tuple[tuple[str, str], ...]  # identifier and digest of what it is shown
+    files: tuple[Shown, ...]
     network: str
     asked: str  # as a record spells a time
     state: State = State.DECIDING
@@ -81,7 +89,7 @@ class Inference:
     destroyed: bool = False
     link: int | None = None
     policy: str = ""
-    manifest: str = ""
+    manifest: str = ""  # sha256:... of MANIFEST.json, once that is there and is what was decided
     counters: dict[str, tuple[int, int]] = field(default_factory=dict)
     tokens: int = 0
     cost: float = 0.0
@@ -195,7 +203,7 @@ class Inference:
             "asker": self.owner,
             "action": self.action,
             "role": self.role,
-            "files": [{"id": name, "sha256": digest.removeprefix("sha256:")} for name, digest in self.files],
+            "files": [{"id": one.id, "sha256": one.digest.removeprefix("sha256:")} for one in self.files],
             "manifest": self.manifest,
             "network": {"mode": self.network, "link": self.link, "counters": self._counters()},
             "policy": self.policy,

@@ -21,7 +21,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,7 +34,7 @@ from egressd.access.roles import Right, Role, may
 from egressd.broker import config as configuration
 from egressd.broker.config import BrokerConfig, WorkspaceConfig
 from egressd.broker.identity.keyring import MAX_WAITING
-from egressd.broker.inferences import Inference, Inferences, State
+from egressd.broker.inferences import Inference, Inferences, Shown, State
 from egressd.broker.rates import Buckets, Places
 from egressd.broker.runners.conversation import Runners, Talk
 from egressd.broker.runners.jobs import Copy, Finished, Job, Limits, Output, Projected, Started
@@ -46,6 +46,7 @@ from egressd.model.errors import EgressdError, Refused
 from egressd.model.verdicts import Reason
 from egressd.policy.units import size_text
 from egressd.sandbox.control import Control
+from egressd.vault import manifest
 
 __all__ = ["Ending", "NotAllowed", "NotThere", "NotYet", "Service", "Store", "Verifier", "Witness"]
 
@@ -231,7 +232,7 @@ class Service:
             action=asked.action,
             role=str(decision.role),
             job=job,
-            files=tuple((document.id, document.digest) for document in decision.documents),
+            files=tuple(Shown(one.id, one.digest, one.size) for one in decision.documents),
             network=job.network,
             asked=self._stamp(),
         )
@@ -335,19 +336,20 @@ class Service:
                 if inference.stop:
                     self._say_stop(inference)
                 await self._listen(
-                    inference, talk, lambda: self._still_holds(inference, identity, asked, decision)
+                    inference, talk, lambda made: self._may_go(inference, identity, asked, decision, made)
                 )
         finally:
             self._talks.pop(inference.id, None)
             talk.close()
 
-    async def _listen(self, inference: Inference, talk: Talk, still_holds: Callable[[], Any]) -> None:
+    async def _listen(
+        self, inference: Inference, talk: Talk, may_go: Callable[[Projected], Awaitable[bool]]
+    ) -> None:
         while True:
             message = await talk.hear()
             match message:
                 case Projected():
-                    inference.manifest = message.manifest
-                    if not inference.stop and await still_holds():
+                    if not inference.stop and await may_go(message):
                         inference.change(State.PROJECTING)
                         if not inference.stop:  # somebody may have wanted that meanwhile
                             talk.go()
@@ -360,6 +362,23 @@ class Service:
                 case Finished():
                     self._finish(inference, message)
                     return
+
+    async def _may_go(
+        self, inference: Inference, identity: Identity, asked: NewInference, decision: Decision,
+        made: Projected,
+    ) -> bool:  # fmt: skip
+        """Whether the copies are those that were decided on, and these are still the right ones."""
+        right = await self.decided(lambda: manifest.digest_of(manifest.written(inference.files)))
+        if made.manifest == right:
+            inference.manifest = right
+            return await self._still_holds(inference, identity, asked, decision)
+        has = ascii(made.manifest[:80])
+        why = f"its runner copied something else than what was decided: {right} is right, it has {has}"
+        log.error("%s: %s", inference.id, why)
+        self._note(identity, asked.workspace, asked.action, 500, lambda: why, request=inference.id)
+        inference.refused = why
+        self.stop(inference, _COULD_NOT)
+        return False
 
     async def _still_holds(
         self, inference: Inference, identity: Identity, asked: NewInference, decision: Decision
@@ -431,10 +450,10 @@ class Service:
     def _could_be_shown(self, identity: Identity, inference: Inference) -> bool:
         """Whether somebody else may read all that it was shown, as it was then: no role lifts an access list,
         a clearance or a barrier."""
-        ids = [id for id, _ in inference.files]
+        ids = [shown.id for shown in inference.files]
         snapshot = self._store.snapshot(inference.workspace, identity, ids)
         cleared = authorise(snapshot.asker, ids, snapshot.documents, snapshot.rules).documents
-        return {(document.id, document.digest) for document in cleared} == set(inference.files)
+        return {(one.id, one.digest) for one in cleared} == {(one.id, one.digest) for one in inference.files}
 
     async def mine(self, identity: Identity) -> list[Inference]:
         """One's own, where one is still a member."""
@@ -458,6 +477,14 @@ class Service:
             talk, deadline = self._talks[inference.id]
             talk.stop(inference.stop)
             deadline.reschedule(asyncio.get_running_loop().time() + _STOPPING)
+
+    async def manifest(self, inference: Inference) -> bytes:
+        """MANIFEST.json as its sandbox had it, byte for byte. NotYet."""
+        if inference.link is None and inference.state.over:
+            raise NotYet("nothing was run, so nothing was shown")
+        if inference.link is None or not inference.manifest:
+            raise NotYet("there is no manifest of what has not begun")
+        return await self.decided(lambda: manifest.written(inference.files))
 
     async def proof(self, inference: Inference) -> dict[str, Any]:
         """Signed evidence of its sandbox: a DSSE envelope. NotYet; `Refused`."""

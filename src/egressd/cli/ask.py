@@ -42,13 +42,13 @@ def add(subparsers: Subparsers) -> None:
         "  egressctl ask -w acme --file handbook:hr/leave.md --inference summary < /dev/null\n"
         "  egressctl ask -w acme --network none -- grep -r notice /work\n"
         "  egressctl ask -w acme --receipt job.json --candidates found.txt < question.txt\n"
-        "  egressctl ask -w acme --proof job.proof --candidates found.txt < question.txt",
+        "  egressctl ask -w acme --proof job.proof --manifest MANIFEST.json --file handbook:hr/leave.md",
     )
     parser.usage = (
         "egressctl ask -w WORKSPACE [--inference NAME] [--file ID] [--candidates FILE]\n"
         "                     [--network none] [--token-file FILE] [--broker ADDRESS] [--ca FILE]\n"
-        "                     [--cert FILE] [--key FILE] [--receipt FILE] [--proof FILE] [--no-stream]\n"
-        "                     [--json] [--] [CMD ...]"
+        "                     [--cert FILE] [--key FILE] [--receipt FILE] [--proof FILE]\n"
+        "                     [--manifest FILE] [--no-stream] [--json] [--] [CMD ...]"
     )
     parser.usage_status = REFUSED  # 2 could be the command's own
     _add_what(parser)
@@ -74,6 +74,9 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--proof", metavar="FILE", help="write the signed evidence alone, for egressctl verify"
+    )
+    parser.add_argument(
+        "--manifest", metavar="FILE", help="write the MANIFEST.json that it was shown, for egressctl verify"
     )
     parser.add_argument("--no-stream", action="store_true", help="write the output when it is whole")
     parser.add_argument("command", metavar="CMD", nargs=argparse.REMAINDER, help="a command of your own")
@@ -244,28 +247,42 @@ def _document(result: Result) -> dict[str, Any]:
 
 def _keep(broker: Broker, result: Result, args: argparse.Namespace) -> str:
     """Write what was asked for; what was in the way, in words."""
-    if args.receipt is None and args.proof is None:
+    if args.receipt is None and args.proof is None and args.manifest is None:
         return ""
+    envelope, trouble = _evidence(broker, result) if args.receipt or args.proof else (None, "")
+    kept: list[tuple[str, bytes]] = []
+    if args.receipt is not None:
+        receipt = {**result.receipt, "signed": envelope}
+        kept.append((args.receipt, json.dumps(receipt, indent=2).encode() + b"\n"))
+    if args.proof is not None and envelope is not None:
+        from egressd.journal import dsse  # noqa: PLC0415
+
+        kept.append((args.proof, dsse.encode(envelope)))
+    if args.proof is not None and envelope is None:
+        trouble = trouble or "nothing was run, so there is no evidence to sign"
+    if args.manifest is not None:
+        try:
+            kept.append((args.manifest, broker.manifest(result.id)))
+        except EgressdError as error:
+            trouble = trouble or f"there is no manifest of it: {error}"
+    return _written(kept) or trouble
+
+
+def _evidence(broker: Broker, result: Result) -> tuple[dict[str, Any] | None, str]:
+    """An envelope, if there is to be one; what was in the way."""
+    try:
+        return (broker.receipt(result.id, proof=True) if result.receipt.get("signed") else None), ""
+    except EgressdError as error:
+        return None, f"there is no signed evidence of it: {error}"
+
+
+def _written(kept: list[tuple[str, bytes]]) -> str:
+    """Each, whole or not at all; what was in the way."""
     from egressd.cli.whole_files import write_whole  # noqa: PLC0415
 
-    envelope: dict[str, Any] | None = None
-    trouble, place = "", args.receipt
-    try:
-        if result.receipt.get("signed"):
-            envelope = broker.receipt(result.id, proof=True)
-    except EgressdError as error:
-        trouble = f"there is no signed evidence of it: {error}"
-    try:
-        if args.receipt is not None:
-            receipt = {**result.receipt, "signed": envelope}
-            write_whole(Path(args.receipt), json.dumps(receipt, indent=2).encode() + b"\n")
-        if args.proof is not None and envelope is not None:
-            from egressd.journal import dsse  # noqa: PLC0415
-
-            place = args.proof
-            write_whole(Path(args.proof), dsse.encode(envelope))
-    except OSError as error:
-        return f"the receipt cannot be written: {place}: {error.strerror}"
-    if args.proof is not None and envelope is None:
-        return trouble or "nothing was run, so there is no evidence to sign"
-    return trouble
+    for place, data in kept:
+        try:
+            write_whole(Path(place), data)
+        except OSError as error:
+            return f"the receipt cannot be written: {place}: {error.strerror}"
+    return ""

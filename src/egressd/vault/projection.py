@@ -28,11 +28,10 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn, Protocol
 
-import msgspec
-
 from egressd.access.identifiers import path_of, source_of
 from egressd.model.errors import Refused, Unfit
 from egressd.model.verdicts import Reason
+from egressd.vault import manifest
 from egressd.vault.beneath import PIECE, Bounds, Unopened, check_path, look, open_root, reopened
 
 __all__ = ["MANIFEST", "Copy", "Manifest", "Room", "project", "room"]
@@ -94,11 +93,11 @@ def project(copies: Collection[Copy], into: int | str | bytes, *, bounds: Bounds
         target = _target(into, opened)
         try:
             _fill(target, placed, opened)
-            manifest = _describe(target, placed)
+            described = _describe(target, placed)
             _settle(target, _directories(placed))
         except OSError as error:
             raise _failed(error) from error
-    return manifest
+    return described
 
 
 def room(copies: Collection[Copy]) -> Room:
@@ -324,9 +323,7 @@ def _digest_of(made: int, copy: Copy) -> str:
 
 
 def _describe(target: int, placed: Collection[_Placed]) -> Manifest:
-    """Canonical: keys and files sorted, ASCII, no spaces, one line feed at the end."""
-    entries = [_entry(copy) for copy in sorted((one.copy for one in placed), key=lambda copy: copy.id)]
-    text = msgspec.json.encode({"files": entries}) + b"\n"
+    text = manifest.written([one.copy for one in placed])
     made = os.open(MANIFEST, _NEW, 0o400, dir_fd=target)
     try:
         _write(made, text)
@@ -335,13 +332,7 @@ def _describe(target: int, placed: Collection[_Placed]) -> Manifest:
     finally:
         os.close(made)
     octets = sum(one.copy.size for one in placed)
-    return Manifest(f"sha256:{hashlib.sha256(text).hexdigest()}", len(entries), octets)
-
-
-def _entry(copy: Copy) -> dict[str, str | int]:
-    """The path is spelled as in the identifier: what is no plain ASCII is %XX."""
-    digest = copy.digest.removeprefix("sha256:")
-    return {"id": copy.id, "path": copy.id.replace(":", "/", 1), "sha256": digest, "size": copy.size}
+    return Manifest(manifest.digest_of(text), len(placed), octets)
 
 
 def _settle(target: int, directories: list[bytes]) -> None:

@@ -31,7 +31,7 @@ from egressd.vault import fscrypt, mounts, removal
 
 __all__ = ["NAME", "DirectoryScratch", "PrivateScratch", "open_scratch", "swap_warnings"]
 
-NAME = re.compile(r"r-[0-9a-z]{26}")  # a request's, as broker/jobs.py makes them
+NAME = re.compile(r"r-[0-9a-z]{26}")  # a request's, as broker/runners/jobs.py makes them
 INSIDE = "work"
 _PATIENCE = 2.0  # seconds in which the last process of a sandbox lets go of its files
 _TRIES = 5

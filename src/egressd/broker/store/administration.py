@@ -281,11 +281,13 @@ class Administration:
         return False
 
     def remove_barrier(self, actor: Actor, workspace: str, a: str, b: str) -> bool:
-        """False if there was none."""
+        """False if there was none. Who is kept from something by it does not take it away."""
         a, b = _pair(principal(a), principal(b))
         with self.changing(actor, workspace, Right.SET_BARRIERS) as turn:
             if (a, b) not in turn.change.barriers():
                 raise NothingToDo
+            if isinstance(actor, Identity) and not actor.groups.isdisjoint((a, b)):
+                raise Refused(Reason.MEMBER, "you stand behind it yourself")
             turn.change.drop_barrier(a, b)
             turn.changed("barrier-removed", a=a, b=b)
             return True

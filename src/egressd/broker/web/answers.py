@@ -21,6 +21,7 @@ __all__ = [
     "MAX_WAIT",
     "NOT_THERE",
     "Answer",
+    "Exactly",
     "HttpProblem",
     "Stream",
     "body",
@@ -62,6 +63,13 @@ class Answer(Response):
 
     def render(self, content: Any) -> bytes:
         return encoded(content)
+
+
+class Exactly(Answer):
+    """One JSON document whose bytes are given."""
+
+    def render(self, content: Any) -> bytes:
+        return bytes(content)
 
 
 class _ProblemAnswer(Answer):

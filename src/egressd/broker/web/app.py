@@ -35,6 +35,7 @@ from egressd.broker.web import requests
 from egressd.broker.web.answers import (
     NOT_THERE,
     Answer,
+    Exactly,
     HttpProblem,
     Stream,
     body,
@@ -142,6 +143,10 @@ class App:
         if not inference.state.over:
             raise NotYet("there is no receipt of what has not ended")
         return Answer(inference.receipt())
+
+    async def manifest(self, request: Request) -> Response:
+        inference = (await self._readable(request, "manifest")).inference
+        return Exactly(await self.service.manifest(inference))
 
     async def _find(self, request: Request, action: str) -> Found:
         identity = await self.identity(request, reading=True)
@@ -279,6 +284,7 @@ ROUTES: dict[str, dict[str, Handler]] = {
     "/v1/inferences/{id}": {"GET": App.show, "DELETE": App.cancel},
     "/v1/inferences/{id}/output": {"GET": App.output},
     "/v1/inferences/{id}/receipt": {"GET": App.receipt},
+    "/v1/inferences/{id}/manifest": {"GET": App.manifest},
     "/v1/workspaces/{workspace}/members": {"GET": App.members},
     "/v1/workspaces/{workspace}/members/{principal:path}": {
         "GET": App.member, "PUT": App.set_member, "DELETE": App.remove_member,

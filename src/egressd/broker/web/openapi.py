@@ -109,6 +109,7 @@ def _schemas() -> dict[str, Any]:
             "description": "text where it is UTF-8, base64 where it is not",
         },
         "Receipt": _receipt(),
+        "Manifest": _manifest(),
         "Member": _object(
             ("principal", "role", "clearance"),
             principal=_PRINCIPAL,
@@ -183,6 +184,15 @@ def _receipt() -> dict[str, Any]:
     )
 
 
+def _manifest() -> dict[str, Any]:
+    sha256 = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+    file = _object(("id", "path", "sha256", "size"), id=_FILE, path=_TEXT, sha256=sha256, size=_COUNT)
+    return _object(("files",), files=_list(file)) | {
+        "additionalProperties": False,
+        "description": "byte for byte what the sandbox had at /work/MANIFEST.json",
+    }
+
+
 # ---- paths
 
 
@@ -250,6 +260,7 @@ def _inferences() -> dict[str, Any]:
     receipt = {
         "200": _json({"anyOf": [_ref("Receipt"), {"type": "object"}]}, "the receipt, or signed evidence")
     }
+    manifest = {"200": _json(_ref("Manifest"), "the MANIFEST.json of its sandbox, byte for byte")}
     shown = {"200": _json(one, "it")}
     cancelled = {"200": _json(one, "it is over"), "202": _json(one, "it is being ended")}
     return {
@@ -269,6 +280,10 @@ def _inferences() -> dict[str, Any]:
         "/v1/inferences/{id}/receipt": {
             "parameters": [_AT["id"]],
             "get": _operation("receipt", "What became of it", receipt, 409, parameters=[_PROOF]),
+        },
+        "/v1/inferences/{id}/manifest": {
+            "parameters": [_AT["id"]],
+            "get": _operation("manifest", "Which files it was shown", manifest, 409),
         },
     }  # fmt: skip
 
