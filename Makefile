@@ -60,12 +60,15 @@ lab: setup ## A shell in a machine of its own, with egressd running and a little
 WORKERS ?= 2
 .PHONY: test
 test: setup $(PROMETHEUS) lint ## Lint and every test but the slow ones: minutes
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m 'not slow and not clients and not browser and not idp and not model' --durations 10
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m 'not slow and not clients and not browser and not idp and not model' --durations 10 || \
+	  { status=$$?; echo $$status > $(STAMPS)/test-status; exit $$status; }
 
-# What failed, once more and alone: for a machine that others keep busy, where a test of time may fail. Not for more
-# than three, and each is printed: a test that needs it is a defect.
+# What failed, once more and alone: for a machine that others keep busy, where a test of time may fail. Only after a
+# run that came to its end (status 1 of pytest), not for more than three, and each is printed: a test that needs it
+# is a defect.
 .PHONY: test-again
 test-again: setup
+	@test "$$(cat $(STAMPS)/test-status)" = 1
 	@$(BIN)/python -c 'import json; n = len(json.load(open(".pytest_cache/v/cache/lastfailed"))); \
 	  assert 0 < n <= 3, f"{n} tests failed: that is no accident"; print(f"{n} failed, and run once more, alone")'
 	$(BIN)/pytest --last-failed --last-failed-no-failures none -v
