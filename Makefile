@@ -12,13 +12,16 @@ SHELL := /bin/bash
 #   python3-systemd                                             notification and journal, when run as a service
 #   curl openssl jq bind9-dnsutils tcpdump                      clients in tests and in the lab's shell
 #   mandoc codespell                                            check the man pages, and everybody's spelling
+#   systemd                                                     systemd-analyze checks the units; its journald is a
+#                                                               peer, run by hand in a namespace. The package alone
+#                                                               does not become a container's init
+#   xfsprogs                                                    a file system that can share blocks, for copies
 PACKAGES := iproute2 nftables python3-nftables bubblewrap libseccomp2 python3-venv python3-systemd \
-            curl openssl jq bind9-dnsutils tcpdump mandoc codespell
+            curl openssl jq bind9-dnsutils tcpdump mandoc codespell systemd xfsprogs
 # The peers that benchmarks compare with, beside bubblewrap. Traffic they make themselves. Where systemd runs, the
 # packages of unbound and haproxy start their services: mask them, or leave `make bench` alone. (nginx with
-# libnginx-mod-stream is measured, too, where it is there; its package would open port 80 of this machine.) systemd is
-# here for its journald, which is run by hand in a namespace; the package alone does not become a container's init.
-BENCH_PACKAGES := firejail haproxy dnsperf unbound dnsmasq-base systemd
+# libnginx-mod-stream is measured, too, where it is there; its package would open port 80 of this machine.)
+BENCH_PACKAGES := firejail haproxy dnsperf unbound dnsmasq-base
 # Programs whose resolvers are asked in sandboxes: kdig, musl, Go, Node, Java. They take 600 MB.
 CLIENT_PACKAGES := knot-dnsutils musl-tools gcc golang-go nodejs default-jdk-headless
 # What compiles llama.cpp, for a real inference; ten minutes on a small machine.

@@ -24,7 +24,7 @@ import pytest
 from egressd.broker.runners.zygote import PROGRAM, Run, Runners, jobs
 from sandbox.stand_in import Gateway, as_caller, eventually, gateway_named, processes_with
 
-__all__ = ["Told", "World", "a_runners_world", "descendants", "eventually", "world"]
+__all__ = ["Told", "World", "a_runners_world", "descendants", "eventually", "nothing_left", "world"]
 
 HERE = Path(__file__).resolve().parent
 # In their order.
@@ -192,3 +192,10 @@ def a_runners_world(*, faulty: bool = False, most: int = 64) -> Iterator[World]:
 def world() -> Iterator[World]:
     with a_runners_world() as made:
         yield made
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(world: World) -> Iterator[None]:
+    """After each test of a file that imports this."""
+    yield
+    world.nothing_left()

@@ -11,18 +11,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from broker.cycle_stand import Told, World, eventually, listen, world
+from broker.cycle_stand import Told, World, eventually, listen, nothing_left, world
 from egressd.broker.runners import cycle, jobs
 from egressd.broker.runners.jobs import Limits
 
-__all__ = ["world"]
+__all__ = ["nothing_left", "world"]
 pytestmark = pytest.mark.kernel
-
-
-@pytest.fixture(autouse=True)
-def _nothing_left(world: World) -> None:
-    yield
-    world.nothing_left()
 
 
 # ---- what the command finds

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from broker.cycle_stand import World, world
+from broker.cycle_stand import World, nothing_left, world
 from egressd.broker.runners import jobs
 from egressd.broker.runners.jobs import Limits
 
-__all__ = ["world"]
+__all__ = ["nothing_left", "world"]
 pytestmark = pytest.mark.kernel
 BURN = "while True: pass"
 BURN_IN_TWO = "import os\nos.fork()\nwhile True: pass"
@@ -27,12 +27,6 @@ BURN_IN_MANY = (
     "    os.wait()\n"
 )
 WRITE = "import signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_DFL)\nopen('/tmp/x', 'wb').write(bytes({}))"
-
-
-@pytest.fixture(autouse=True)
-def _nothing_left(world: World) -> None:
-    yield
-    world.nothing_left()
 
 
 def python(world: World, script: str, **limits: Any) -> Any:

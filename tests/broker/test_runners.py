@@ -12,20 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from broker.cycle_stand import World, a_runners_world, descendants, eventually, listen, world
+from broker.cycle_stand import World, a_runners_world, descendants, eventually, listen, nothing_left, world
 from egressd.broker.runners.zygote import Run, Runners, jobs
 from egressd.model.errors import Refused
 from egressd.model.verdicts import Reason
 from sandbox.stand_in import CALLER, as_caller
 
-__all__ = ["world"]
+__all__ = ["nothing_left", "world"]
 pytestmark = pytest.mark.kernel
-
-
-@pytest.fixture(autouse=True)
-def _nothing_left(world: World) -> None:
-    yield
-    world.nothing_left()
 
 
 def projected(world: World, job: jobs.Job) -> Run:

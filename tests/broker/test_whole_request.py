@@ -123,14 +123,8 @@ class Whole:
 
     def ask(self, token: str, *words: str, stdin: str = "") -> Result:
         """As an account of its own, which nobody knows either."""
-        argv = [
-            str(VENV / "bin" / "egressctl"),
-            "ask",
-            "--broker",
-            f"unix:{self.inside}/run/broker.sock",
-            *words,
-        ]
-        return self.lab.run(argv, uid=4302, env={"EGRESSD_TOKEN": token}, stdin=stdin, timeout=60)
+        env = {"EGRESSD_TOKEN": token}
+        return self.lab.run(self.asking(*words), uid=4302, env=env, stdin=stdin, timeout=60)
 
     def asking(self, *words: str) -> list[str]:
         where = f"unix:{self.inside}/run/broker.sock"

@@ -27,9 +27,11 @@ def settings(name: str) -> list[str]:
     return re.findall(rf"^{name}=(.*)$", UNIT.read_text(), re.MULTILINE)
 
 
-def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path) -> None:
-    unit = tmp_path / "egressd.service"
-    unit.write_text(UNIT.read_text().replace("/usr/bin/egressd", "/bin/true"))  # not installed here
+@pytest.mark.parametrize("program", ["egressd", "egressd-broker"])
+def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path, program: str) -> None:
+    unit = tmp_path / f"{program}.service"
+    written = UNIT.with_name(unit.name).read_text()
+    unit.write_text(written.replace(f"/usr/bin/{program}", "/bin/true"))  # not installed here
     done = subprocess.run(
         [tool("systemd-analyze"), "verify", "--man=no", unit], capture_output=True, text=True, check=False
     )

@@ -65,15 +65,6 @@ def asking(lab: Lab, start_module_daemon: Any) -> Iterator[Asking]:
     made.process.wait(10)
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """Where everybody may write."""
-    tmp_path.chmod(0o777)
-    for parent in tmp_path.parents[:3]:
-        parent.chmod(parent.stat().st_mode | 0o055)
-    return tmp_path
-
-
 def payload(file: Path) -> str:
     return dsse.open(dsse.decode(file.read_bytes())).payload.decode()
 

@@ -35,15 +35,6 @@ def proved(daemon: Daemon) -> Iterator[Daemon]:
     daemon.policy(BYSTANDER, None)
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """Where the caller of a sandbox may write."""
-    tmp_path.chmod(0o777)
-    for parent in tmp_path.parents[:3]:
-        parent.chmod(parent.stat().st_mode | 0o055)
-    return tmp_path
-
-
 def test_a_receipt_says_what_one_run_did(proved: Daemon, place: Path) -> None:
     fetch = "curl -sS --max-time 5 --noproxy '*'"
     allowed = f"{fetch} -4 http://plain.test/; {fetch} -6 http://plain.test/"

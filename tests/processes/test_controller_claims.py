@@ -4,7 +4,6 @@ whom it lets read and prove what."""
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -17,7 +16,6 @@ from controller_lab import NOTHING, STATE, Client, World, world
 from egressd.ipc import messages
 from egressd.processes import control, leases
 from egressd.processes.leases import Claims
-from egressd.processes.members import Caller
 from egressd.ruleset.observe import LinkCounts, Tally
 
 POLICY = """\
@@ -29,20 +27,6 @@ allow:
 OTHERS = POLICY.replace("4001", "4002").replace("api.test", "secret.rival.test")
 DIGEST = "sha256:" + "ab" * 32
 Dialogue = Callable[[World], Coroutine[Any, Any, None]]
-
-
-@pytest.fixture
-def callers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Who the next connections are, one after the other; then root."""
-    uids: list[int] = []
-    pids = itertools.count(100)
-
-    def caller_of(_: Any) -> Caller:
-        uid = uids.pop(0) if uids else 0
-        return Caller(next(pids), uid, frozenset({uid}), uid)
-
-    monkeypatch.setattr(control, "caller_of", caller_of)
-    return uids
 
 
 def play(directory: Path, dialogue: Dialogue) -> None:

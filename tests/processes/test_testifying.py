@@ -17,7 +17,7 @@ from egressd.ipc.channel import pair
 from egressd.journal import testimony
 from egressd.model.errors import Refused
 from egressd.model.identities import Link
-from egressd.processes import control, testifying
+from egressd.processes import testifying
 from egressd.processes.members import Caller
 from egressd.processes.ritual import Auditing
 from egressd.processes.testifying import BURST, PER_SECOND, Said
@@ -47,20 +47,6 @@ ENDED = {
     "seconds": 1.5,
 }
 Dialogue = Callable[[World], Coroutine[Any, Any, None]]
-
-
-@pytest.fixture
-def callers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Who the next connections are, one after the other; then root."""
-    uids: list[int] = []
-    pids = itertools.count(100)
-
-    def caller_of(_: Any) -> Caller:
-        uid = uids.pop(0) if uids else 0
-        return Caller(next(pids), uid, frozenset({uid}), uid)
-
-    monkeypatch.setattr(control, "caller_of", caller_of)
-    return uids
 
 
 def play(directory: Path, dialogue: Dialogue, *, brokers: tuple[str, ...] | None = (str(BROKER),)) -> None:
@@ -348,7 +334,7 @@ class Unserved:
         ours, self.theirs = pair()
         self.auditing = Auditing.over("controller", ours)
         self.boot = "5f3c0a1b"
-        self.config = type("Config", (), {"broker_uids": staticmethod(lambda: frozenset({BROKER}))})
+        self.config = type("Config", (), {"is_broker": staticmethod(lambda uid: uid == BROKER)})
 
     def close(self) -> None:
         self.theirs.close()

@@ -161,11 +161,16 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
         """Whose word about requests is put on record, root's aside. Looked up at the time of asking, as
         members are: an account that is removed is no broker any more. Where nobody is named,
         `egressd-broker` is, if there is such an account."""
-        found = set()
+        return frozenset(self._broker_uids())
+
+    def is_broker(self, uid: int) -> bool:
+        """As `broker_uids`, looking up no more accounts than it takes: this is asked for each record."""
+        return uid in self._broker_uids()
+
+    def _broker_uids(self) -> Iterator[int]:
         for name in (_BROKER,) if self.brokers is None else self.brokers:
             with contextlib.suppress(KeyError):
-                found.add(_account(name).uid)
-        return frozenset(found)
+                yield _account(name).uid
 
     def accounts(self) -> dict[str, Account]:
         """Who each process runs as, by role; `metrics` and `api` are among them only where these are offered.

@@ -53,7 +53,6 @@ MAX_PENDING = 4  # requests of one client waiting for their turn; ours wait for 
 MAX_KNOWN = 256  # networks that a sandbox is told about, each a comparison for every packet to a stranger
 MAX_PROOFS_PER_USER = 32  # asked for; one of them is being made
 PROOFS_AT_ONCE = 2  # as many as the auditor makes (proving.Prover); each reads a journal
-READINGS_AT_ONCE = 2  # of links: each may keep the warden for 10 ms (links.Links.spent), and others wait
 _RECEIPT_WAIT = 10.0  # seconds for a sandbox that is about to be closed
 _ACCEPTS = 64  # per wake-up, so that a crowd at the door neither waits for ever nor holds the loop
 
@@ -85,7 +84,6 @@ class ControlSocket:
         self._idle: collections.Counter[int] = collections.Counter()
         self._listener = listener
         self._proofs = Turns("proofs", at_once=PROOFS_AT_ONCE, most=MAX_PROOFS_PER_USER)
-        self._readings = Turns("readings", at_once=READINGS_AT_ONCE, most=MAX_CLIENTS_PER_USER)
         self._admins = {0, os.getuid()}
         self._exporter = _uid_of(controller, "metrics")
         self._api = _uid_of(controller, "api")
@@ -295,12 +293,9 @@ class ControlSocket:
         )
 
     async def read_spent(self, peer: Peer, client: Client, received: Received[messages.ReadSpent]) -> None:
-        sandbox, uid = client.sandbox, client.caller.uid
-        if sandbox is None:
+        if client.sandbox is None:
             raise Refused(Reason.PROTOCOL, "this connection holds no sandbox")
-        with self._readings.asked(uid):
-            async with self._readings.turn(uid):
-                found = await self.controller.spent(sandbox)
+        found = await self.controller.spent(client.sandbox)
         peer.send(messages.Spent(counters=found.counters, spent=found.spent))
 
     # ---- what a broker claims

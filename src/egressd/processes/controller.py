@@ -34,7 +34,7 @@ from egressd.policy import barring, diff
 from egressd.policy.compiled import Policy
 from egressd.policy.decide import rule_for
 from egressd.processes import evidence, names, reports, ritual
-from egressd.processes.control import ControlSocket
+from egressd.processes.control import MAX_CLIENTS_PER_USER, ControlSocket
 from egressd.processes.grants import Granting, Grants, Held, with_grants
 from egressd.processes.leases import Leases, LinkNumbers, Sandbox
 from egressd.processes.name_blocks import NameTelling
@@ -42,6 +42,7 @@ from egressd.processes.registry_files import builtin_catalogue
 from egressd.processes.remembered import Account, Remembered, Retiring
 from egressd.processes.residency import Files, Residency, tables_of
 from egressd.processes.snapshots import Snapshots
+from egressd.processes.turns import Turns
 from egressd.processes.workspaces import broken_workspaces, public_suffixes, read_workspaces
 from egressd.residency.registry import Registry
 from egressd.ruleset import allocate, plan
@@ -58,6 +59,7 @@ _SHARE = (
     50  # reading holds the warden up, half a second with 10,000 hosts: at most this part of its time, each
 )
 _UNBOUND_WITHIN = 1.0  # seconds
+_READINGS_AT_ONCE = 2  # of links: each may keep the warden for 10 ms (links.Links.spent), and others wait
 _ENDED = 65_536  # links that are remembered after their end, for who asks for a receipt
 _REPLIES = (
     messages.Done, messages.Failed, messages.Payload, messages.LinkClosed, messages.LinkSpent,
@@ -90,6 +92,7 @@ class Controller:
         self.naming = NameTelling(self)
         own = Path(self.config.run_dir, "controller")
         self.leases = Leases(self.pools, LinkNumbers(own / "next-link"))
+        self._readings = Turns("readings", at_once=_READINGS_AT_ONCE, most=MAX_CLIENTS_PER_USER)
         self.remembered = Remembered(own)
         self.remembered.load()
         self.processes: tuple[messages.ProcessState, ...] = ()
@@ -666,11 +669,14 @@ class Controller:
         self._account(sandbox, counters)
 
     async def spent(self, sandbox: Sandbox) -> messages.LinkSpent:
-        """What its link has counted until now."""
-        warden = self.peer("warden")
-        request = messages.ReadLink(request=warden.next_request(), link=sandbox.link.number)
-        answer: messages.LinkSpent = (await warden.ask(request)).message
-        return answer
+        """What its link has counted until now. Of each account's sandboxes one is read at a time."""
+        uid = sandbox.caller.uid
+        with self._readings.asked(uid):
+            async with self._readings.turn(uid):
+                warden = self.peer("warden")
+                request = messages.ReadLink(request=warden.next_request(), link=sandbox.link.number)
+                answer: messages.LinkSpent = (await warden.ask(request)).message
+                return answer
 
     async def told(self, link: Link) -> None:
         """When this returns, those who served a closed link have said what it was denied: answers come in

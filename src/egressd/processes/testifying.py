@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+import msgspec
+
 from egressd.ipc import messages
 from egressd.journal import testimony
 from egressd.model.errors import Refused
@@ -104,7 +106,7 @@ class Testifying:
                 said.events.add(message.event)
                 said.request = said.request or str(message.fields.get("request") or "")
                 self._keep_private(sandbox)
-                if message.event == testimony.DECIDED:
+                if message.event == testimony.DECIDED and not sandbox.closed:
                     await self._check_unused(sandbox)
         except Refused as refused:
             self._refuse(caller, workspace, message, refused)
@@ -145,7 +147,7 @@ class Testifying:
         return workspace
 
     def _is_broker(self, caller: Caller) -> bool:
-        return caller.uid == 0 or caller.uid in self._controller.config.broker_uids()
+        return caller.uid == 0 or self._controller.config.is_broker(caller.uid)
 
     async def _check_unused(self, sandbox: Sandbox) -> None:
         """A flow is on record when it has ended: one that is still open would look as if it came later."""
@@ -210,15 +212,7 @@ class Testifying:
             name: self.counts.get(name, Counts()) for name in workspaces if brokers or name in self.counts
         }
         return {
-            "workspaces": {
-                name: {
-                    "outcomes": dict(counts.outcomes),
-                    "documents": counts.documents,
-                    "undestroyed": counts.undestroyed,
-                    "leftovers": counts.leftovers,
-                }
-                for name, counts in told.items()
-            },
+            "workspaces": {name: msgspec.to_builtins(counts) for name, counts in told.items()},
             "refused": dict(self.refusals),
         }
 
