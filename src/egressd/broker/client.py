@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import ssl
 from collections.abc import Iterator, Mapping, Sequence
@@ -183,11 +184,6 @@ class Broker:
         )  # fmt: skip
         request = self._http.build_request("POST", "/v1/inferences", json={**body, "stream": True})
         response = self._send(request, stream=True)
-        if response.is_error:
-            try:
-                raise _problem(response)
-            finally:
-                response.close()
         return Running(response.headers.get("location", "").rpartition("/")[2], response)
 
     def show(self, id: str) -> dict[str, Any]:
@@ -215,17 +211,19 @@ class Broker:
         return _document(self._answer(method, path, body=body, params=params))
 
     def _answer(self, method: str, path: str, *, body: Any = None, params: Any = None) -> httpx.Response:
-        response = self._send(self._http.build_request(method, path, json=body, params=params))
-        if response.is_error:
-            raise _problem(response)
-        return response
+        return self._send(self._http.build_request(method, path, json=body, params=params))
 
     def _send(self, request: httpx.Request, *, stream: bool = False) -> httpx.Response:
+        """What is no error of the broker's."""
         try:
-            return self._http.send(request, stream=stream)
+            response = self._http.send(request, stream=stream)
         except httpx.HTTPError as error:
             why = str(error).removeprefix("[Errno 2] ") or type(error).__name__
             raise NotAnswered(f"the broker cannot be reached at {self.address}: {why}") from error
+        if response.is_error:
+            with contextlib.closing(response):
+                raise _problem(response)
+        return response
 
 
 def _transport(

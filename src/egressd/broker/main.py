@@ -159,8 +159,10 @@ def _sweep(config: BrokerConfig, witness: Witness) -> None:
         log.warning("%d leftovers removed from %s", swept.count, config.scratch)
         fields: dict[str, Fact] = {"count": swept.count, "where": config.scratch, "left": len(swept.problems)}
         for workspace in sorted(config.workspaces)[:1]:  # whose they were is not known
-            with contextlib.suppress(EgressdError):
+            try:
                 witness.record(workspace, "leftovers-removed", fields)
+            except EgressdError as error:
+                log.warning("that leftovers were removed is not on record: %s", error)
 
 
 async def _answer(server: BrokerServer, service: Service, bound: socket.socket, where: str) -> None:

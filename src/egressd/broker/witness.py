@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from egressd.model.errors import EgressdError
+from egressd.model.verdicts import Reason
 from egressd.sandbox.control import Control, Fact
 
 __all__ = ["Note", "Witness", "record"]
@@ -72,8 +73,11 @@ class Witness:
         while (note := self._line.get()) is not None:
             try:
                 self.record(note.workspace, "request-refused", _fields(note))
-            except EgressdError as error:  # of a workspace that the daemon does not know, too
-                log.debug("a refusal is not on record: %s", error)
+            except EgressdError as error:
+                # an asker can invent workspaces without end
+                unknown = getattr(error, "reason", None) in (Reason.WORKSPACE, Reason.MEMBER)
+                level = logging.DEBUG if unknown else logging.WARNING
+                log.log(level, "a refusal is not on record: %s", error)
             except Exception:
                 log.exception("a refusal is not on record")
 

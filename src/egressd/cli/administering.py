@@ -111,13 +111,12 @@ def _config(args: argparse.Namespace) -> BrokerConfig:
 
 def _recorder(run_dir: str, store: Store) -> Callable[[str, str, Mapping[str, Any]], None]:
     """Through egressd, as the broker's account where root asks: the workspaces know that one."""
+    from egressd.broker import witness  # noqa: PLC0415
     from egressd.broker.store.account import as_owner  # noqa: PLC0415
-    from egressd.sandbox.control import Control  # noqa: PLC0415
 
     def record(workspace: str, event: str, fields: Mapping[str, Any]) -> None:
-        with as_owner(store), Control(run_dir) as control:
-            control.enter(workspace)
-            control.testify(event, fields)
+        with as_owner(store):
+            witness.record(run_dir, workspace, event, fields)
 
     return record
 

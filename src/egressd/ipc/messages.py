@@ -96,7 +96,10 @@ class OpenLink(_Request, frozen=True, tag=True):
 
 
 class KeepLink(_Request, frozen=True, tag=True):
-    """After a restart of the warden: this link is leased; adopt it as it stands in the kernel."""
+    """This link is leased; adopt it as it stands in the kernel. After a restart of the warden, or of the
+    controller; from then on a namespace descriptor may come along (`Resume`), and it must be the one in which
+    the other end of the link lies (RTM_GETNSID, IFLA_LINK_NETNSID), owned through a child user namespace by
+    `owner`."""
 
     link: LinkNumber
     workspace: WorkspaceName
@@ -418,6 +421,16 @@ class Attach(_Message, frozen=True, tag=True):
     closed: bool = False  # "network: none": a link over which nothing is admitted
 
 
+class Resume(_Message, frozen=True, tag=True):
+    """On a new connection, after the one that held the lease ended without `Revoked`: egressd was restarted, or
+    crashed, and the sandbox goes on. The namespace comes along as the one descriptor, as with `Attach`: the
+    link is found by it and by the peer's user, and `link` only says which one is meant. Answered `Lease`; a
+    `Refusal` means that the sandbox must end. Each lease can be resumed for a while after the start, and once.
+    """
+
+    link: LinkNumber
+
+
 class Testify(_Message, frozen=True, tag=True):
     """Put this on record as the asker's word: from root and the brokers that the configuration names.
     After `Enter`, of that workspace; after `Attach`, of that sandbox, too. Answered `Recorded`.
@@ -538,6 +551,7 @@ class ChangeKey(_Message, frozen=True, tag=True):
 FROM_CLIENT: TypeAlias = (
     Enter
     | Attach
+    | Resume
     | Testify
     | ReadSpent
     | Ended
@@ -593,7 +607,7 @@ class Refusal(_Message, frozen=True, tag=True):
 
 
 class Revoked(_Message, frozen=True, tag=True):
-    """The lease has ended from our side (workspace removed, daemon stopping): the sandbox must end."""
+    """The lease has ended from our side (workspace removed, daemon stopping for good): the sandbox must end."""
 
     text: Text
 

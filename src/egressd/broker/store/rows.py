@@ -18,7 +18,7 @@ from egressd.broker.store.engine import unavailable
 
 __all__ = [
     "DIGEST", "Membership", "Source", "Stored", "acl_text", "as_acl", "as_document", "as_membership",
-    "as_principals", "as_source", "as_stored", "list_text",
+    "as_names", "as_principals", "as_source", "as_stored", "list_text",
 ]  # fmt: skip
 
 DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
@@ -96,10 +96,7 @@ def acl_text(acl: Acl) -> str:
 @functools.lru_cache(maxsize=4096)
 def as_principals(text: str) -> frozenset[str]:
     """`ValueError` for anything that `list_text` would not have written of principals."""
-    found = json.loads(text)
-    if not isinstance(found, list) or len(found) > MAX_PRINCIPALS:
-        raise ValueError("not a list of principals")
-    return frozenset(principal(name) for name in found)
+    return as_names(json.loads(text))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -108,7 +105,7 @@ def as_acl(text: str) -> Acl:
     found = json.loads(text, object_pairs_hook=_once)
     if not isinstance(found, dict) or found.keys() != {"read", "deny"}:
         raise ValueError("not an access list")
-    return Acl(readers=_names(found["read"]), denied=_names(found["deny"]))
+    return Acl(readers=as_names(found["read"]), denied=as_names(found["deny"]))
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -119,7 +116,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _names(found: object) -> frozenset[str]:
+def as_names(found: object) -> frozenset[str]:
     if not isinstance(found, list) or len(found) > MAX_PRINCIPALS:
         raise ValueError("not a list of principals")
     return frozenset(principal(name) for name in found)

@@ -6,17 +6,15 @@ import json
 from dataclasses import replace
 from typing import Any, Final
 
-from egressd.access.principals import principal
 from egressd.access.statements import Statement
 from egressd.access.trust import Trust, effective
-from egressd.broker.store.rows import Stored, acl_text, list_text
+from egressd.broker.store.rows import Stored, acl_text, as_names, list_text
 from egressd.model.errors import Unfit
 
 __all__ = ["as_said", "judged", "said_text"]
 
 _MOST: Final = 1000  # characters of a problem
 _LISTS: Final = ("readers", "denied", "groups")
-DAMAGED: Final = Unfit("what is stored of what was said about it is damaged", "ingest its source again")
 
 
 def said_text(said: Statement | Unfit | None) -> str | None:
@@ -38,17 +36,22 @@ def as_said(text: Any) -> Statement | Unfit | None:
     if text is None:
         return None
     if not isinstance(text, str):
-        return DAMAGED
+        return _damaged()
     try:
         found = json.loads(text)
         if found.keys() == {"problem"}:
             return Unfit(str(found["problem"]))
         if found.keys() - {*_LISTS, "clearance"} or not isinstance(found.get("clearance", ""), str):
-            return DAMAGED
-        lists = {name: frozenset(map(principal, found[name])) for name in _LISTS if name in found}
+            return _damaged()
+        lists = {name: as_names(found[name]) for name in _LISTS if name in found}
         return Statement(clearance=found.get("clearance"), **lists)
     except (ValueError, TypeError, AttributeError, RecursionError):
-        return DAMAGED
+        return _damaged()
+
+
+def _damaged() -> Unfit:
+    """A new one each time: exceptions that are raised again grow."""
+    return Unfit("what is stored of what was said about it is damaged", "ingest its source again")
 
 
 def judged(document: Stored, trust: Trust, levels: tuple[str, ...], issuers: frozenset[str] | None) -> Stored:

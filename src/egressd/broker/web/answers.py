@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from http import HTTPStatus
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 MAX_WAIT = 300.0  # seconds for which an answer is held back
+log = logging.getLogger("broker")
 _DETAIL = "there is nothing here that you may see"
 _HEADERS = {
     "Cache-Control": "no-store",
@@ -198,7 +200,11 @@ class Stream(Response):
             whole = sending.done() and not sending.cancelled() and sending.exception() is None
             for task in (sending, leaving):
                 task.cancel()
-            await asyncio.gather(sending, leaving, return_exceptions=True)
+            failed, _ = await asyncio.gather(sending, leaving, return_exceptions=True)
+            if isinstance(failed, Exception) and not isinstance(
+                failed, OSError
+            ):  # OSError: the reader has gone
+                log.error("a stream broke off", exc_info=failed)
             with contextlib.suppress(RuntimeError):
                 await self._pieces.aclose()  # type: ignore[attr-defined]
             if not whole:
