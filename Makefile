@@ -16,8 +16,9 @@ SHELL := /bin/bash
 #                                                               peer, run by hand in a namespace. The package alone
 #                                                               does not become a container's init
 #   xfsprogs                                                    a file system that can share blocks, for copies
+#   iptables                                                    docker's and ufw's way to write rules, for the tests
 PACKAGES := iproute2 nftables python3-nftables bubblewrap libseccomp2 python3-venv python3-systemd \
-            curl openssl jq bind9-dnsutils tcpdump mandoc codespell systemd xfsprogs
+            curl openssl jq bind9-dnsutils tcpdump mandoc codespell systemd xfsprogs iptables
 # The peers that benchmarks compare with, beside bubblewrap. Traffic they make themselves. Where systemd runs, the
 # packages of unbound and haproxy start their services: mask them, or leave `make bench` alone. (nginx with
 # libnginx-mod-stream is measured, too, where it is there; its package would open port 80 of this machine.)
@@ -26,6 +27,8 @@ BENCH_PACKAGES := firejail haproxy dnsperf unbound dnsmasq-base
 CLIENT_PACKAGES := knot-dnsutils musl-tools gcc golang-go nodejs default-jdk-headless
 # What compiles llama.cpp, for a real inference; ten minutes on a small machine.
 MODEL_PACKAGES := gcc g++ cmake ninja-build
+# What builds the .deb, and a Debian that boots in a container of systemd's, to install it there.
+SYSTEM_PACKAGES := debootstrap systemd-container debhelper python3-setuptools python3-wheel
 # The browser that shows the auditor's page, and what looks into the pages it prints. They take 400 MB.
 BROWSER_PACKAGES := chromium poppler-utils
 
@@ -39,8 +42,8 @@ IDP := $(STAMPS)/idp
 PROMETHEUS := $(STAMPS)/prometheus/usr/bin/prometheus
 CODE := src tests bench demo completions
 # What codespell takes for mistakes: EDE is Extended DNS Error, FO are the Faroe Islands, nd is mdoc's Nd, iif is
-# nft's; the last six are mistakes that tests make on purpose.
-WORDS := ede,fo,nd,iif,blocs,nown,gaurd,exmaple,conters,chek,defautl,workspce
+# nft's; the last seven are mistakes that tests make on purpose.
+WORDS := ede,fo,nd,iif,blocs,nown,gaurd,exmaple,upstreem,conters,chek,defautl,workspce
 
 export PYTHONPATH := tests
 
@@ -63,7 +66,7 @@ lab: setup ## A shell in a machine of its own, with egressd running and a little
 WORKERS ?= 2
 .PHONY: test
 test: setup $(PROMETHEUS) lint ## Lint and every test but the slow ones: minutes
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m 'not slow and not clients and not browser and not idp and not model' --durations 10 || \
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m 'not slow and not clients and not browser and not idp and not model and not system' --durations 10 || \
 	  { status=$$?; echo $$status > $(STAMPS)/test-status; exit $$status; }
 
 # What failed, once more and alone: for a machine that others keep busy, where a test of time may fail. Only after a
@@ -79,9 +82,9 @@ test-again: setup
 # EGRESSD_SCALE: how much of their counts the long forms run, see tests/lab/scale.py.
 .PHONY: test-slow test-slow-short
 test-slow: setup ## The long forms: more kills, more packets, more examples
-	$(BIN)/pytest -m 'slow and not clients and not browser and not idp and not model' --durations 10
+	$(BIN)/pytest -m 'slow and not clients and not browser and not idp and not model and not system' --durations 10
 test-slow-short: setup ## A tenth of them, for every push
-	EGRESSD_SCALE=$${EGRESSD_SCALE:-0.1} $(BIN)/pytest -m 'slow and not clients and not browser and not idp and not model' --durations 10
+	EGRESSD_SCALE=$${EGRESSD_SCALE:-0.1} $(BIN)/pytest -m 'slow and not clients and not browser and not idp and not model and not system' --durations 10
 
 .PHONY: test-clients
 test-clients: setup $(STAMPS)/client-packages ## Programs with resolvers of their own: musl, Go, Node, Java (big packages)
@@ -99,6 +102,30 @@ test-idp: setup $(IDP)/.installed ## ID tokens of a certified OpenID provider fr
 test-model: setup $(STAMPS)/model-venv/.installed ## A real inference: llama.cpp and a tiny model, asked from a sandbox (compiles for minutes)
 	$(BIN)/pytest -m model tests/model_run
 
+.PHONY: deb
+deb: $(STAMPS)/system-packages ## The Debian package, into dist/
+	packaging/build-deb
+
+# The first time makes a Debian of its own in .lab/system, some 350 MB.
+.PHONY: setup-system test-system test-system-short
+setup-system: $(STAMPS)/system-packages
+test-system: setup deb ## Install, boot, restart, upgrade, reboot, remove: a Debian with a real systemd (root)
+	$(BIN)/pytest -m system tests/system
+test-system-short: setup deb
+	$(BIN)/pytest -m 'system and not slow' tests/system
+
+# Faults on purpose, as many as docs/reliability.md tells of; CHAOS=30 is a minute.
+CHAOS ?= 300
+.PHONY: chaos
+chaos: setup ## Kill and stop every process of egressd, hundreds of times, under traffic; a capture is the judge
+	@$(BIN)/python -B -m lab chaos $(CHAOS)
+
+# Guided by coverage, in an environment of its own. The corpora (tests/fuzz/corpus) grow by it, and are in the tests.
+SECONDS_EACH ?= 60
+.PHONY: fuzz
+fuzz: setup $(STAMPS)/fuzz-venv/.installed ## Every parser of foreign bytes under atheris, a minute each
+	cd tests && PYTHONPATH=. $(CURDIR)/$(STAMPS)/fuzz-venv/bin/python -m fuzz --seconds $(SECONDS_EACH)
+
 .PHONY: lint
 lint: setup ## Style, types, import contracts, completions, spelling, man pages
 	$(BIN)/ruff check $(CODE)
@@ -106,10 +133,10 @@ lint: setup ## Style, types, import contracts, completions, spelling, man pages
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python completions/generate.py --check
-	codespell --ignore-words-list $(WORDS) $(CODE) docs systemd README.md Makefile
+	codespell --ignore-words-list $(WORDS) --skip '*.b64' $(CODE) docs systemd packaging vagrant README.md Makefile
 	mandoc -T lint -W warning docs/man/*.[1-9]
 
-.PHONY: bench bench-short bench-spawn bench-datapath bench-dns bench-inspector bench-journal bench-residency bench-request
+.PHONY: bench bench-short bench-spawn bench-datapath bench-dns bench-inspector bench-journal bench-residency bench-request bench-neighbours bench-scale
 bench: setup $(STAMPS)/bench-packages $(STAMPS)/bench-python ## Every benchmark: ratios against peers, measured in the same run
 	$(BIN)/python -m bench
 bench-short: setup $(STAMPS)/bench-packages $(STAMPS)/bench-python ## Whether they still measure; a minute, and figures of no worth
@@ -128,6 +155,11 @@ bench-residency: setup $(STAMPS)/bench-python ## Finding the prefix of an addres
 	$(BIN)/python -m bench residency
 bench-request: setup ## What a whole request costs, its copying against cp, and how both grow with candidates
 	$(BIN)/python -m bench request
+
+bench-neighbours: setup $(STAMPS)/bench-packages ## What a hostile sandbox leaves of its neighbour's throughput and latency
+	$(BIN)/python -m bench neighbours
+bench-scale: setup $(STAMPS)/bench-packages ## A thousand sandboxes at once: spawn, run, tear down, again
+	$(BIN)/python -m bench scale
 
 .PHONY: clean
 clean: ## Everything these targets made, but distribution packages
@@ -148,10 +180,17 @@ $(STAMPS)/bench-python: pyproject.toml | $(INSTALLED)
 	@touch $@
 $(STAMPS)/client-packages: Makefile
 	@$(call need,$(CLIENT_PACKAGES))
+$(STAMPS)/system-packages: Makefile
+	@$(call need,$(SYSTEM_PACKAGES))
 $(STAMPS)/browser-packages: Makefile
 	@$(call need,$(BROWSER_PACKAGES))
 $(STAMPS)/model-packages: Makefile
 	@$(call need,$(MODEL_PACKAGES))
+$(STAMPS)/fuzz-venv/.installed: pyproject.toml | $(STAMPS)/packages
+	@echo "installing atheris into $(STAMPS)/fuzz-venv"
+	@umask 022; $(PYTHON) -m venv --system-site-packages $(STAMPS)/fuzz-venv
+	@umask 022; $(STAMPS)/fuzz-venv/bin/pip install --quiet --disable-pip-version-check 'atheris>=3.0' --editable .
+	@touch $@
 # In an environment of its own: nothing of egressd imports it. One compiler at a time, behind everything else that runs,
 # and for any processor, not for this one alone.
 $(STAMPS)/model-venv/.installed: | $(STAMPS)/model-packages

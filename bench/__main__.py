@@ -10,7 +10,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from bench import cycle, datapath, dns, inspector, journal, residency, spawn
+from bench import cycle, datapath, dns, inspector, journal, neighbours, residency, spawn
 from bench.figures import Report
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -22,6 +22,7 @@ BENCHMARKS = {
     "journal": journal.measure,
     "residency": residency.measure,
     "request": cycle.measure,
+    "neighbours": neighbours.measure,
 }
 SHORT: dict[str, dict[str, Any]] = {
     "spawn": {"rounds": 6, "at_once": 10, "waves": 1},
@@ -32,7 +33,9 @@ SHORT: dict[str, dict[str, Any]] = {
     "inspector": {"rounds": 2, "seconds": 0.1, "connections": 20, "flood": 100, "idle": 50},
     "journal": {"rounds": 2, "count": 2000, "pairs": 2, "questions": 20, "spawns": 2, "proved": 400},
     "residency": {"rounds": 2, "prefixes": 2000, "lookups": 500},
+    "neighbours": {"rounds": 1, "seconds": 0.1, "connections": 50, "questions": 20},
     "request": {"rounds": 3, "sizes": (100, 300), "repeats": 2, "plots": RESULTS / "short"},
+    "scale": {"sandboxes": 60, "rounds": 2, "probes": 5, "apart": 3},
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ _egressctl_workspaces() {
 
 # command -> its verbs or actions; its options; the kinds of its arguments
 declare -gA _egressctl_below=(
-    ["egressctl"]="run status policy guard residency local-only route why counters ruleset audit watch proof verify key member ingest source barrier ask"
+    ["egressctl"]="run status doctor selftest policy guard residency local-only route why counters ruleset audit watch proof verify key member ingest source barrier ask"
     ["egressctl policy"]="check lint diff apply explain"
     ["egressctl residency"]="import tables lookup"
     ["egressctl key"]="show rotate"
@@ -18,8 +18,10 @@ declare -gA _egressctl_below=(
 )
 declare -gA _egressctl_options=(
     ["egressctl"]="-h --help --run-dir --json --version"
-    ["egressctl run"]="-h --help --run-dir -w --workspace --files --bind-ro --env --wall --receipt --dry-run --debug"
+    ["egressctl run"]="-h --help --run-dir -w --workspace --files --bind-ro --env --wall --receipt --preflight --dry-run --debug"
     ["egressctl status"]="-h --help --json --run-dir"
+    ["egressctl doctor"]="-h --help --json --run-dir --config --all"
+    ["egressctl selftest"]="-h --help --json --run-dir -w --workspace --only --list --all"
     ["egressctl policy"]="-h --help --json --run-dir"
     ["egressctl policy check"]="-h --help --json --run-dir --residency-dir"
     ["egressctl policy lint"]="-h --help --json --run-dir --format --residency-dir --pin --strict --disable"
@@ -92,6 +94,12 @@ declare -gA _egressctl_values=(
     ["egressctl run --wall"]="none"
     ["egressctl run --receipt"]="file"
     ["egressctl status --run-dir"]="directory"
+    ["egressctl doctor --run-dir"]="directory"
+    ["egressctl doctor --config"]="file"
+    ["egressctl selftest --run-dir"]="directory"
+    ["egressctl selftest -w"]="workspace"
+    ["egressctl selftest --workspace"]="workspace"
+    ["egressctl selftest --only"]="none"
     ["egressctl policy --run-dir"]="directory"
     ["egressctl policy check --run-dir"]="directory"
     ["egressctl policy check --residency-dir"]="directory"

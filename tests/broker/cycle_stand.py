@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from egressd.broker.runners.zygote import PROGRAM, Run, Runners, jobs
-from sandbox.stand_in import Gateway, as_caller, eventually, gateway_named, processes_with
+from sandbox.stand_in import Returning, as_caller, eventually, gateway_named, processes_with
 
 __all__ = ["Told", "World", "a_runners_world", "descendants", "eventually", "nothing_left", "world"]
 
@@ -68,7 +68,7 @@ class World:
     runners: Runners
     run_dir: Path
     documents: Path
-    gateway: Gateway | None = None
+    gateway: Returning | None = None
     # By which a sandbox of this world is known, and its copies: others may be tested on this machine.
     token: str = field(default_factory=lambda: secrets.token_hex(12))
     size: int = field(default_factory=lambda: (64 << 20) + 4096 * secrets.randbelow(1 << 12))
@@ -173,12 +173,14 @@ _worlds = itertools.count()
 
 
 @contextlib.contextmanager
-def a_runners_world(*, faulty: bool = False, most: int = 64) -> Iterator[World]:
+def a_runners_world(
+    *, faulty: bool = False, most: int = 64, daemon: str = "fake_daemon.py"
+) -> Iterator[World]:
     if os.getuid() != 0:
         pytest.skip("the stand-in for egressd makes links: root only")
     zygote = [sys.executable, str(HERE / "faulty_zygote.py")] if faulty else list(PROGRAM)
     with (
-        gateway_named(f"rq-{os.getpid()}-{next(_worlds)}") as gateway,
+        gateway_named(f"rq-{os.getpid()}-{next(_worlds)}", program=daemon) as gateway,
         tempfile.TemporaryDirectory(prefix="egressd-documents-", dir="/var/tmp") as documents,
         Runners.start(program=as_caller(*zygote), most=most) as runners,
     ):

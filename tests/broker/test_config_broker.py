@@ -69,12 +69,59 @@ def test_a_whole_file() -> None:
             connections=20, tokens=4000, cost=0.25,
         ),
     )  # fmt: skip
-    assert acme.inferences["closed"] == Inference(("true",), network="none")
-    assert (acme.commands, acme.limits, acme.network) == (True, Limits(wall=10), "none")
+    bounded = Limits(memory=4 << 30, processes=256)
+    assert acme.inferences["closed"] == Inference(("true",), network="none", limits=bounded)
+    assert (acme.commands, acme.network) == (True, "none")
+    assert acme.limits == Limits(wall=10, memory=4 << 30, processes=256)
     assert config.workspaces["empty"].inferences == {}
     assert config.limits == ServiceLimits((30, 60.0), 2, 8, 1000, 50, 1 << 30, 8 << 20, 1 << 20, 64 << 20)
     assert (config.scratch, config.scratch_encrypted) == ("/var/lib/egressd-broker/scratch", True)
     assert config.keep == 600
+
+
+@pytest.mark.parametrize(
+    ("written", "memory", "processes"),
+    [
+        ("", 4 << 30, 256),
+        ("limits: {}", 4 << 30, 256),
+        ("limits: {wall: 60s}", 4 << 30, 256),
+        ("limits: {memory: 64GiB}", 64 << 30, 256),
+        ("limits: {processes: 2000}", 4 << 30, 2000),
+        ("limits: {memory: none}", None, 256),
+        ("limits: {memory: none, processes: none}", None, None),
+    ],
+)
+def test_an_inference_is_bounded_unless_it_is_written_that_it_is_not(
+    written: str, memory: int | None, processes: int | None
+) -> None:
+    text = f"""{ISSUERS}
+workspaces:
+  acme:
+    {written}
+    inferences:
+      default:
+        command: [x]
+        {written}
+"""
+    acme = parse(text.encode(), source="broker.yaml").workspaces["acme"]
+    for limits in (acme.limits, acme.inferences["default"].limits):
+        assert (limits.memory, limits.processes) == (memory, processes)
+
+
+@pytest.mark.parametrize(
+    ("limits", "problem"),
+    [
+        ("{processes: unlimited}", "this is text (write a whole number)"),
+        ("{processes: 0}", "0 is out of range"),
+        ("{memory: }", "memory"),
+        ("{memory: None}", "'None' is not a size"),
+        ("{wall: none}", "wall"),
+        ("{file_size: none}", "file_size"),
+    ],
+)
+def test_none_is_said_of_what_is_bounded_by_default_alone(limits: str, problem: str) -> None:
+    (line,) = told(f"{ISSUERS}\nworkspaces: {{acme: {{limits: {limits}}}}}\n")
+    assert problem in line
 
 
 def test_what_is_not_written() -> None:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from egressd.broker.runners import relaying
+from egressd.broker.runners.desk import Desk
 from egressd.broker.runners.jobs import Limits
 from egressd.broker.runners.limits import Meter, Usage, named
+from egressd.broker.runners.relaying import Relay
+from egressd.sandbox.launch import Enough
+from egressd.sandbox.limits import Group
 
 LINES = [b'{"tokens": 3}', b'{"cost": 0.5}', b'{"tokens": 4, "cost": 1}', b"", b"no", b'{"tokens": -1}']
 
@@ -124,3 +131,62 @@ def test_looks_are_as_frequent_as_they_must_be(limits: Limits, used: float, paus
     meter = Meter(os.getpid(), None, limits)
     meter.cpu = used
     assert meter.pause == pause
+
+
+class Counting(Meter):
+    looks = 0
+
+    def look(self) -> None:
+        self.looks += 1
+
+
+def test_a_command_that_writes_much_is_not_looked_at_for_each_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(relaying.time, "monotonic", lambda: clock[0])
+    relay = bare_relay(Limits(cpu=10))
+    relay.meter = meter = Counting(os.getpid(), None, Limits(cpu=10))
+    looks = []
+    for _ in range(1000):
+        relay._check()
+        clock[0] += 0.01
+        looks.append(meter.looks)
+    assert (looks[0], looks[-1]) == (1, 200), "at once, and from then on every 50 ms in 10 s"
+
+
+def test_a_limit_that_nobody_can_hold_ends_the_command(tmp_path: Path) -> None:
+    """The group's own file is gone, or cannot be read: what it used is not nothing."""
+    limits = Limits(cpu=10)
+    relay = bare_relay(limits)
+    relay.meter = Meter(os.getpid(), Group(str(tmp_path)), limits)
+    with pytest.raises(Enough, match=r"usage_usec of .*/cpu\.stat cannot be read") as caught:
+        relay._check()
+    assert caught.value.outcome.status == 125
+    (tmp_path / "cpu.stat").write_text("usage_usec 9999999\n")
+    relay = bare_relay(limits)
+    relay.meter = Meter(os.getpid(), Group(str(tmp_path)), limits)
+    relay._check()
+    (tmp_path / "cpu.stat").write_text("usage_usec 10000000\n")
+    relay._looked = 0.0
+    with pytest.raises(Enough, match="the cpu limit of 10 s is reached"):
+        relay._check()
+
+
+def bare_relay(limits: Limits) -> Relay:
+    """One that nobody speaks to."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.close()
+    relay = Relay(Desk(ours), limits, b"")
+    relay.close()
+    return relay
+
+
+def test_the_standard_input_is_a_file_that_nobody_can_change() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        relay = Relay(Desk(ours), Limits(), b"input")
+        number = relay.theirs[0]
+        assert os.read(number, 99) == b"input"
+        for does in (lambda: os.write(number, b"x"), lambda: os.truncate(number, 0)):
+            with pytest.raises(PermissionError):
+                does()
+        relay.close()

@@ -82,6 +82,7 @@ def test_the_message_table_is_the_closed_set() -> None:
         ("inspector", "controller"): names(messages.FROM_INSPECTOR),
         ("controller", "relay"): names(messages.TO_RELAY),
         ("relay", "controller"): names(messages.FROM_RELAY),
+        ("custodian", "controller"): {"HostMended"},
         ("client", "controller"): names(messages.FROM_CLIENT),
         ("controller", "client"): names(messages.TO_CLIENT),
         ("anybody", "auditor"): names(messages.TO_AUDITOR),

@@ -61,7 +61,7 @@ def test_the_table_of_verbs_is_what_the_parser_knows() -> None:
         (["conters"], "there is no verb 'conters': did you mean 'counters'?"),
         (["polcy", "check"], "did you mean 'policy'?"),
         (["--json", "Status"], "did you mean 'status'?"),
-        (["xyzzy"], "the verbs are run, status, policy, guard, residency, local-only"),
+        (["xyzzy"], "the verbs are run, status, doctor, selftest, policy, guard, residency, local-only"),
         (["\x1b[2Jboo"], r"there is no verb '\x1b[2Jboo'"),
         (["policy", "chek"], "invalid choice: 'chek'"),
         (["policy"], "required: ACTION"),

@@ -435,18 +435,6 @@ def test_a_new_process_learns_what_is_granted_and_keeps_it_for_a_day() -> None:
     assert talk.machine.next_due() == talk.now + LINGER
 
 
-def test_a_new_controller_has_nothing() -> None:
-    talk = Talk()
-    talk.get(A)
-    talk.ask(B)
-    talk.ask(C)
-    talk.looked(C)
-    commands = talk.machine.reset()
-    assert commands == [Dropped("acme", A, 7, False), settled(A), settled(B), settled(C)]
-    assert talk.granted(C) == talk.looked(B) == []
-    assert talk.machine.sizes("acme") == {"held": 0, "remembered": 0, "queue": 0, "sandboxes": 0}
-
-
 def test_a_workspace_that_goes_takes_all_with_it() -> None:
     talk = Talk()
     talk.get(A)

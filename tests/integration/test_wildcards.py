@@ -1,5 +1,5 @@
 """Names that wildcards cover, through the whole daemon: the first question grants, budgets bound what is
-asked upstream, and what was granted outlives every process but the controller. The capture on the uplink is
+asked upstream, and what was granted outlives every process. The capture on the uplink is
 the judge of what left."""
 
 from __future__ import annotations
@@ -261,10 +261,8 @@ def test_a_policy_that_still_covers_it_cuts_nothing(daemon: Any) -> None:
         assert row["wildcard"] == "**.search.test" and row["out"][0] > before, "a counter went back"
 
 
-@pytest.mark.parametrize("name", ["warden", "resolver", "inspector", "auditor", "relay"])
-def test_what_was_granted_outlives_every_process_but_the_controller(
-    daemon: Any, internet: Any, name: str
-) -> None:
+@pytest.mark.parametrize("name", ["warden", "resolver", "inspector", "auditor", "relay", "controller"])
+def test_what_was_granted_outlives_every_process(daemon: Any, internet: Any, name: str) -> None:
     sender = Sender(daemon)
     with Chatter(daemon, ["tcp4 a1.search.test 7", "tcp6 a1.search.test 7"]) as chatter:
         assert sender.send(hello("a1.search.test"), name="a1.search.test") in ("16", "15")
@@ -281,18 +279,6 @@ def test_what_was_granted_outlives_every_process_but_the_controller(
     sender.close()
     assert daemon.json("policy", "diff")["drift"] == []
     rows(daemon)
-
-
-def test_with_the_controller_its_grants_end_and_the_next_one_begins_anew(daemon: Any, internet: Any) -> None:
-    with Resident(daemon) as resident:
-        assert resident.tries(echo("a1.search.test"))[0].data == MARKER
-        replace(daemon, "controller")
-        assert resident.process.wait(10) == 125
-    assert granted(daemon) == 0
-    assert "a1.search.test" not in daemon.json("ruleset")["text"]
-    assert probe(daemon, [echo("a1.search.test")])[0].data == MARKER
-    account = daemon.counters("acme")
-    assert account["balance"]["balanced"], account["balance"]
 
 
 def test_why_tells_what_became_of_a_name(daemon: Any) -> None:

@@ -141,6 +141,17 @@ def test_garbage_is_refused(ends: Ends, data: bytes) -> None:
         warden.receive()
 
 
+@pytest.mark.parametrize("value", ["18", "18.5", "true", "null", "[]", "{}", '"x"', '"::1"'])
+def test_an_address_that_is_none_is_no_message(value: str) -> None:
+    left, right = pair()
+    with left, right:
+        auditor: Channel[Any] = Channel(right, messages.TO_AUDITOR)
+        text = '{"type":"BindSource","request":1,"link":1,"workspace":"a","source4":%s,"source6":"fd53::1"}'
+        left.send((text % value).encode())
+        with pytest.raises(ProtocolError, match="not a message"):
+            auditor.receive()
+
+
 def test_a_message_larger_than_any_is_refused(ends: Ends) -> None:
     controller, warden = ends
     raw(controller, b'"' + b"x" * MAX_MESSAGE)

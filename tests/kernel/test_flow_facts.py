@@ -438,7 +438,7 @@ def test_what_does_not_fit_the_socket_is_told_as_an_overrun(flows: Flows) -> Non
     there = flows.there
     count = 600
     with inside(there.gateway):
-        small = sockets._flows()
+        small = sockets.open_flows()
     with small:
         small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         small.setblocking(False)

@@ -123,7 +123,9 @@ class World:
 
     @property
     def config(self) -> FoundationConfig:
-        return FoundationConfig(gateway=f"kn-g{self.name}", state_dir=self.directory / "state")
+        return FoundationConfig(
+            gateway=f"kn-g{self.name}", state_dir=self.directory / "state", run_dir=self.directory / "run"
+        )
 
     def __enter__(self) -> World:
         self.host, _ = namespaces.pin(f"kn-h{self.name}")
@@ -191,6 +193,7 @@ class Warden:
     def __init__(self, world: World) -> None:
         self.world = world
         self.unasked: list[Any] = []
+        self.reports: list[int] = []  # numbers of those that were `heard`, which returns them without
         self.controller: Channel[Any]
         supervisor, its_supervisor = pair()
         audit, its_audit = pair()
@@ -250,7 +253,8 @@ class Warden:
             for message in self.unasked:
                 if isinstance(message, kind):
                     self.unasked.remove(message)
-                    return message
+                    self.reports.append(getattr(message, "report", 0))
+                    return msgspec.structs.replace(message, report=0) if self.reports[-1] else message
             self.controller.socket.settimeout(max(0.001, deadline - time.monotonic()))
             try:
                 self.unasked.append(self.controller.receive().message)

@@ -1,4 +1,5 @@
-"""`python -m lab shell [COMMAND…]`: the lab with egressd in it, for people."""
+"""`python -m lab shell [COMMAND…]`: the lab with egressd in it, for people. `python -m lab chaos COUNT`: that
+many faults of it, under traffic (`chaos.py`)."""
 
 from __future__ import annotations
 
@@ -13,8 +14,12 @@ def main() -> int:
             from lab import shell
 
             return shell.main(words)
+        case ["chaos", count] if count.isdecimal():
+            from lab import chaos
+
+            return chaos.main(int(count))
         case _:
-            print("usage: python -m lab shell [COMMAND…]", file=sys.stderr)
+            print("usage: python -m lab shell [COMMAND…] | python -m lab chaos COUNT", file=sys.stderr)
             return 2
 
 

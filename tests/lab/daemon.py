@@ -34,6 +34,7 @@ ACCOUNTS = {
     "relay": "4106",
     "metrics": "4107",
     "api": "4108",
+    "custody": "4109",
 }
 UPSTREAM = (f"udp://{topology.DNS4}", f"udp://[{topology.DNS6}]")
 START_WITHIN, STOP_WITHIN = 30.0, 20.0  # seconds
@@ -99,8 +100,7 @@ class Daemon:
 
     def start(self) -> None:
         """Return when it says that it enforces; LabError with its log if it ends or takes too long."""
-        argv = [str(VENV / "bin" / "egressd"), "--config", self.config_file]
-        process = self.process = self.lab.start(argv)
+        process = self.process = self.lab.start(self.argv)
 
         def ready() -> bool:
             if process.status() is not None:
@@ -115,6 +115,17 @@ class Daemon:
             log, self.process = self.log, None
             self.lab.run(self._dismantling)
             raise LabError(f"egressd did not get ready:\n{log}") from None
+
+    @property
+    def argv(self) -> list[str]:
+        return [str(VENV / "bin" / "egressd"), "--config", self.config_file]
+
+    def leave(self) -> None:
+        """End it as for a restart: sandboxes go on, and the next `start` takes them over."""
+        assert self.process is not None
+        self.process.signal(signal.SIGUSR1)
+        self.process.wait(STOP_WITHIN)
+        self.process = None
 
     def stop(self, *, dismantle: bool = True) -> None:
         """End it as systemd would, then take away the gateway, which outlives a plain stop on purpose."""

@@ -66,6 +66,8 @@ class Journal(Auditing):
     def offer(self, message: Any) -> bool:
         if isinstance(message, messages.NameBlocks) and not self.full:
             self.blocks.append(message)
+        elif isinstance(message, messages.BindSource) and not self.full:
+            self.pass_on(message)
         elif not self.full:
             self.record(message.event, message.fields)
         return not self.full
@@ -115,6 +117,11 @@ class Client:
                 return json.loads(text)
         return part
 
+    def resume(self, link: int) -> None:
+        descriptor = os.open("/dev/null", os.O_RDONLY)
+        self.peer.send(messages.Resume(link=link), descriptor=descriptor)
+        os.close(descriptor)
+
     async def spawn(self, workspace: str = "acme", **attach: Any) -> messages.Lease:
         self.say(messages.Enter(workspace=workspace))
         assert isinstance(await self.hear(), messages.Terms)
@@ -135,12 +142,12 @@ class World:
 
     def __init__(self, directory: Path, **policies: str) -> None:
         self.workspaces = directory / "workspaces"
-        self.workspaces.mkdir()
-        (directory / "controller").mkdir()
+        self.workspaces.mkdir(exist_ok=True)  # a controller before this one may have been here
+        (directory / "controller").mkdir(exist_ok=True)
         for name, text in policies.items():
             self.write(name, text)
         self.tables = directory / "residency" / "tables"
-        self.tables.mkdir(parents=True)
+        self.tables.mkdir(parents=True, exist_ok=True)
         config = Config(
             workspaces_dir=str(self.workspaces),
             run_dir=str(directory),
@@ -171,6 +178,7 @@ class World:
 
     def serve(self) -> None:
         """Take clients in."""
+        (self.directory / "control.sock").unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         listener.bind(str(self.directory / "control.sock"))
         listener.listen()

@@ -763,8 +763,14 @@ def test_it_beats_for_as_long_as_its_loop_turns(auditor: Auditor) -> None:
     assert auditor.channels["supervisor"].receive().message == messages.Heartbeat()
 
 
-def test_notable_records_are_lines_for_the_systems_journal(state: Path) -> None:
-    with Auditor(state, environment={"JOURNAL_STREAM": "1:2"}) as auditor:
+@pytest.mark.skipif(
+    Path("/run/systemd/journal/socket").exists(), reason="this machine's journal would take them"
+)
+def test_notable_records_are_lines_where_the_systems_journal_does_not_take_entries(state: Path) -> None:
+    """The entries with their fields: tests/system."""
+    (state / "stderr").touch()
+    status = (state / "stderr").stat()
+    with Auditor(state, environment={"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"}) as auditor:
         auditor.ready().event("tampered", what="table \x1b[2J inet gone", restored=True)
         auditor.event("sandbox-opened")
         auditor.wait_for("sandbox-opened")

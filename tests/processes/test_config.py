@@ -32,6 +32,7 @@ def test_a_good_file(tmp_path: Path) -> None:
     assert config.accounts() == {
         "daemon": Account(900, 900),
         "warden": Account(901, 901),
+        "custody": Account(901, 901),
         "audit": Account(902, 902),
         "inspect": Account(903, 903),
         "resolve": Account(904, 904),
@@ -160,7 +161,7 @@ def test_metrics_are_read_at_the_loopback_or_a_socket(
     config = load(written(tmp_path, f"{user}metrics: '{text}'\n"))
     assert config.metrics_address == where
     assert config.accounts()["metrics"] == Account(906, 906)
-    assert supervisor.order(config) == (*supervisor.ORDER, "exporter")
+    assert supervisor.order(config) == (*supervisor.ORDER, "custodian", "exporter")
 
 
 def test_the_api_answers_at_the_loopback_or_a_socket(tmp_path: Path) -> None:
@@ -169,7 +170,7 @@ def test_the_api_answers_at_the_loopback_or_a_socket(tmp_path: Path) -> None:
         config = load(written(tmp_path, f"{user}api: '{text}'\n"))
         assert config.api_address is not None and config.api_address.path == path
         assert config.accounts()["api"] == Account(907, 907)
-        assert supervisor.order(config) == (*supervisor.ORDER, "api")
+        assert supervisor.order(config) == (*supervisor.ORDER, "custodian", "api")
 
 
 def test_without_metrics_their_account_is_not_asked_for(tmp_path: Path) -> None:
@@ -177,5 +178,17 @@ def test_without_metrics_their_account_is_not_asked_for(tmp_path: Path) -> None:
     config = load(written(tmp_path, GOOD))
     assert config.metrics_address is None
     assert "metrics" not in config.accounts()
-    assert supervisor.order(config) == supervisor.ORDER
+    assert supervisor.order(config) == (*supervisor.ORDER, "custodian")
+
+
+def test_without_the_custodian_s_account_the_warden_s_is_taken(tmp_path: Path) -> None:
+    """A list of accounts that is older than the custodian is good enough: both hold the same capability."""
+    config = load(written(tmp_path, GOOD))
+    assert config.accounts()["custody"] == config.accounts()["warden"]
+    named = load(written(tmp_path, GOOD.replace("warden: ", "custody: '909', warden: ")))
+    assert named.accounts()["custody"] == Account(909, 909)
+    assert named.accounts()["warden"] == config.accounts()["warden"]
+
+
+def test_nobody_has_a_channel_to_the_exporter() -> None:
     assert not any("exporter" in relation for relation in supervisor.RELATIONS)

@@ -64,11 +64,12 @@ def test_a_process_becomes_its_card(name: str) -> None:
     }
 
 
-def test_only_the_warden_keeps_net_admin_and_only_the_supervisor_anything_else() -> None:
+def test_only_warden_and_custodian_keep_net_admin_and_only_the_supervisor_anything_else() -> None:
     holders = {name: {c.name for c in card.capabilities} for name, card in CARDS.items() if card.capabilities}
     assert holders == {
         "supervisor": {"SETUID", "SETGID", "KILL", "SETPCAP", "NET_ADMIN"},
         "warden": {"NET_ADMIN"},
+        "custodian": {"NET_ADMIN"},
     }
 
 

@@ -264,7 +264,17 @@ def test_a_new_controller_is_told_again_and_binds_again(scene: Scene) -> None:
     assert scene.dig("api.example.com").data
     scene.new_controller()
     eventually(lambda: len(scene.controller.resolved) == len(HOSTS))
-    assert scene.dig("api.example.com").status == "REFUSED"  # until the sandbox is bound again
+    assert scene.dig("api.example.com").data  # whom it will not name is not known yet
+    scene.controller.bind()
+    scene.controller.names(ACME)
+    assert scene.dig("api.example.com").data
+
+
+def test_whom_a_new_controller_does_not_name_has_ended(scene: Scene) -> None:
+    assert scene.dig("api.example.com").data
+    scene.new_controller()
+    scene.controller.names(ACME)
+    assert scene.dig("api.example.com").status == "REFUSED"
     scene.controller.bind()
     assert scene.dig("api.example.com").data
 

@@ -188,4 +188,4 @@ def test_a_workspace_may_be_called_like_something_of_ours(name: str) -> None:
     wanted = WorkspaceWant(workspace=name, index=1, guard="off")
     things = build.desired(Desired(POOLS, {name: wanted}, (LinkWant(Link(7), name, 1, 1),)))
     static = build.desired(Desired(POOLS, {}))
-    assert len(things) == len(static) + len(build.fragment(wanted, POOLS)) - 3 + 10
+    assert len(things) == len(static) + len(build.fragment(wanted, POOLS)) - 3 + 11

@@ -262,10 +262,22 @@ def test_a_limit_that_stays_is_not_written_anew(nft: Nft) -> None:
     assert "b.test" in text
     assert "connections" not in text
     other = wants(policy(host("a.test"), connections=8))["acme"]
-    assert diff.commands(diff.changes(before, other, links=links)) == [
-        "flush chain inet egressd eg1_connections",
-        "add rule inet egressd eg1_connections ct count over 8 goto late_connections",
-    ]
+    flushed, *written = diff.commands(diff.changes(before, other, links=links))
+    assert flushed == "flush chain inet egressd eg1_connections"
+    assert written[-1] == "add rule inet egressd eg1_connections ct count over 8 goto late_connections"
+
+
+def test_a_policy_that_says_nothing_of_connections_bounds_them_all_the_same() -> None:
+    """And saying something changes that one number: the rates are the same."""
+    silent, more = (wants(policy(host("a.test"), connections=n))["acme"] for n in (None, 5000))
+    rules = [build.connection_limit(LinkWant(Link(1), "acme"), want) for want in (silent, more)]
+    (one, two) = (found[Key("inet", "chain", "eg1_connections")] for found in rules)
+    assert isinstance(one, Chain) and isinstance(two, Chain)
+    assert one.rules[:-1] == two.rules[:-1]
+    assert (one.rules[-1], two.rules[-1]) == tuple(
+        f"ct count over {number} goto late_connections" for number in (4096, 5000)
+    )
+    assert build.connection_limit(LinkWant(Link(1), "acme", closed=True), silent) == {}
 
 
 def test_limits_that_hang_on_elements_become_rules(nft: Nft) -> None:

@@ -59,6 +59,9 @@ TERMS: dict[str, dict[str, Any]] = {
 }
 
 
+# Or an address is tentative, on the loopback too, until a worker of the kernel has looked at it
+# (addrconf_dad_work), and nobody can bind it.
+_NODAD = 0x02  # linux/if_addr.h: IFA_F_NODAD
 COUNTERS = {"in": (3, 180), "ok": (2, 120), "denied": (1, 60), "other": (0, 0)}
 SPENT = {"spent": messages.Spent(counters=COUNTERS, spent=("connections", "quota"))}
 
@@ -74,9 +77,10 @@ class FakeDaemon:
         for address in (SERVICE4, OTHER4, layout.RESOLVER4):
             self.route.addr("add", index=lo, address=str(address), prefixlen=32)
         for address6 in (SERVICE6, OTHER6, layout.RESOLVER6):
-            self.route.addr("add", index=lo, address=str(address6), prefixlen=128)
+            self.route.addr("add", index=lo, address=str(address6), prefixlen=128, flags=_NODAD)
         for stranger in STRANGERS:
-            self.route.addr("add", index=lo, address=stranger, prefixlen=128 if ":" in stranger else 32)
+            six = {"prefixlen": 128, "flags": _NODAD} if ":" in stranger else {"prefixlen": 32}
+            self.route.addr("add", index=lo, address=stranger, **six)
 
     def serve(self) -> None:
         for service in (OLLAMA, OTHER):
@@ -113,6 +117,7 @@ class FakeDaemon:
                     case messages.ReadSpent():
                         channel.send(SPENT.get(workspace, messages.Spent(counters=COUNTERS)))
                     case _:
+                        received.close()  # a namespace that nobody lets go of stays
                         channel.send(messages.Refusal(reason="protocol", text="only spawning is played here"))
         except (EOFError, OSError, ProtocolError):
             pass
@@ -213,12 +218,12 @@ def _answer(service: messages.LocalService, address: IPv4Address | IPv6Address) 
             connection.sendall(f"{service.service} {peer[0]}\n".encode())
 
 
-def main() -> None:
+def main(kind: type[FakeDaemon] = FakeDaemon) -> None:
     run_dir, namespace = sys.argv[1:]
     descriptor = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
     if ctypes.CDLL(None, use_errno=True).setns(descriptor, 0x4000_0000):
         raise OSError(ctypes.get_errno(), "setns")
-    FakeDaemon(run_dir).serve()
+    kind(run_dir).serve()
 
 
 if __name__ == "__main__":

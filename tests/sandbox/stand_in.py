@@ -6,6 +6,7 @@ For the tests of this directory by their conftest, for others as `sandbox.stand_
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -99,19 +100,39 @@ class Gateway:
         return self.run("/usr/bin/python3", "-c", script, workspace=workspace, **more)
 
 
+@dataclass
+class Returning(Gateway):
+    """One whose stand-in goes away when it is told, and comes back (see returning_daemon.py)."""
+
+    process: subprocess.Popen[str]
+
+    def do(self, words: str) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(f"{words}\n")
+        self.process.stdin.flush()
+        assert self.process.stdout.readline() == "done\n"
+
+    def written(self, name: str) -> list[Any]:
+        """Lines of what the stand-in wrote down."""
+        path = self.run_dir / f"{name}.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 @contextlib.contextmanager
-def gateway_named(name: str) -> Iterator[Gateway]:
+def gateway_named(name: str, *, program: str = "fake_daemon.py") -> Iterator[Returning]:
     """Root only. Checks that no link is left in it."""
     with tempfile.TemporaryDirectory(prefix="egressd-sandbox-", dir="/var/tmp") as directory:
         Path(directory).chmod(0o755)
         subprocess.run(["ip", "netns", "add", name], check=True)
         process = subprocess.Popen(
-            [sys.executable, HERE / "fake_daemon.py", directory, name], stdout=subprocess.PIPE, text=True
-        )
+            [sys.executable, HERE / program, directory, name],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
-            made = Gateway(namespace=name, run_dir=Path(directory))
+            made = Returning(namespace=name, run_dir=Path(directory), process=process)
             yield made
             assert eventually(lambda: made.links() == []), f"links left behind: {made.links()}"
         finally:

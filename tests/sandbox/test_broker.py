@@ -116,6 +116,11 @@ def test_named_variables_are_set(gateway: Gateway) -> None:
     assert done.stdout == "1-x=y-/\n"
 
 
+def test_a_variable_need_not_be_text(gateway: Gateway) -> None:
+    done = gateway.run("printenv", "X", options=("--env", os.fsdecode(b"X=\xff\xc3\xa9")), text=False)
+    assert (done.stdout, done.returncode) == (b"\xff\xc3\xa9\n", 0), done.stderr
+
+
 def test_ollama_host_is_set_where_there_is_one(gateway: Gateway) -> None:
     assert gateway.run("printenv", "OLLAMA_HOST", workspace="acme").stdout == "http://127.0.0.1:11434\n"
     assert gateway.run("printenv", "OLLAMA_HOST", workspace="plain").returncode == 1
@@ -399,7 +404,7 @@ def test_a_dry_run_prints_a_line_that_builds_the_same_and_runs_nothing(gateway: 
 @pytest.mark.parametrize(
     ("workspace", "said"),
     [
-        ("wordless", "egressd has ended, and with it the sandbox's lease"),
+        ("wordless", "egressd was restarted, and does not give the lease back: only spawning is played here"),
         ("revokes", "the workspace was removed"),
     ],
 )

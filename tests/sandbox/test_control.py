@@ -15,7 +15,7 @@ from egressd.ipc import messages
 from egressd.ipc.channel import Channel, payload
 from egressd.model.errors import ProtocolError, Refused
 from egressd.model.verdicts import Reason
-from egressd.sandbox.control import Control
+from egressd.sandbox.control import Control, Gone
 
 Answering = Callable[[Channel[Any]], None]
 
@@ -118,7 +118,6 @@ def test_without_a_daemon_it_says_what_to_do(tmp_path: Path, case: str) -> None:
     ("said", "text"),
     [
         (messages.Revoked(text="the workspace was removed"), "the workspace was removed"),
-        (None, "egressd has ended"),
         (TERMS, "Terms unasked"),
     ],
 )
@@ -131,3 +130,70 @@ def test_why_the_lease_ended(daemon: Callable[[Answering], str], said: Any, text
     with Control(daemon(send)) as control:
         control.enter("acme")
         assert text in control.ended()
+
+
+def test_an_end_without_a_word_is_no_end_of_the_lease(daemon: Callable[[Answering], str]) -> None:
+    with Control(daemon(lambda channel: channel.send(TERMS))) as control:
+        control.enter("acme")
+        with pytest.raises(Gone):
+            control.ended()
+        assert isinstance(control.last_word(), Gone)
+
+
+def test_what_was_said_before_a_reset_is_heard(daemon: Callable[[Answering], str]) -> None:
+    """The daemon revokes and closes, with something of ours unread: the kernel tells the reset first."""
+    closed = threading.Event()
+
+    def revoke(channel: Channel[Any]) -> None:
+        channel.send(TERMS)
+        told.wait(10)
+        channel.send(messages.Revoked(text="the workspace was removed"))
+        channel.close()
+        closed.set()
+
+    told = threading.Event()
+    with Control(daemon(revoke)) as control:
+        control.enter("acme")
+        control.tell(messages.Ended(status=0))
+        told.set()
+        assert closed.wait(10)
+        assert control.ended() == "the workspace was removed"
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_whether_the_last_word_was_read_is_known(daemon: Callable[[Answering], str], read: bool) -> None:
+    def die(channel: Channel[Any]) -> None:
+        channel.send(TERMS)
+        if read:
+            channel.receive()
+        else:
+            asked.wait(10)
+
+    asked = threading.Event()
+    with Control(daemon(die)) as control:
+        control.enter("acme")
+        control._send(messages.ReadSpent())
+        asked.set()
+        with pytest.raises(Gone) as caught:
+            control._expect(messages.Spent)
+        assert caught.value.unread is not read
+        with pytest.raises(Gone) as caught:
+            control.spent()
+        assert caught.value.unread, "nobody is there any more"
+
+
+def test_a_crowd_at_the_door_waits_for_its_turn(tmp_path: Path) -> None:
+    """A full backlog is no refusal: connect(2) waits for room."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(tmp_path / "control.sock"))
+        listener.listen(1)
+        waiting: list[Control] = []
+        crowd = [threading.Thread(target=lambda: waiting.append(Control(str(tmp_path)))) for _ in range(8)]
+        for one in crowd:
+            one.start()
+        taken = [listener.accept()[0] for _ in crowd]
+        for one in crowd:
+            one.join(10)
+        assert len(waiting) == len(crowd)
+        for each in (*waiting, *taken):
+            each.close()

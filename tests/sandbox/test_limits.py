@@ -160,7 +160,6 @@ def test_a_group_for_time_alone_needs_no_controller(tmp_path: Path) -> None:
         ("oom 3\noom_kill 1\n", "max 0\n", {"memory"}),
         ("oom 3\noom_kill 0\n", "max 7\n", {"processes"}),
         ("oom_kill 2\n", "max 1\n", {"memory", "processes"}),
-        ("", "", set()),
     ],
 )
 def test_what_the_kernel_has_stopped(tmp_path: Path, memory: str, pids: str, reached: set[str]) -> None:
@@ -168,5 +167,21 @@ def test_what_the_kernel_has_stopped(tmp_path: Path, memory: str, pids: str, rea
     (tmp_path / "memory.events").write_text(memory)
     (tmp_path / "pids.events").write_text(pids)
     assert group.reached() == reached
-    assert Group(str(tmp_path / "gone")).reached() == set()
-    assert Group(str(tmp_path / "gone")).cpu_seconds() == 0.0
+    (tmp_path / "memory.events").unlink()
+    (tmp_path / "pids.events").unlink()
+    assert group.reached() == set(), "it has neither controller"
+
+
+@pytest.mark.parametrize("text", [None, "", "usage_usec\n", "usage_usec many\n", "user_usec 5\n"])
+def test_time_that_cannot_be_read_is_not_none(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "cpu.stat").write_text(text)
+    with pytest.raises(Refused, match=r"usage_usec of .*/cpu\.stat cannot be read") as caught:
+        Group(str(tmp_path)).cpu_seconds()
+    assert caught.value.reason is Reason.LIMIT
+
+
+def test_what_was_stopped_and_cannot_be_read_is_not_nothing(tmp_path: Path) -> None:
+    (tmp_path / "memory.events").write_text("low 0\n")
+    with pytest.raises(Refused, match=r"oom_kill of .*/memory\.events cannot be read: it is not there"):
+        Group(str(tmp_path)).reached()

@@ -8,7 +8,7 @@ A secret has no place in it: where one is needed, its reference stands (``secret
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -54,6 +54,10 @@ P = TypeVar("P", bound=Part)
 
 # ---- what comes out
 
+# Where nothing is written: one inference could otherwise use up what the service has for all (TasksMax).
+MEMORY, PROCESSES = 4 << 30, 256  # bytes; processes and threads
+BOUNDED = Limits(memory=MEMORY, processes=PROCESSES)
+
 
 @dataclass(frozen=True, slots=True)
 class Listen:
@@ -88,7 +92,7 @@ class Inference:
     bind_ro: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     network: Literal["policy", "none"] = "policy"
-    limits: Limits = field(default_factory=Limits)
+    limits: Limits = BOUNDED
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +101,7 @@ class WorkspaceConfig:
 
     inferences: Mapping[str, Inference] = field(default_factory=dict)
     commands: bool = False
-    limits: Limits = field(default_factory=Limits)
+    limits: Limits = BOUNDED
     network: Literal["policy", "none"] = "policy"
 
 
@@ -131,6 +135,7 @@ class BrokerConfig:
     scratch: str = "private"  # or a directory
     scratch_encrypted: bool = False
     keep: float = 600.0  # seconds for which a result can be fetched
+    preflight: bool = False  # each sandbox is attacked a little before its command runs (egressd.selftest)
 
 
 # ---- values
@@ -238,6 +243,11 @@ def _levels(value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _or_none(check: Callable[[object], int]) -> Callable[[object], int | None]:
+    """Of what is bounded by default."""
+    return lambda value: None if value == "none" else check(value)
+
+
 def _cost(value: object) -> float:
     found = re.fullmatch(r"[0-9]{1,9}(?:\.[0-9]{1,6})?", str(value))
     if isinstance(value, bool) or found is None or float(found[0]) <= 0:
@@ -269,8 +279,8 @@ class _LimitsPart(Part):
 
     wall: Annotated[float | None, PlainValidator(values.wall)] = None
     cpu: Annotated[float | None, PlainValidator(values.wall)] = None
-    memory: Annotated[int | None, PlainValidator(values.memory)] = None
-    processes: Annotated[int | None, PlainValidator(values.count(values.MAX_PROCESSES))] = None
+    memory: Annotated[int | None, PlainValidator(_or_none(values.memory))] = MEMORY
+    processes: Annotated[int | None, PlainValidator(_or_none(values.count(values.MAX_PROCESSES)))] = PROCESSES
     file_size: Annotated[int | None, PlainValidator(values.byte_count)] = None
     output: Annotated[int | None, PlainValidator(values.byte_count)] = None
     egress_bytes: Annotated[int | None, PlainValidator(values.byte_count)] = None
@@ -330,6 +340,7 @@ class _RootPart(Part):
     limits: Any = None
     scratch: Annotated[Any, PlainValidator(_scratch)] = "private"
     keep: Annotated[float, PlainValidator(values.wall)] = 600.0
+    preflight: Annotated[bool, PlainValidator(values.truth)] = False
 
 
 # ---- reading
@@ -393,6 +404,7 @@ class _Document(Reader):
             scratch=scratch.directory if scratch else "private",
             scratch_encrypted=scratch.encrypted if scratch else False,
             keep=head.keep,
+            preflight=head.preflight,
         )
         self._compare(config, root)
         return config
@@ -444,14 +456,14 @@ class _Document(Reader):
 
     def _inference(self, entry: object, path: tree.Path) -> Inference:
         part = self.part(_InferencePart, entry, path)
-        limits = self._limits(entry, path) if isinstance(entry, dict) else Limits()
+        limits = self._limits(entry, path) if isinstance(entry, dict) else BOUNDED
         if part is None:
             return Inference(())
         return Inference(part.command, tuple(part.bind_ro), part.environment, part.network, limits)
 
     def _limits(self, entry: dict[str, Any], path: tree.Path) -> Limits:
         part = self.part(_LimitsPart, entry["limits"], (*path, "limits")) if "limits" in entry else None
-        return part.limits() if part else Limits()
+        return part.limits() if part else BOUNDED
 
     def _mapping(self, value: object, path: tree.Path, most: int) -> dict[str, Any]:
         if not isinstance(value, dict):

@@ -94,8 +94,6 @@ class Inference:
     tokens: int = 0
     cost: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
-    cpu: float = 0.0
-    max_rss: int = 0
     started: str = ""
     ended: str = ""
     stop: str = ""  # why it is to be stopped, once somebody wants that

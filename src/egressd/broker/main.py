@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from egressd import __version__
 from egressd.broker.config import BrokerConfig, load
+from egressd.ipc import journald
 from egressd.ipc.readiness import notify
 from egressd.model.errors import EgressdError, PolicyError, Refused
 from egressd.model.verdicts import Reason
@@ -56,11 +57,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    logging.basicConfig(
-        level=logging.DEBUG if args.debug else logging.INFO,
-        format="%(name)s: %(levelname)s: %(message)s" if "JOURNAL_STREAM" in os.environ else
-        "%(asctime)s %(name)s: %(levelname)s: %(message)s",
-    )  # fmt: skip
+    level = logging.DEBUG if args.debug else logging.INFO
+    if journald.heard():
+        journald.configure("broker", long_lived=not args.check, level=level)
+    else:
+        logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(levelname)s: %(message)s")
     for chatty in ("uvicorn.error", "asyncio", "httpx", "httpcore", "alembic"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:

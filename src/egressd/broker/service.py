@@ -291,6 +291,7 @@ class Service:
             scratch=self.config.scratch,
             scratch_size=_ROOM + sum(copy.size + _PAGE for copy in copies),
             scratch_encrypted=self.config.scratch_encrypted,
+            preflight=self.config.preflight,
             generation=decision.generation,
             clearance=decision.clearance,
             email=identity.email,
@@ -410,7 +411,6 @@ class Service:
         inference.destroyed = finished.destroyed
         inference.counters, inference.seconds = dict(finished.counters), dict(finished.seconds)
         inference.tokens, inference.cost = finished.tokens, finished.cost
-        inference.cpu, inference.max_rss = finished.cpu, finished.max_rss
         inference.state = State.ENDED
         if inference.refused:  # by us, after the copies were made
             inference.state = State.REFUSED

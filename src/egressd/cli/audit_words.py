@@ -43,10 +43,10 @@ VERDICTS: Final[dict[str, frozenset[str]]] = {
 _VERDICT_OF: Final = {event: verdict for verdict, events in VERDICTS.items() for event in events}
 _ALARMS: Final = frozenset(
     {
-        "tampered", "drift", "books-unbalanced", "books-restarted", "lost", "log-ended", "journal-torn",
-        "journal-damaged", "journal-truncated", "clock-stepped", "peer-broken",
+        "tampered", "host-mended", "drift", "books-unbalanced", "books-restarted", "lost", "log-ended",
+        "journal-torn", "journal-damaged", "journal-truncated", "clock-stepped", "peer-broken",
         "sandbox-lost", "process-hung", "process-killed", "registry-broken", "flows-not-cut",
-        "leftovers-removed",
+        "leftovers-removed", "lease-refused",
     }
 )  # fmt: skip
 
@@ -267,6 +267,22 @@ def _closed(fields: Fields) -> str:
     )
 
 
+def _sandbox_lost(fields: Fields) -> str:
+    why = _get(fields, "why")
+    return _closed(fields) if why else "the end of a sandbox was found, not seen"
+
+
+def _resumed(fields: Fields) -> str:
+    return (
+        f"sandbox is resumed by uid {_get(fields, 'uid')}, pid {_get(fields, 'pid')},"
+        f" {_seconds(fields)} after egressd was started"
+    )
+
+
+def _lease_refused(fields: Fields) -> str:
+    return f"a lease on disk, of link {_get(fields, 'link')}, is refused: {_get(fields, 'text')}"
+
+
 def _spawn(fields: Fields) -> str:
     why = f"no sandbox for uid {_get(fields, 'uid')}: {_get(fields, 'text')} [{_get(fields, 'reason')}]"
     return _join(why, _many(fields, "count", "time"))
@@ -404,6 +420,12 @@ def _request_refused(fields: Fields) -> str:
     return f"request {_get(fields, 'request')} of {whose}{what}: {_get(fields, 'text')}{code}"
 
 
+def _selftest(fields: Fields) -> str:
+    came = ", ".join(f"{_get(fields, name)} {name}" for name in ("refused", "escaped", "unclear"))
+    left = f"{_get(fields, 'not_tried')} not tried"
+    return f"self-test, as its caller says: {_get(fields, 'tried')} ways out tried, {came}; {left}"
+
+
 def _request_ended(fields: Fields) -> str:
     spent = [f"{_get(fields, name)} {name}" for name in ("tokens", "cost") if _number(fields, name)]
     hit = _get(fields, "hit")
@@ -467,6 +489,9 @@ _TELLERS: Final[Mapping[str, Teller]] = {
     "link-flows": _link_flows,
     "sandbox-opening": _opening,
     "sandbox-closed": _closed,
+    "sandbox-lost": _sandbox_lost,
+    "sandbox-resumed": _resumed,
+    "lease-refused": _lease_refused,
     "spawn-refused": _spawn,
     "name-granted": _granted,
     "name-released": _released,
@@ -490,6 +515,7 @@ _TELLERS: Final[Mapping[str, Teller]] = {
     "request-files": _files,
     "request-refused": _request_refused,
     "request-ended": _request_ended,
+    "selftest": _selftest,
     "access-changed": _access,
     "documents-ingested": _ingested,
     "leftovers-removed": _leftovers,

@@ -27,6 +27,8 @@ DEFAULT_RUN_DIR: Final = "/run/egressd"
 VERBS: Final[dict[str, tuple[str, str]]] = {
     "run": ("run", "run a command in a sandbox of a workspace"),
     "status": ("status", "is egressd enforcing; which workspaces, which sandboxes"),
+    "doctor": ("doctor", "what egressd needs of this machine: is it there, and how to get it"),
+    "selftest": ("selftest", "try to get out of a sandbox, in every way that is known"),
     "policy": ("policy", "check, lint, compare, apply or explain policies"),
     "guard": ("guard", "is what is not listed refused: on, observe or off"),
     "residency": ("residency", "where providers' addresses are; to where a workspace is pinned"),
@@ -62,6 +64,8 @@ examples:
   egressctl proof -w acme --since 1d           signed evidence of the last day, into acme.proof
   egressctl verify acme.proof --key key.pem    does it hold? Needs no daemon and no root
   egressctl ask -w acme --candidates found.txt run an inference over what you may see of these
+  egressctl doctor                             is all here that egressd needs?
+  egressctl selftest -w acme                   try to get out, in some hundred ways
   egressctl --json status                      the same answers for programs
 
 exit status:
@@ -69,6 +73,7 @@ exit status:
                                               or no provider complies
   2    the command line is wrong         125  egressd refused, or cannot be reached
   `run` and `ask` return the status of their command, and 125 for what is wrong before it begins.
+  `selftest` returns 2 if something escaped, and 125 for a wrong command line.
 
 egressctl VERB --help says more about a verb.  See also egressctl(1), egressd(8), egressd.yaml(5).
 """

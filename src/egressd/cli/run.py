@@ -39,8 +39,8 @@ def add(subparsers: Subparsers) -> None:
     )
     parser.usage = (
         "egressctl run -w WORKSPACE [--files DIR] [--bind-ro DIR] [--env NAME=VALUE]\n"
-        "                     [--wall TIME] [--receipt FILE] [--dry-run] [--debug] [--run-dir DIR]\n"
-        "                     [--] CMD ..."
+        "                     [--wall TIME] [--receipt FILE] [--preflight] [--dry-run] [--debug]\n"
+        "                     [--run-dir DIR] [--] CMD ..."
     )
     parser.usage_status = REFUSED  # 2 could be the command's own
     parser.add_argument(
@@ -57,6 +57,10 @@ def add(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--receipt", metavar="FILE",
         help="write a signed proof of this run to FILE; status 125 where it cannot be had and CMD's was 0",
+    )  # fmt: skip
+    parser.add_argument(
+        "--preflight", action="store_true",
+        help="try first, in the sandbox, a handful of ways out; unless all are refused nothing runs (125)",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="print the sandbox's plan and run nothing")
     parser.add_argument("--debug", action="store_true", help="say on stderr what is done")
@@ -98,8 +102,15 @@ def _wish(args: argparse.Namespace) -> Wish:
         environment=dict(_variable(text) for text in args.env),
         wall=None if args.wall is None else _seconds(args.wall),
         terminal=any(_is_terminal(number) for number in (0, 1, 2)),
+        preflight=_preflight(args) if args.preflight else (),
         **({"run_dir": args.run_dir} if getattr(args, "run_dir", None) else {}),
     )
+
+
+def _preflight(args: argparse.Namespace) -> tuple[str, ...]:
+    from egressd.selftest import preflight  # noqa: PLC0415 - most of the time nobody asks for it
+
+    return preflight.command(args.run_dir)
 
 
 def _variable(text: str) -> tuple[str, str]:

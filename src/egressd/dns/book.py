@@ -107,10 +107,10 @@ class Book:
         )
         return self._carry_out(commands, now)
 
-    def new_controller(self, *, now: float) -> list[Command]:
-        """It knows of no slots, and of nothing the old one granted; its sandboxes are yet to come."""
-        self.links.clear()
-        return [*self._carry_out(self.wildcards.reset(), now), *self.keeper.readmit()]
+    def new_controller(self) -> list[Command]:
+        """It is told the slots. Which names are granted it says with the next list (`set_names`): those that
+        it does not hold go then; what sandboxes have spent of their budgets stays spent."""
+        return [*self.keeper.readmit()]
 
     def began(self, link: int, workspace: str) -> None:
         self.links[link] = workspace

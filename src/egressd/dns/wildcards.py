@@ -355,14 +355,6 @@ class Wildcards:
             commands += self._empty(self._spaces.pop(workspace))
         return commands
 
-    def reset(self) -> list[Command]:
-        """The controller is a new one: the sandboxes and grants of the old one are gone. What a workspace
-        has spent of its day stays spent."""
-        commands: list[Command] = []
-        for space in self._spaces.values():
-            commands += self._empty(space)
-        return commands
-
     def asked(
         self, workspace: str, link: int, host: str, cover: Cover, *, now: float
     ) -> tuple[Verdict, list[Command]]:

@@ -29,7 +29,8 @@ __all__ = ["MAX_MESSAGE", "Channel", "PeerCredentials", "Received", "pair", "pay
 
 MAX_MESSAGE = 1 << 17  # bytes; SetNat at its bound is about 70 kB
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
-_CARRY_DESCRIPTOR = (messages.OpenLink, messages.Attach, messages.NewPeer)
+_CARRY_DESCRIPTOR = (messages.OpenLink, messages.Attach, messages.Resume, messages.NewPeer)
+_MAY_CARRY_DESCRIPTOR = messages.KeepLink
 _CUT_SHORT = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)  # made once: an enum's `|` takes long
 _DESCRIPTORS = socket.CMSG_SPACE(4 * struct.calcsize("i"))  # room to see that more than one was sent
 
@@ -108,10 +109,13 @@ class Received(Generic[R]):
 
 
 def decode_address(kind: type, value: Any) -> Any:
-    """msgspec's dec_hook for the two types it does not know; ValueError as `ipaddress` raises it."""
-    if kind in (IPv4Address, IPv6Address) and isinstance(value, str):
-        return kind(value)
-    raise NotImplementedError(f"{kind} is not part of any message")
+    """msgspec's dec_hook for the two types it does not know; ValueError as `ipaddress` raises it, and for
+    what is no text (`ipaddress` takes numbers, too)."""
+    if kind not in (IPv4Address, IPv6Address):
+        raise NotImplementedError(f"{kind} is not part of any message")
+    if not isinstance(value, str):
+        raise ValueError(f"an address is text, not {type(value).__name__}")  # noqa: TRY004 -- see above
+    return kind(value)
 
 
 class Channel(Generic[R]):
@@ -167,7 +171,8 @@ class Channel(Generic[R]):
         except (msgspec.DecodeError, ValueError, RecursionError) as error:
             raise ProtocolError(f"not a message: {error}") from error
         expected = isinstance(message, _CARRY_DESCRIPTOR) or hasattr(message, "payload_length")
-        if descriptors != int(expected):
+        optional = descriptors == 1 and isinstance(message, _MAY_CARRY_DESCRIPTOR)
+        if descriptors != int(expected) and not optional:
             raise ProtocolError(f"{type(message).__name__} came with {descriptors} descriptors")
         return message
 

@@ -16,8 +16,9 @@ from msgspec import Meta, Struct
 from egressd.ruleset.wants import AddressText, Element, MarkValue, NatEntry, WorkspaceName
 
 __all__ = [
-    "FROM_CLIENT", "FROM_EVIDENCE", "FROM_INSPECTOR", "FROM_RELAY", "FROM_RESOLVER", "FROM_WARDEN",
-    "TO_AUDITOR", "TO_CLIENT", "TO_EVIDENCE", "TO_INSPECTOR", "TO_RELAY", "TO_RESOLVER", "TO_WARDEN",
+    "FROM_CLIENT", "FROM_CUSTODIAN", "FROM_EVIDENCE", "FROM_INSPECTOR", "FROM_RELAY", "FROM_RESOLVER",
+    "FROM_WARDEN", "TO_AUDITOR", "TO_CLIENT", "TO_EVIDENCE", "TO_INSPECTOR", "TO_RELAY", "TO_RESOLVER",
+    "TO_WARDEN",
 ]  # fmt: skip
 
 LinkNumber = Annotated[int, Meta(ge=1, le=999_999_999)]
@@ -52,6 +53,7 @@ class _Request(_Message, frozen=True, tag=True):
 #   CloseLink       only ever takes permission away.
 #   CutFlows        the same, for open connections.
 #   Settle          the same: removes links and chains that no message since the last connect named.
+#   Heard           lets the warden forget counters that the asker says it has: its own books, no permission.
 #   ReadCounters, ReadRuleset, ReadDrift, ReadFlows, ReadLink   read.
 
 
@@ -123,6 +125,18 @@ class Settle(_Request, frozen=True, tag=True):
     """Links not opened or kept on this connection are removed, with their chains and counters."""
 
 
+ReportNumber = Annotated[int, Meta(ge=0, le=(1 << 62))]
+
+
+class Heard(_Request, frozen=True, tag=True):
+    """The counters of these reports (`Retired`, `LinkLost`, `LinkClosed`, `Tampered`) are in the books, on
+    disk: forget them. With `again`, first thing on a connection, say all others once more: the one who asks
+    may not be the one who was told. No report is counted twice, since its number is in the books, too."""
+
+    reports: Annotated[tuple[ReportNumber, ...], Meta(max_length=512)] = ()
+    again: bool = False
+
+
 class ReadCounters(_Request, frozen=True, tag=True):
     """Answered by `Payload`: list[LinkCounters] and per-element counters, see ruleset.observe."""
 
@@ -164,6 +178,7 @@ TO_WARDEN: TypeAlias = (
     | CloseLink
     | ReadLink
     | Settle
+    | Heard
     | ReadCounters
     | ReadRuleset
     | ReadDrift
@@ -194,10 +209,12 @@ class Payload(_Request, frozen=True, tag=True):
 
 
 class LinkClosed(_Request, frozen=True, tag=True):
-    """The link's last counters, read after its device was gone."""
+    """The link's last counters, read after its device was gone. Asked again, before they were `Heard`, the
+    same answer. As a report it is repeated as `LinkLost`."""
 
     link: LinkNumber
     counters: dict[str, tuple[int, int]]  # "in", "ok", "denied", "other" -> (packets, bytes)
+    report: ReportNumber = 0  # see `Heard`; 0: nothing was counted that anybody would have to hear of
 
 
 class LinkSpent(_Request, frozen=True, tag=True):
@@ -216,6 +233,7 @@ class Tampered(_Message, frozen=True, tag=True):
     restored: bool
     process: Text = ""  # who, where netlink says (pid and name)
     lost: dict[str, tuple[int, int]] = {}  # key -> (packets, bytes): last counters of elements that went
+    report: ReportNumber = 0
 
 
 class Retired(_Message, frozen=True, tag=True):
@@ -226,17 +244,29 @@ class Retired(_Message, frozen=True, tag=True):
     dialled: dict[str, tuple[int, int]] = {}  # the same for what the inspector sent on; in no book
     replies: dict[str, tuple[int, int]] = {}  # what sandboxes received, of marks that went with them
     opened: dict[str, tuple[int, int]] = {}  # connections: as packets
+    report: ReportNumber = 0
 
 
 class LinkLost(_Message, frozen=True, tag=True):
     """A link that nobody holds any more was removed, with its last counters. `workspace` is empty where
-    the warden, itself started anew, cannot know it."""
+    neither the warden, itself started anew, nor the link's rules tell it."""
 
     link: LinkNumber
     workspace: Annotated[str, Meta(max_length=32)]
     counters: dict[str, tuple[int, int]]
+    report: ReportNumber = 0
 
 
+class HostMended(_Message, frozen=True, tag=True):
+    """custodian -> controller: somebody changed the host's side of the way out; `what` was found, and put
+    right if `restored`."""
+
+    what: Text
+    restored: bool
+    process: Text = ""  # who, where netlink says
+
+
+FROM_CUSTODIAN: TypeAlias = HostMended
 FROM_WARDEN: TypeAlias = Done | Failed | Payload | LinkClosed | LinkSpent | LinkLost | Tampered | Retired
 
 
@@ -422,18 +452,19 @@ class Attach(_Message, frozen=True, tag=True):
 
 
 class Resume(_Message, frozen=True, tag=True):
-    """On a new connection, after the one that held the lease ended without `Revoked`: egressd was restarted, or
-    crashed, and the sandbox goes on. The namespace comes along as the one descriptor, as with `Attach`: the
-    link is found by it and by the peer's user, and `link` only says which one is meant. Answered `Lease`; a
-    `Refusal` means that the sandbox must end. Each lease can be resumed for a while after the start, and once.
+    """On a new connection, after the one that held the lease ended without `Revoked`: egressd was restarted,
+    or crashed, and the sandbox goes on. The namespace comes along as the one descriptor, as with `Attach`:
+    the link is found by it and by the peer's user, and `link` only says which one is meant. Answered `Lease`;
+    a `Refusal` means that the sandbox must end. A lease can be resumed once, for a while after the start.
     """
 
     link: LinkNumber
 
 
 class Testify(_Message, frozen=True, tag=True):
-    """Put this on record as the asker's word: from root and the brokers that the configuration names.
-    After `Enter`, of that workspace; after `Attach`, of that sandbox, too. Answered `Recorded`.
+    """Put this on record as the asker's word: from root and the brokers that the configuration names, and
+    "selftest" from whoever holds the sandbox that it is of. After `Enter`, of that workspace; after `Attach`,
+    of that sandbox, too. Answered `Recorded`.
 
     Workspace, link, boot and the broker's uid are the controller's own additions; `fields` cannot name
     them (`journal.testimony`).
@@ -448,6 +479,7 @@ class Testify(_Message, frozen=True, tag=True):
         "access-changed",
         "documents-ingested",
         "leftovers-removed",
+        "selftest",
     ]
     fields: Annotated[dict[str, Annotated[str, Meta(max_length=4096)] | int | float | bool | None],
                       Meta(max_length=24)]  # fmt: skip
@@ -607,7 +639,7 @@ class Refusal(_Message, frozen=True, tag=True):
 
 
 class Revoked(_Message, frozen=True, tag=True):
-    """The lease has ended from our side (workspace removed, daemon stopping for good): the sandbox must end."""
+    """The lease has ended from our side (workspace removed, daemon stopping): the sandbox must end."""
 
     text: Text
 

@@ -20,8 +20,8 @@ __all__ = ["remarks"]
 _ALARMS: Final = frozenset(
     {
         "books-restarted", "books-unbalanced", "clock-stepped", "drift", "journal-damaged",
-        "journal-torn", "journal-truncated", "log-ended", "peer-broken", "process-hung", "process-killed",
-        "record-refused", "sandbox-lost", "tampered",
+        "journal-torn", "journal-truncated", "lease-refused", "log-ended", "peer-broken", "process-hung",
+        "process-killed", "record-refused", "sandbox-lost", "tampered",
     }
 )  # fmt: skip
 _STATES: Final = frozenset({"snapshot", "sandbox-opening"})  # these say which policy and guard were in force

@@ -59,7 +59,9 @@ SAYERS: Final = {
         (
             "attempt", "counted", "flows-cut", "name-granted", "name-released", "policy-changed",
             "registry-changed", "residency-admitted", "residency-refused", "route-refused", "route-selected",
-            "sandbox-closed", "sandbox-lost", "sandbox-opening", "snapshot", *testimony.PRIVATE,
+            "sandbox-closed", "sandbox-lost", "sandbox-opening", "sandbox-resumed", "snapshot",
+            *testimony.PRIVATE,
+            *testimony.BY_HOLDERS,
         ),
         "controller",
     ),
@@ -69,9 +71,14 @@ SAYERS: Final = {
 }  # fmt: skip
 
 
+# Of sandboxes whose gateway began anew while there was no controller, the supervisor tells.
+_ALSO: Final = frozenset({("sandbox-lost", "supervisor")})
+
+
 def speaks_for_itself(line: Line) -> bool:
     """Whether a record is of the process that may say it."""
-    return SAYERS.get(line.event, line.process) == line.process
+    said = (line.event, line.process)
+    return said in _ALSO or SAYERS.get(*said) == line.process
 
 
 # Reasons for which the kernel refuses what the guard has admitted (ruleset.build.LATE). The guard's counters

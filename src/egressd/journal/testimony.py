@@ -1,4 +1,5 @@
-"""What a broker may put on record about requests, and which of it anybody else is ever shown.
+"""What a broker may put on record about requests, and which of it anybody else is ever shown; and the one
+thing that whoever holds a sandbox may, the outcome of a self-test.
 
 The controller records these on the word of a broker (`processes.testifying`), beside workspace, link, boot
 and the broker's user id, which are its own word. `DECIDED` and `ENDED` stand in the receipt of their sandbox:
@@ -17,7 +18,8 @@ from msgspec import Struct
 from egressd.journal.records import Fields, Scalar, bounded
 
 __all__ = [
-    "ASKED", "DECIDED", "ENDED", "EVENTS", "OWN", "PRIVATE", "REFUSED", "SHOWN", "Entry", "Request",
+    "ASKED", "BY_HOLDERS", "DECIDED", "ENDED", "EVENTS", "OWN", "PRIVATE", "REFUSED", "SELFTEST", "SHOWN",
+    "Entry", "Request",
     "is_request", "is_shown", "of_sandbox", "told", "wrong",
 ]  # fmt: skip
 
@@ -26,12 +28,16 @@ DECIDED: Final = "request-decided"
 ENDED: Final = "request-ended"
 SHOWN: Final = frozenset({DECIDED, ENDED})
 _OF_REQUESTS: Final = frozenset({ASKED, DECIDED, ENDED, "request-files", "request-refused"})
-EVENTS: Final = _OF_REQUESTS | {"access-changed", "documents-ingested", "leftovers-removed"}
+# What came of attacking a sandbox (`egressd.selftest`). Not only of brokers: whoever is a member may make a
+# sandbox of its own, and say this of it, once. Its fields are closed, so every member may read it.
+SELFTEST: Final = "selftest"
+BY_HOLDERS: Final = frozenset({SELFTEST})
+EVENTS: Final = _OF_REQUESTS | {"access-changed", "documents-ingested", "leftovers-removed"} | BY_HOLDERS
 
 # What the controller says when it does not take a broker's word.
 REFUSED: Final = "testimony-refused"
 # What no member of a workspace is shown; but see `is_shown`.
-PRIVATE: Final = EVENTS | {REFUSED}
+PRIVATE: Final = (EVENTS - BY_HOLDERS) | {REFUSED}
 
 # What the controller adds.
 OWN: Final = frozenset({"workspace", "link", "boot", "broker_uid"})
@@ -97,6 +103,10 @@ def _status(value: Scalar) -> bool:
     return type(value) is int and -128 <= value <= 255
 
 
+def _digest(value: Scalar) -> bool:
+    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
+
+
 # field -> what it must be; those of `_OPTIONAL` may be absent
 _FIELDS: Final[Mapping[str, Mapping[str, Holds]]] = {
     DECIDED: {
@@ -104,7 +114,7 @@ _FIELDS: Final[Mapping[str, Mapping[str, Holds]]] = {
         "role": _word(32),
         "action": _word(256),
         "cleared": _count,
-        "manifest": lambda value: isinstance(value, str) and _DIGEST.fullmatch(value) is not None,
+        "manifest": _digest,
         "octets": _count,
         "network": lambda value: value in ("policy", "none"),
     },
@@ -118,6 +128,15 @@ _FIELDS: Final[Mapping[str, Mapping[str, Holds]]] = {
         "seconds": _amount,
         "tokens": _count,
         "cost": _amount,
+    },
+    SELFTEST: {
+        "tried": _count,
+        "refused": _count,
+        "escaped": _count,
+        "unclear": _count,
+        "not_tried": _count,
+        "table": _digest,
+        "version": _word(64),
     },
 }
 _OPTIONAL: Final = frozenset({"why", "hit", "files", "seconds", "tokens", "cost"})

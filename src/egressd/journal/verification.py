@@ -182,7 +182,7 @@ class _Inquiry:
         steps: tuple[Callable[[Predicate], None], ...] = (
             self._start, self._kept, self._rotations, self._read, self._included, self._scope,
             self._speakers, self._window, self._policy, self._residency, self._ruleset, self._summary,
-            self._sandboxes, self._request,
+            self._sandboxes, self._request, self._selftests,
             self._books, self._flows, self._attempts, self._losses, self._remarks, self._attestation,
         )  # fmt: skip
         for step in steps:
@@ -732,6 +732,23 @@ class _Inquiry:
         elif said is None and any(line.event == testimony.ENDED for line in self.lines):
             self._note("request", "A request ended in this sandbox; what it was shown is not on record.")
         self._same_manifest(said)
+
+    def _selftests(self, predicate: Predicate) -> None:
+        """What came of attacking sandboxes, where somebody did and said so."""
+        for line in self.lines:
+            if line.event != testimony.SELFTEST:
+                continue
+            if not testimony.told(line.event, line.fields):
+                self._note("selftest", f"Record {line.seq} is of a self-test and does not say what one must.")
+                continue
+            said = line.fields
+            where = f"Self-test over {said.get('link')} at {line.time[:19]}Z, by its caller's word"
+            came = ", ".join(f"{said[name]} {name}" for name in ("refused", "escaped", "unclear"))
+            self._note(
+                "selftest",
+                f"{where}: {said['tried']} ways out tried, {came}, {said['not_tried']} not tried;"
+                f" table {said['table']}, egressd {said['version']}.",
+            )
 
     def _decided_in_time(
         self, predicate: Predicate, said: testimony.Request, decisions: Sequence[Line]

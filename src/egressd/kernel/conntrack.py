@@ -34,6 +34,7 @@ __all__ = ["Conntrack"]
 Address: TypeAlias = IPv4Address | IPv6Address
 
 _CHANGE, _GET, _DELETE = 0x100, 0x101, 0x102  # NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_*
+_STATISTICS, _GLOBAL_ENTRIES = 0x105, 1  # IPCTNL_MSG_CT_GET_STATS, CTA_STATS_GLOBAL_ENTRIES
 # enum ctattr_type
 _TUPLE_ORIG, _TUPLE_REPLY, _PROTOINFO, _TIMEOUT, _MARK = 1, 2, 4, 7, 8
 _ID, _ZONE, _MARK_MASK, _FILTER = 12, 18, 21, 25
@@ -44,7 +45,8 @@ _INFO_TCP, _TCP_STATE = 1, 1  # enum ctattr_protoinfo, ctattr_protoinfo_tcp
 _TIME_WAIT, _CLOSED = 7, 8  # enum tcp_conntrack (linux/netfilter/nf_conntrack_tcp.h)
 _FILTER_ORIG_FLAGS = 1
 _FILTER_IP_SRC = 1 << 0  # CTA_FILTER_FLAG(CTA_IP_SRC), net/netfilter/nf_conntrack_netlink.c
-_FEW = 2  # marks: below, one walk in the kernel for each; above, one listing
+_FEW = 2  # marks, or addresses: up to here one walk in the kernel for each; above, one listing
+_LARGE = 5000  # entries: to list them costs as much as another walk
 _NOTHING = frozenset({errno.ENOENT})
 _KINDS = 0xF000_0000  # what a connection's mark loses when it is cut
 _LINGER = 10  # seconds: what the kernel gives to connections that were reset
@@ -74,13 +76,23 @@ class Conntrack:
         body = _header(socket.AF_UNSPEC) + _mark_filter(mark, mask)
         self._socket.run([Request(_DELETE, body, what, 0, _NOTHING)])
 
+    def count(self) -> int:
+        """How many entries there are."""
+        for reply in self._socket.ask(Request(_STATISTICS, _header(socket.AF_UNSPEC), "count connections")):
+            return int.from_bytes(dict(attributes(reply.body[4:]))[_GLOBAL_ENTRIES], "big")
+        raise KernelError("the kernel does not say how many connections there are")
+
     def forget_sources(self, addresses: Collection[Address]) -> None:
-        """Delete every entry that one of these addresses began."""
-        for address in addresses:
-            source = address.packed
-            # of IPv6 everybody's are listed: taking each apart costs more than the listing
-            bodies = (reply.body for reply in self._socket.ask(_from(address)) if source in reply.body)
-            self._delete([entry for entry in map(_entry, bodies) if entry.source == source])
+        """Delete every entry that one of these addresses began: in one walk through the table for all of
+        them, or, for a few in a large table, in one walk for each in which the kernel chooses."""
+        sources = {address.packed for address in addresses}
+        walks = [_EVERY]
+        if len(sources) <= _FEW and self.count() > _LARGE:
+            walks = [_from(address) for address in addresses]
+        for walk in walks:
+            bodies = (reply.body for reply in self._socket.ask(walk))
+            # taking each apart costs more than the listing
+            self._delete([_entry(body) for body in bodies if _source(body) in sources])
 
     def forget_ports(self, places: Collection[tuple[int, int, int]]) -> None:
         """Delete every entry of one of these (mark, IP protocol, port that it began towards)."""
@@ -185,6 +197,12 @@ def _entry(body: bytes) -> _Entry:
 def _tcp_state(said: dict[int, bytes]) -> int:
     info = dict(attributes(said.get(_PROTOINFO, b"")))
     return dict(attributes(info.get(_INFO_TCP, b""))).get(_TCP_STATE, b"\0")[0]
+
+
+def _source(body: bytes) -> bytes:
+    """Who began it: CTA_TUPLE_ORIG comes first, in it CTA_TUPLE_IP, and in that the source."""
+    length = 16 if body[0] == socket.AF_INET6 else 4
+    return body[16 : 16 + length]
 
 
 def _place(body: bytes) -> tuple[bytes, bytes]:

@@ -13,8 +13,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_interface
 
-from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
-
 from egressd.kernel import routing, sysctl
 from egressd.kernel.links import Links
 from egressd.kernel.netlink import CREATE, EXCLUSIVE, Netlink, Request, encode
@@ -32,6 +30,7 @@ from egressd.kernel.routing import (
     Thing,
     change_link,
 )  # fmt: skip
+from egressd.kernel.rtmessages import ifinfmsg
 from egressd.kernel.sysctl import Setting
 from egressd.model.identities import Link
 from egressd.ruleset import layout
@@ -71,6 +70,7 @@ RULES: tuple[Rule, ...] = _rules(socket.AF_INET) + _rules(socket.AF_INET6)
 
 _EARLY = "an open connection would be found before routing is asked, and survive both keys"
 _LOOSE = "a packet in the middle of no connection would be forwarded"
+_CLOSED = "who opens and closes connections without end would fill the table"
 _FLOWS = "flow records: who talked to whom, how much, how long (CONFIG_NF_CONNTRACK_TIMESTAMP, _EVENTS)"
 _STATIC = "neighbours are static: no discovery, no advertisement, no automatic address"
 
@@ -91,6 +91,7 @@ GATEWAY_SETTINGS: tuple[Setting, ...] = (
     # CAP_NET_BIND_SERVICE. What the gateway's own has bound low, the resolver's, was bound at the start.
     Setting("net/ipv4/ip_unprivileged_port_start", "0"),
     Setting("net/netfilter/nf_conntrack_tcp_loose", "0", _LOOSE),
+    Setting("net/netfilter/nf_conntrack_tcp_timeout_time_wait", str(layout.CLOSED_FOR), _CLOSED),
     # An entry gets what it needs to count, to note times and to tell of its end when it is made, or never.
     Setting("net/netfilter/nf_conntrack_acct", "1", _FLOWS),
     Setting("net/netfilter/nf_conntrack_timestamp", "1", _FLOWS),

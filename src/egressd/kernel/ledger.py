@@ -6,12 +6,21 @@ somebody else's work. What our own batches removed comes back with its last coun
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 
+from egressd.kernel import netlink
 from egressd.kernel.monitor import Batch, Count, Monitor
+from egressd.kernel.netlink import Netlink
 from egressd.kernel.nft import Nft
+from egressd.kernel.stencils import Addresses, Make, Stencils
+from egressd.model.errors import KernelError
+from egressd.model.identities import Link
 
 __all__ = ["Ledger"]
+
+log = logging.getLogger("egressd")
+_NFTABLES = 10  # NFNL_SUBSYS_NFTABLES, linux/netfilter/nfnetlink.h
 
 
 class Ledger:
@@ -19,6 +28,7 @@ class Ledger:
 
     def __init__(self, nft: Nft, monitor: Monitor) -> None:
         self._nft, self._monitor = nft, monitor
+        self._stencils, self._batches = Stencils(nft), Netlink(netlink.NETFILTER)
         monitor.news()
         self.generation = monitor.generation()
         self.foreign: list[Batch] = []
@@ -26,9 +36,28 @@ class Ledger:
 
     def run(self, commands: Sequence[str]) -> Batch:
         """Commit one batch; returns what it removed. KernelError as `Nft.run` raises it."""
+        return self._commit(lambda: self._nft.run(commands))
+
+    def run_link(self, make: Make, link: Link, addresses: Addresses) -> Batch:
+        """`run(make(link))`, at the same cost however many links there are (see stencils.py)."""
+        return self._commit(lambda: self._stamp(make, link, addresses))
+
+    def _stamp(self, make: Make, link: Link, addresses: Addresses) -> None:
+        requests = self._stencils.requests(make, link, addresses)
+        if requests is not None:
+            try:
+                self._batches.transact(_NFTABLES, requests)
+            except KernelError as error:  # nothing of it is in force
+                log.warning("%s; asking libnftables", error)
+                self._stencils.forget()
+            else:
+                return
+        self._nft.run(make(link))
+
+    def _commit(self, commit: Callable[[], None]) -> Batch:
         self.look()
         before = self.generation
-        self._nft.run(commands)
+        commit()
         after = self._monitor.generation()
         ours = _next(before)
         self.unexplained |= after not in (before, ours)

@@ -17,8 +17,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
 
-from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
-
+from egressd.kernel import namespaces
 from egressd.kernel.ledger import Ledger
 from egressd.kernel.monitor import Count
 from egressd.kernel.netlink import CREATE, EXCLUSIVE, Netlink, NetlinkError, Request, attribute, encode
@@ -31,10 +30,14 @@ from egressd.kernel.routing import (
     Tables,
     Thing,
     change_link,
+    name_of,
+    other_end,
     received,
     remove_link,
     set_down,
 )  # fmt: skip
+from egressd.kernel.rtmessages import ifinfmsg
+from egressd.kernel.unrest import LINKS
 from egressd.model.errors import KernelError, Refused
 from egressd.model.identities import Link
 from egressd.model.verdicts import Reason
@@ -48,7 +51,7 @@ __all__ = ["Links"]
 SANDBOX_DEVICE = "eth0"
 # Our ends get the interface index this plus their number, so that one message can make a link and the
 # next ones, sent along, can refer to it. Far above what the kernel hands out by itself.
-_INDEX_BASE = 1 << 20
+_INDEX_BASE = LINKS
 _MTU = 1500
 _PARTS = ("in", "ok", "denied", "other")  # of what came, see ruleset.build
 _OVER = {"over_quota": "quota", "over_budget": "connections"}
@@ -72,11 +75,15 @@ class Links:
         except NetlinkError as error:
             raise _told(error) from error
         try:
-            self._ledger.run(build.link(lease, want, self.pools))
+            self._ledger.run_link(
+                lambda other: build.link(replace(lease, link=other), want, self.pools),
+                link,
+                self.pools.sandbox,
+            )
             self._route.run(_raise(link, self.pools.sandbox(link)))
         except BaseException:
             self._route.run([remove_link(link.device)])
-            self._ledger.run(build.unlink(link))
+            self._unlink(link)
             raise
 
     def raise_device(self, device: Device) -> Request:
@@ -93,8 +100,12 @@ class Links:
         assert self._ledger is not None
         self._route.run([set_down(link.device)])  # waits until no packet is on its way through the chain
         counts = self._counts(link, _PARTS)
-        self._ledger.run(build.unlink(link))
+        self._unlink(link)
         return counts
+
+    def _unlink(self, link: Link) -> None:
+        assert self._ledger is not None
+        self._ledger.run_link(build.unlink, link, self.pools.sandbox)
 
     def spent(self, link: Link) -> tuple[dict[str, Count], tuple[str, ...]]:
         """Its counters now, by "in", "ok", "denied", "other"; and which of its budgets have refused
@@ -121,6 +132,23 @@ class Links:
             if self._counts(link, ("in",)).get("in", (sent, 0))[0] >= sent:
                 return
             time.sleep(_DRAIN_PAUSE)
+
+    def leads_into(self, link: Link, namespace: int) -> bool:
+        """Is the other end of this link in that network namespace (a descriptor)? The kernel's word: its
+        number for the namespace the end is in, now, and its number for the one the descriptor is of."""
+        wanted = namespaces.number(self._route, namespace)
+        return wanted is not None and wanted == other_end(self._route, _INDEX_BASE + link.number, link.device)
+
+    def leading_into(self, namespace: int) -> list[Link]:
+        """The links whose other end is there."""
+        wanted = namespaces.number(self._route, namespace)
+        if wanted is None:  # what a link leads into has a number
+            return []
+        return [link for link in self.present() if self.leads_into(link, namespace)]
+
+    def is_present(self, link: Link) -> bool:
+        """Is there a device of that name, where a link's is?"""
+        return name_of(self._route, _INDEX_BASE + link.number) == link.device
 
     def present(self) -> dict[Link, Device]:
         """Every device with a link's name."""

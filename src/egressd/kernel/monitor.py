@@ -14,11 +14,13 @@ from __future__ import annotations
 import errno
 import struct
 import sys
+import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from egressd.kernel import netlink
 from egressd.kernel.netlink import Netlink, NetlinkError, Reply, Request, attribute, attributes
+from egressd.kernel.unrest import Unrest
 from egressd.ruleset import layout
 
 __all__ = ["Batch", "Count", "GoneElement", "Monitor", "News"]
@@ -56,7 +58,8 @@ class Batch:
 
 @dataclass(slots=True)
 class News:
-    """Everything heard since the last time. `lost`: there was more than the buffer held."""
+    """Everything heard since the last time. `routing`: it calls for a look at once. `lost`: there was more
+    than the buffer held."""
 
     batches: list[Batch] = field(default_factory=list)
     routing: bool = False
@@ -73,6 +76,7 @@ class Monitor:
         self.routing = Netlink(netlink.ROUTE, groups=_ROUTE_GROUPS, buffer=_ROUTE_BUFFER)
         self._asking = Netlink(netlink.NETFILTER)
         self._open = Batch()
+        self.unrest = Unrest()
 
     def close(self) -> None:
         for sock in (self.tables, self.routing, self._asking):
@@ -104,7 +108,8 @@ class Monitor:
             news.lost |= _overrun(error)
         try:
             for event in self.routing.events():
-                news.routing |= event.port not in self._ours
+                if event.port not in self._ours:
+                    news.routing |= self.unrest.hear(event, time.monotonic())
         except NetlinkError as error:
             news.lost |= _overrun(error)
             news.routing = True

@@ -18,11 +18,13 @@ import struct
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from egressd.kernel.netlink import Netlink, Request, attribute, attributes
 from egressd.model.errors import KernelError, Refused
 from egressd.model.verdicts import Reason
 
 __all__ = [
-    "Identity", "enter", "identity", "inside", "open_own", "pin", "throw_away", "unpin", "verify",
+    "Identity", "enter", "identity", "inside", "number", "open_own", "own_identity", "pin", "throw_away",
+    "unpin", "verify",
 ]  # fmt: skip
 
 Identity = tuple[int, int]  # st_dev, st_ino
@@ -31,6 +33,8 @@ _CLONE_NEWNET = 0x4000_0000  # linux/sched.h
 _NSFS_MAGIC = 0x6E73_6673  # linux/magic.h
 _NS_GET_USERNS, _NS_GET_NSTYPE, _NS_GET_OWNER_UID = 0xB701, 0xB703, 0xB704  # linux/nsfs.h
 _MS_BIND, _MS_REC, _MS_SHARED, _MNT_DETACH = 0x1000, 0x4000, 1 << 20, 2  # linux/mount.h
+_RTM_GETNSID = 90  # linux/rtnetlink.h
+_NETNSA_NSID, _NETNSA_FD = 1, 3  # linux/net_namespace.h
 _OWN = "/proc/thread-self/ns/net"
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -114,6 +118,21 @@ def verify(descriptor: int, *, owner: int, forbidden: Collection[Identity] = ())
     if maker != owner:
         raise _refused(f"the network namespace was not made by user {owner}")
     return found
+
+
+def number(route: Netlink, descriptor: int) -> int | None:
+    """What the namespace of `route` calls the one of this descriptor: a number that the kernel gives it when
+    a device of ours first leads there, and that stays its own while both live. None if it has none.
+
+    RTM_GETNSID (rtnl_net_getid), linux/net_namespace.h. KernelError for what is no network namespace.
+    """
+    body = bytes(4) + attribute(_NETNSA_FD, struct.pack("=I", descriptor))
+    for reply in route.ask(Request(_RTM_GETNSID, body, "ask for a namespace's number")):
+        found = dict(attributes(reply.body[4:])).get(_NETNSA_NSID)  # struct rtgenmsg, padded
+        if found is not None:
+            value = int(struct.unpack_from("=i", found)[0])
+            return value if value >= 0 else None  # NETNSA_NSID_NOT_ASSIGNED
+    return None
 
 
 def _maker(descriptor: int, own: int) -> tuple[int | None, bool]:
@@ -218,7 +237,7 @@ def _adopt(place: Path) -> int | None:
         os.close(descriptor)
         place.unlink()
         return None
-    if _ioctl(descriptor, _NS_GET_NSTYPE) != _CLONE_NEWNET or identity(descriptor) == _own_identity():
+    if _ioctl(descriptor, _NS_GET_NSTYPE) != _CLONE_NEWNET or identity(descriptor) == own_identity():
         os.close(descriptor)
         raise KernelError(f"{place} is not a network namespace of egressd's; remove it")
     return descriptor
@@ -241,7 +260,7 @@ def _make(place: Path) -> int:
         os.close(own)
 
 
-def _own_identity() -> Identity:
+def own_identity() -> Identity:
     own = open_own()
     try:
         return identity(own)

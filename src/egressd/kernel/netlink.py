@@ -28,6 +28,7 @@ ACK, REQUEST, DUMP = 0x004, 0x001, 0x300
 REPLACE, EXCLUSIVE, CREATE = 0x100, 0x200, 0x400
 _SOL_NETLINK, _ADD_MEMBERSHIP, _CAP_ACK, _EXT_ACK, _STRICT_CHECK = 270, 1, 10, 11, 12
 _ERROR, _DONE = 2, 3
+_BATCH_BEGIN, _BATCH_END = 16, 17  # NFNL_MSG_BATCH_*, linux/netfilter/nfnetlink.h
 _DUMP_INTERRUPTED, _ACK_TLVS, _CAPPED = 0x10, 0x200, 0x100
 _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port
 _ATTRIBUTE = struct.Struct("=HH")
@@ -159,6 +160,30 @@ class Netlink:
         if refused is not None:
             raise refused
 
+    def transact(self, subsystem: int, requests: Sequence[Request]) -> None:
+        """One batch of a subsystem of nfnetlink: all of it or nothing. NetlinkError for the first that was
+        refused."""
+        ends = struct.pack("=BBH", 0, 0, socket.htons(subsystem))  # struct nfgenmsg
+        begin = last = self._next()
+        sent = {begin: requests[0]}  # what is refused as a whole
+        data = _message(_BATCH_BEGIN, REQUEST, begin, ends)
+        for number, request in enumerate(requests, 1):
+            last = self._next()
+            sent[last] = request
+            acknowledged = ACK if number == len(requests) else 0
+            data += _message(request.kind, request.flags | REQUEST | acknowledged, last, request.body)
+        self.socket.send(data + _message(_BATCH_END, REQUEST, self._next(), ends))
+        refused: NetlinkError | None = None
+        done = False
+        while not done:
+            # In order, but that an error of the whole comes before all others (nfnetlink_rcv_batch).
+            for kind, flags, sequence, _, body in self._receive():
+                if kind == _ERROR and sequence in sent:
+                    refused = refused or _refusal(flags, body, sent[sequence])
+                    done |= sequence in (begin, last)
+        if refused is not None:
+            raise refused
+
     def ask(self, request: Request) -> list[Reply]:
         """Send one request and collect its replies: a dump, or a single object."""
         for _ in range(8):
@@ -214,6 +239,10 @@ class Netlink:
                 return
             yield kind, message_flags, sequence, port, data[at + _HEADER.size : at + length]
             at += (length + 3) & ~3
+
+
+def _message(kind: int, flags: int, sequence: int, body: bytes) -> bytes:
+    return _HEADER.pack(_HEADER.size + len(body), kind, flags, sequence, 0) + body + bytes(-len(body) % 4)
 
 
 def _refusal(flags: int, body: bytes, request: Request) -> NetlinkError | None:

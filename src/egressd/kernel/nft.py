@@ -12,7 +12,9 @@ The library resolves no names and reads no files for what we send; `set_numeric_
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import nftables
@@ -22,8 +24,20 @@ from egressd.model.errors import KernelError
 __all__ = ["Nft"]
 
 
+_STEP, _LONGEST = (
+    0.5,
+    120.0,
+)  # seconds of a listing: between two calls of `meanwhile`; until it counts as hung
+
+
 class Nft:
-    """A session bound to the network namespace its thread is in when it is made."""
+    """A session bound to the network namespace its thread is in when it is made.
+
+    `meanwhile` is called every half second while everything is listed, which takes two seconds with a
+    thousand links and far more on a busy machine: so that who waits for it can say that it lives.
+    """
+
+    meanwhile: Callable[[], None] | None = None
 
     def __init__(self) -> None:
         self._session = nftables.Nftables()
@@ -38,35 +52,89 @@ class Nft:
         if commands:
             self._command("\n".join(commands) + "\n")
 
+    def would_send(self, commands: Sequence[str]) -> str:
+        """The messages that `run` would send, as libmnl prints them. Nothing is changed."""
+        self._session.set_debug({"mnl"})
+        self._session.set_dry_run(True)
+        try:
+            # A refusal is no matter: kernels before 6.16 know no chain for a device that is not there.
+            return str(self._session.cmd("\n".join(commands) + "\n")[1])
+        finally:
+            self._session.set_dry_run(False)
+            self._session.set_debug(set())
+
     def list_json(self, family: Literal["netdev", "inet"] | None = None) -> dict[str, Any]:
         """`nft -j list ruleset [family]`: every object with its counters. Not one snapshot: under
         traffic, counters listed later have seen more."""
         self._session.set_json_output(True)
         try:
-            text = self._command(f"list ruleset {family}" if family else "list ruleset")
+            text = self._listed(f"list ruleset {family}" if family else "list ruleset")
         finally:
             self._session.set_json_output(False)
         listing: dict[str, Any] = json.loads(text) if text else {"nftables": []}
         return listing
+
+    def list_shapes(self) -> dict[str, Any]:
+        """`nft -t -j list ruleset`: every object, sets and maps without their elements."""
+        self._session.set_terse_output(True)
+        try:
+            return self.list_json()
+        finally:
+            self._session.set_terse_output(False)
 
     def list_text(self) -> str:
         """`nft list ruleset`, for people."""
         self._session.set_numeric_proto_output(False)
         self._session.set_numeric_prio_output(False)
         try:
-            return self._command("list ruleset")
+            return self._listed("list ruleset")
         finally:
             self._session.set_numeric_proto_output(True)
             self._session.set_numeric_prio_output(True)
+
+    def list_table(self, family: str, name: str) -> str | None:
+        """One table, without what its counters say; None where there is none of that name."""
+        self._session.set_stateless_output(True)
+        try:
+            return self._command(f"list table {family} {name}")
+        except KernelError as error:
+            if "No such file or directory" in str(error):
+                return None
+            raise
+        finally:
+            self._session.set_stateless_output(False)
 
     def list_chains(self) -> str:
         """`nft -t list ruleset`: without the elements of sets. For what the JSON of 1.0.6 leaves out or
         gets wrong: devices and comments of chains, flags of tables (it prints what lies in memory)."""
         self._session.set_terse_output(True)
         try:
-            return self._command("list ruleset")
+            return self._listed("list ruleset")
         finally:
             self._session.set_terse_output(False)
+
+    def _listed(self, text: str) -> str:
+        if self.meanwhile is None:
+            return self._command(text)
+        found: list[str | KernelError] = []
+
+        def ask() -> None:
+            try:
+                found.append(self._command(text))
+            except KernelError as error:
+                found.append(error)
+
+        # One thread at a time has the session; ctypes lets the other run while the library works.
+        worker, began = threading.Thread(target=ask, name="listing", daemon=True), time.monotonic()
+        worker.start()
+        while worker.is_alive():
+            worker.join(_STEP)
+            if time.monotonic() - began < _LONGEST:
+                self.meanwhile()
+        listed = found[0] if found else KernelError("nft: the listing failed")
+        if isinstance(listed, KernelError):
+            raise listed
+        return listed
 
     def _command(self, text: str) -> str:
         status, output, error = self._session.cmd(text)

@@ -15,15 +15,13 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Protocol, TypeAlias
 
-from pyroute2.netlink.rtnl.fibmsg import fibmsg
-from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
-from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
-from pyroute2.netlink.rtnl.ndmsg import ndmsg
-from pyroute2.netlink.rtnl.rtmsg import rtmsg
+from egressd.kernel.netlink import CREATE, DUMP, REPLACE, Netlink, Request, attribute, attributes, encode
+from egressd.kernel.rtmessages import fibmsg, ifaddrmsg, ifinfmsg, ndmsg, rtmsg
 
-from egressd.kernel.netlink import CREATE, DUMP, REPLACE, Netlink, Request, attributes, encode
-
-__all__ = ["Address", "Device", "Indexes", "Neighbour", "Route", "Rule", "Tables", "Thing", "received"]
+__all__ = [
+    "Address", "Device", "Indexes", "Neighbour", "Route", "Rule", "Tables", "Thing", "name_of", "other_end",
+    "received",
+]  # fmt: skip
 
 AnyAddress: TypeAlias = IPv4Address | IPv6Address
 AnyNetwork: TypeAlias = IPv4Network | IPv6Network
@@ -38,7 +36,8 @@ NEWADDR, DELADDR, GETADDR = 20, 21, 22
 NEWROUTE, DELROUTE, GETROUTE = 24, 25, 26
 NEWNEIGH, DELNEIGH, GETNEIGH = 28, 29, 30
 NEWRULE, DELRULE, GETRULE = 32, 33, 34
-_IFLA_STATS64 = 23  # linux/if_link.h
+_IFLA_STATS64, _IFLA_LINK_NETNSID = 23, 37  # linux/if_link.h
+_IFLA_EXT_MASK, _SKIP_STATS = 29, struct.pack("=I", 1 << 3)  # RTEXT_FILTER_SKIP_STATS: half of a device
 _NUD_PERMANENT = 0x80  # linux/neighbour.h
 _IFA_F_NODAD, _IFA_F_PERMANENT, _IFA_F_NOPREFIXROUTE = 0x02, 0x80, 0x200  # linux/if_addr.h
 _TO_TABLE, _PROHIBIT = 1, 8  # linux/fib_rules.h
@@ -291,6 +290,32 @@ def received(sock: Netlink, index: int) -> int:
     return 0
 
 
+def name_of(sock: Netlink, index: int) -> str:
+    """The device of that index; "" if there is none."""
+    request = Request(GETLINK, struct.pack("=BxHiII", 0, 0, index, 0, 0), f"read device {index}", 0, _GONE)
+    for reply in sock.ask(request):
+        return _text(dict(attributes(reply.body[16:])).get(3))  # IFLA_IFNAME
+    return ""
+
+
+def other_end(sock: Netlink, index: int, name: str) -> int | None:
+    """The kernel's number for the network namespace in which the other end of this device lies
+    (IFLA_LINK_NETNSID; rtnl_fill_link_netnsid). None if there is no such device, or both ends lie here."""
+    request = Request(GETLINK, struct.pack("=BxHiII", 0, 0, index, 0, 0), f"read device {index}", 0, _GONE)
+    for reply in sock.ask(request):
+        said = dict(attributes(reply.body[16:]))
+        number = said.get(_IFLA_LINK_NETNSID)
+        if _text(said.get(3)) == name and number is not None:
+            return _signed(number)
+    return None
+
+
+def _signed(value: bytes) -> int | None:
+    """Negative: NETNSA_NSID_NOT_ASSIGNED (linux/net_namespace.h), and as good as none."""
+    number = int(struct.unpack_from("=i", value)[0])
+    return number if number >= 0 else None
+
+
 class Tables:
     """What one namespace's routing holds, read through one socket."""
 
@@ -298,7 +323,7 @@ class Tables:
         self._socket = sock
 
     def devices(self) -> dict[str, Device]:
-        body = struct.pack("=BxHiII", 0, 0, 0, 0, 0)
+        body = struct.pack("=BxHiII", 0, 0, 0, 0, 0) + attribute(_IFLA_EXT_MASK, _SKIP_STATS)
         request = Request(GETLINK, body, "list links", DUMP)
         found = (_device(reply.body) for reply in self._socket.ask(request))
         return {device.name: device for device in found}

@@ -106,7 +106,7 @@ _TEXTS: dict[Reason, str] = {
     Reason.NOT_IP: "the frame is neither IPv4 nor IPv6",
     Reason.UNMARKED: "the packet came over a link without having passed its guard",
     Reason.REPLY: "a sandbox answered; nobody may connect to one",
-    Reason.PACE: "the sandbox begins connections that egressd carries faster than any one sandbox may",
+    Reason.PACE: "the sandbox begins connections, or asks the resolver, faster than any one sandbox may",
     Reason.INSPECTOR: "the inspector, which must read this connection, is not running",
     Reason.DIAL: "the inspector dialled what no rule of the workspace allows, or allows any more",
     Reason.MISROUTED: "the packet was admitted, but its way does not lead to where its mark permits",

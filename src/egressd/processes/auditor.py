@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from egressd.ipc import messages
+from egressd.ipc import journald, messages
 from egressd.ipc.channel import Received
 from egressd.ipc.peer import Peer, PeerGone
 from egressd.journal import records
@@ -67,10 +67,11 @@ _HANDED_WITHIN = 5.0  # seconds; the supervisor wrote it before it started us
 # What a person at the machine should see without asking: also on stderr, for the system's journal.
 _NOTABLE = frozenset(
     {
-        "tampered", "policy-refused", "spawn-refused", "dns-refused-address", "relay-denied", "lost",
-        "journal-torn", "journal-damaged", "journal-truncated", "clock-stepped",
+        "tampered", "host-mended", "policy-refused", "spawn-refused", "dns-refused-address", "relay-denied",
+        "lost", "journal-torn", "journal-damaged", "journal-truncated", "clock-stepped",
         "key-created", "key-rotated", "peer-broken", "log-ended", "drift", "books-unbalanced",
         "books-restarted", "process-hung", "process-killed", "sandbox-lost", "testimony-refused",
+        "lease-refused",
     }
 )  # fmt: skip
 # Events that somebody here acts on, besides writing them down.
@@ -385,7 +386,7 @@ def _errno_name(error: OSError) -> str:
 
 
 class Herald:
-    """Notable records as lines on stderr, where a system's journal listens. Never waits for it."""
+    """Notable records as entries with fields, where a system's journal listens. Never waits for it."""
 
     def __init__(self, *, enabled: bool) -> None:
         self._enabled = enabled
@@ -393,9 +394,15 @@ class Herald:
         self._poll.register(sys.stderr.fileno(), select.POLLOUT)
 
     def __call__(self, draft: Draft) -> None:
-        if self._enabled and draft.event in _NOTABLE:
-            fields = json.dumps(dict(draft.fields), sort_keys=True)
-            self.line(_WARNING, f"{draft.process}: {draft.event} {fields}")
+        if not self._enabled or draft.event not in _NOTABLE:
+            return
+        fields = dict(draft.fields)
+        text = f"{draft.process}: {draft.event} {json.dumps(fields, sort_keys=True)}"
+        named = journald.event_fields(
+            event=draft.event, process=draft.process, level=_WARNING, message=text, fields=fields
+        )
+        if not journald.send(named):
+            self.line(_WARNING, text)
 
     def say(self, text: str) -> None:
         """For people, with or without systemd."""
@@ -417,7 +424,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ProtocolError as error:
         print(f"egressd[auditor]: {error}", file=sys.stderr)
         return 1
-    herald = Herald(enabled="JOURNAL_STREAM" in os.environ)
+    herald = Herald(enabled=journald.heard())
     state = Path(start.config.state_dir)
     try:
         keys = open_keys(state / "keys", _credential(start))

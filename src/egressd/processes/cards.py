@@ -69,6 +69,14 @@ CARDS: dict[str, Card] = {
             does="applies one nft batch, makes one veth, reads counters",
         ),
         Card(
+            name="custodian",
+            user="custody",
+            namespace=Namespace.HOST,
+            capabilities=frozenset({Capability.NET_ADMIN}),
+            reads="nothing: the kernel's word of changes to the host's network",
+            does="puts the host's side back when somebody flushes it; nothing waits for it",
+        ),
+        Card(
             name="controller",
             user="daemon",
             namespace=Namespace.HOST,

@@ -25,8 +25,8 @@ from egressd.ruleset import layout
 
 __all__ = ["Account", "Config", "ListenAddress", "PoolsConfig", "load"]
 
-_ACCOUNTS = ("daemon", "warden", "resolve", "relay", "inspect", "audit")
-_Role = Literal["daemon", "warden", "resolve", "relay", "inspect", "audit", "metrics", "api"]
+_ACCOUNTS = ("daemon", "warden", "custody", "resolve", "relay", "inspect", "audit")
+_Role = Literal["daemon", "warden", "custody", "resolve", "relay", "inspect", "audit", "metrics", "api"]
 # Roles of processes that run only where this key says where: the key and the account have one name.
 _OPTIONAL: tuple[_Role, ...] = ("metrics", "api")
 _BROKER = "egressd-broker"
@@ -186,7 +186,11 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
         if isinstance(self.user, str):
             names = {role: f"{self.user}-{role}" for role in roles} | {"daemon": self.user}
         else:
-            names = {role: self.user.get(role, "") for role in roles}  # type: ignore[call-overload]
+            # A list that is older than the custodian: the warden's account has the same one capability.
+            names = {"custody": self.user.get("warden", "")} | {
+                role: self.user[role] for role in roles if role in self.user
+            }
+            names = {role: names.get(role, "") for role in roles}
         return {role: _account(name) for role, name in names.items()}
 
 
@@ -294,7 +298,7 @@ def _check_user(config: Config) -> None:
         raise ValueError(
             f"there is no account {error.args[0]!r}; create it (systemd-sysusers egressd.conf),"
             " or name numbers: user: {daemon: '900', warden: '901', resolve: '902', relay: '903',"
-            " inspect: '904', audit: '905'}"
+            " inspect: '904', audit: '905', custody: '909'}"
         ) from error
 
 

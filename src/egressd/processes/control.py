@@ -1,8 +1,8 @@
 """The control socket: where brokers and egressctl come in.
 
 Anyone may connect. Each connection is one client, known by its peer credentials alone; it holds at most one
-lease, and the lease ends with it. Whatever is not a well-formed message ends the connection, and with it
-only that client.
+lease, and the lease ends with it, unless it is we who end: then it may be resumed over another. Whatever is
+not a well-formed message ends the connection, and with it only that client.
 """
 
 from __future__ import annotations
@@ -90,9 +90,18 @@ class ControlSocket:
         self._refused = SpawnRefusals(controller.auditing.record, later=asyncio.get_running_loop().call_later)
         self._routes = RoutingAnswers(controller, later=asyncio.get_running_loop().call_later)
         self.testifying = Testifying(controller, later=asyncio.get_running_loop().call_later)
+        for link, uid in controller.ended.askers():
+            self.testifying.recall(link, uid)
         listener.setblocking(False)
 
+    def recall(self) -> None:
+        """Of sandboxes that wait to be resumed, what is not every member's to know."""
+        for link, away in self.controller.away.items():
+            if away.said.request:
+                self.testifying.recall(link, away.sandbox.caller.uid)
+
     def listen(self) -> None:
+        self.recall()
         asyncio.get_running_loop().add_reader(self._listener, self._accept)
 
     def _accept(self) -> None:
@@ -121,7 +130,7 @@ class ControlSocket:
             sock.close()
             return
         uid = caller.uid
-        crowded = self._per_user[uid] >= MAX_CLIENTS_PER_USER or self._idle[uid] >= MAX_IDLE_PER_USER
+        crowded = self._per_user[uid] >= MAX_CLIENTS_PER_USER or self._too_many_idle(uid)
         if crowded or len(self.clients) >= MAX_CLIENTS:
             _turn_away(sock)
             return
@@ -129,6 +138,13 @@ class ControlSocket:
         self.clients[peer] = Client(caller)
         self._per_user[uid] += 1
         self._idle[uid] += 1
+
+    def _too_many_idle(self, uid: int) -> bool:
+        """After a restart all brokers come back at once."""
+        if self._idle[uid] < MAX_IDLE_PER_USER:
+            return False
+        away = sum(1 for away in self.controller.away.values() if away.sandbox.caller.uid == uid)
+        return self._idle[uid] >= MAX_IDLE_PER_USER + away
 
     def _gone(self, peer: Peer, why: str) -> None:
         client = self.clients.pop(peer, None)
@@ -186,7 +202,7 @@ class ControlSocket:
             self._refuse(peer, client, received.message, Refused(Reason.UNKNOWN, f"it failed: {error}"))
 
     def _refuse(self, peer: Peer, client: Client, message: Any, refused: Refused) -> None:
-        if isinstance(message, messages.Enter | messages.Attach):
+        if isinstance(message, messages.Enter | messages.Attach | messages.Resume):
             entered = client.policy.workspace if client.policy else ""
             workspace = getattr(message, "workspace", None) or entered
             self._refused.add(
@@ -263,6 +279,7 @@ class ControlSocket:
             raise Refused(Reason.PROTOCOL, "a namespace is attached once, after entering a workspace")
         # Asked again: the policy may have changed since.
         policy = self._policy_for(client.caller, client.policy.workspace)
+        status = os.fstat(received.descriptor) if received.descriptor is not None else None
         sandbox = self.controller.leases.open(
             workspace=policy.workspace,
             caller=client.caller,
@@ -274,6 +291,7 @@ class ControlSocket:
             guard=policy.guard.value,
             connections=received.message.connections,
             closed=received.message.closed,
+            namespace=(status.st_dev, status.st_ino) if status is not None else (0, 0),
         )
         descriptor = received.take()
         try:
@@ -286,6 +304,27 @@ class ControlSocket:
         if peer.closed:  # the broker died while we worked: nobody holds this lease
             await self.controller.close(sandbox)
             return
+        client.sandbox, client.attached = sandbox, True
+        self._idle[client.caller.uid] -= 1
+        peer.send(
+            messages.Lease(link=sandbox.link.number, address4=sandbox.address4, address6=sandbox.address6)
+        )
+
+    async def resume(self, peer: Peer, client: Client, received: Received[messages.Resume]) -> None:
+        if client.policy is not None or client.sandbox is not None:
+            raise Refused(Reason.PROTOCOL, "a sandbox is resumed over a connection of its own, first thing")
+        away = self.controller.awaited(Link(received.message.link), client.caller)
+        policy = self._policy_for(client.caller, away.sandbox.workspace)
+        descriptor = received.take()
+        try:
+            await self.controller.resume(away, client.caller, descriptor)
+        finally:
+            os.close(descriptor)
+        sandbox = away.sandbox
+        if peer.closed:  # the broker died while we worked: nobody holds this lease
+            await self.controller.close(sandbox)
+            return
+        client.policy, client.said = policy, away.said
         client.sandbox, client.attached = sandbox, True
         self._idle[client.caller.uid] -= 1
         peer.send(
@@ -326,13 +365,19 @@ class ControlSocket:
     async def testify(self, peer: Peer, client: Client, received: Received[messages.Testify]) -> None:
         if client.policy is not None and not client.attached:
             self._policy_for(client.caller, client.policy.workspace)  # still
-        await self.testifying.hear(
-            received.message,
-            caller=client.caller,
-            workspace=None if client.policy is None else client.policy.workspace,
-            sandbox=client.sandbox,
-            said=client.said,
-        )
+        said = client.said
+        before = said.request, len(said.events)
+        try:
+            await self.testifying.hear(
+                received.message,
+                caller=client.caller,
+                workspace=None if client.policy is None else client.policy.workspace,
+                sandbox=client.sandbox,
+                said=said,
+            )
+        finally:
+            if client.sandbox is not None and before != (said.request, len(said.events)):
+                self.controller.save_lease(client.sandbox, said)
         peer.send(messages.Recorded())
 
     # ---- reading
@@ -465,9 +510,13 @@ class ControlSocket:
 
     # ---- endings
 
-    async def revoke(self, sandbox: Sandbox, text: str) -> None:
-        """End a lease from our side: permission first, then the word to the broker."""
-        await self.controller.close(sandbox)
+    async def revoke(self, sandbox: Sandbox, text: str, *, why: str = "") -> None:
+        """End a lease from our side: permission first, then the word to the broker. `why`: for the record."""
+        await self.controller.close(sandbox, why=why)
+        self.dismiss(sandbox, text)
+
+    def dismiss(self, sandbox: Sandbox, text: str) -> None:
+        """Its lease has ended: tell whoever held it."""
         for peer, client in list(self.clients.items()):
             if client.sandbox is sandbox:
                 client.sandbox = None
@@ -479,6 +528,14 @@ class ControlSocket:
         asyncio.get_running_loop().remove_reader(self._listener)
         for sandbox in list(self.controller.leases.by_link.values()):
             await self.revoke(sandbox, text)
+        self._drain()
+
+    def leave(self) -> None:
+        """No more clients, and no word to those there are: their connections end, and they come back."""
+        asyncio.get_running_loop().remove_reader(self._listener)
+        self._drain()
+
+    def _drain(self) -> None:
         self._refused.drain()
         self._routes.drain()
         self.testifying.close()
@@ -525,6 +582,7 @@ _CLAIMS: dict[type, Any] = {
 _HANDLERS: dict[type, Any] = {
     messages.Enter: ControlSocket.enter,
     messages.Attach: ControlSocket.attach,
+    messages.Resume: ControlSocket.resume,
     messages.ReadSpent: ControlSocket.read_spent,
     messages.Testify: ControlSocket.testify,
     messages.ForUser: ControlSocket.for_user,

@@ -5,6 +5,10 @@ has not acknowledged has not happened. The order of every grant is *record, then
 
 What holds `changing` happens one after the other: a change of policy, a name of a wildcard granted or taken
 back, another process brought up to date. Sandboxes come and go beside that.
+
+Sandboxes outlive it, however it ends, unless it is told to stop. Leases, books and names are on disk before
+the kernel has what they speak of (leases_file.py, remembered.py, remembered_names.py); the next controller
+keeps the links of all of them, and each sandbox's broker comes back for its own (`resume`).
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Collection, Container, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +40,18 @@ from egressd.policy.compiled import Policy
 from egressd.policy.decide import rule_for
 from egressd.processes import evidence, names, reports, ritual
 from egressd.processes.control import MAX_CLIENTS_PER_USER, ControlSocket
-from egressd.processes.grants import Granting, Grants, Held, with_grants
+from egressd.processes.ended_links import EndedLinks
+from egressd.processes.grants import Grant, Granting, Grants, Held, with_grants
 from egressd.processes.leases import Leases, LinkNumbers, Sandbox
+from egressd.processes.leases_file import LeaseFiles, Lost, gateway_identity
+from egressd.processes.members import Caller
 from egressd.processes.name_blocks import NameTelling
 from egressd.processes.registry_files import builtin_catalogue
 from egressd.processes.remembered import Account, Remembered, Retiring
+from egressd.processes.remembered_names import NamesFile
 from egressd.processes.residency import Files, Residency, tables_of
 from egressd.processes.snapshots import Snapshots
+from egressd.processes.testifying import Said
 from egressd.processes.turns import Turns
 from egressd.processes.workspaces import broken_workspaces, public_suffixes, read_workspaces
 from egressd.residency.registry import Registry
@@ -55,12 +65,18 @@ __all__ = ["Controller", "main"]
 log = logging.getLogger("controller")
 
 _BOOKS_EVERY, _DRIFT_EVERY = 5.0, 60.0  # seconds
+_GONE = "its link was gone when it was looked for"
+_UNKEPT = {Reason.NAMESPACE: _GONE, Reason.WORKSPACE: "its workspace is gone"}
 _SHARE = (
     50  # reading holds the warden up, half a second with 10,000 hosts: at most this part of its time, each
 )
 _UNBOUND_WITHIN = 1.0  # seconds
+_LINK_WITHIN = 25.0  # seconds: all that is listed meanwhile may take ten; a broker waits for thirty
+_CLOSINGS_AT_ONCE = 8  # asked of the warden; of a thousand that end together the last would be out of time
 _READINGS_AT_ONCE = 2  # of links: each may keep the warden for 10 ms (links.Links.spent), and others wait
-_ENDED = 65_536  # links that are remembered after their end, for who asks for a receipt
+RESUME_GRACE = 15.0  # seconds from listening in which sandboxes of a controller before may be resumed
+_HEARD_AFTER, _HEARD_AT_ONCE = 0.2, 512  # seconds; messages.Heard's bound
+_TOLD_WITHIN = 0.5  # seconds for the auditor to hear whose links there are; it may hang
 _REPLIES = (
     messages.Done, messages.Failed, messages.Payload, messages.LinkClosed, messages.LinkSpent,
     messages.RefusedNames, messages.RefusedFlows, messages.JournalState,
@@ -71,6 +87,15 @@ _SHARED_SETS: Mapping[str, Retiring] = {"in": "replies", "opened": "opened"}
 Totals = dict[str, tuple[int, int]]
 
 
+@dataclass(slots=True, eq=False)
+class Away:
+    """A lease that a controller before this one gave, and that nobody has come back for yet."""
+
+    sandbox: Sandbox
+    said: Said
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
 class Controller:
     """State and the decisions over it. The control socket (control.py) is where clients come in."""
 
@@ -78,20 +103,25 @@ class Controller:
         self.config = start.config
         self.pools = start.config.pools.pools()
         self.auditing = ritual.Auditing.over("controller", start.take("audit"))
-        self.boot = evidence.boot_id()
+        self.boot, self.began = evidence.boot_id(), time.monotonic()
         self.policies: dict[str, Policy] = {}
         self.problems: list[Problem] = []
         self.wants: dict[str, WorkspaceWant] = {}
         self.registry = Registry()  # what the policies in force were judged by
         self.residency = Residency(self)
         self._registry_files = Files(Path(self.config.residency_dir))
-        self.addresses = names.Addresses(self.pools)
+        own = Path(self.config.run_dir, "controller")
+        self.names_file = NamesFile(own)
+        self.addresses = names.Addresses(self.pools, self.names_file.note_names)
         self.grants = Grants()
         self._granting = Granting(self)
         self.snapshots = Snapshots(self)
         self.naming = NameTelling(self)
-        own = Path(self.config.run_dir, "controller")
+        self.lease_files = LeaseFiles(
+            own / "leases", boot=self.boot, gateway=gateway_identity(self.config.gateway)
+        )
         self.leases = Leases(self.pools, LinkNumbers(own / "next-link"))
+        self._closers = asyncio.Semaphore(_CLOSINGS_AT_ONCE)
         self._readings = Turns("readings", at_once=_READINGS_AT_ONCE, most=MAX_CLIENTS_PER_USER)
         self.remembered = Remembered(own)
         self.remembered.load()
@@ -100,13 +130,17 @@ class Controller:
         self.since = time.time()
         self.drifted: list[str] = []  # of the ruleset as read back, from the compiled policy
         self.drift_read: float | None = None  # when, Unix time
-        self.ended: collections.OrderedDict[Link, str] = collections.OrderedDict()  # workspaces of links
-        self.peers: dict[str, Peer | None] = dict.fromkeys(("warden", *_SERVING, "evidence"))
+        self.ended = EndedLinks(own / "ended.jsonl")
+        self.ended.load()
+        self.away: dict[Link, Away] = {}
+        self.peers: dict[str, Peer | None] = dict.fromkeys(("warden", *_SERVING, "evidence", "custodian"))
         self.settled = asyncio.Event()  # the warden enforces what we last said
         self.changing = asyncio.Lock()
         self._reading = asyncio.Lock()
         self._next_reading: asyncio.Future[Counters] | None = None
-        self._closing: set[Link] = set()
+        self._closing: dict[Link, _Closing] = {}
+        self._telling = False  # the warden, which of its reports are in the books
+        self._purged = False  # books of workspaces that went while there was no controller
         self._unbalanced = False
         self._tasks: set[asyncio.Task[None]] = set()
         self.admitting = names.Admitting(self._set_nat, self.addresses.sending)
@@ -125,6 +159,7 @@ class Controller:
             "relay": self._relay_came,
             "inspector": self._inspector_came,
             "evidence": self._evidence_came,
+            "custodian": self._custodian_came,
         }
         receives = {
             "warden": messages.FROM_WARDEN,
@@ -132,8 +167,13 @@ class Controller:
             "relay": messages.FROM_RELAY,
             "inspector": messages.FROM_INSPECTOR,
             "evidence": messages.FROM_EVIDENCE,
+            "custodian": messages.FROM_CUSTODIAN,
         }[name]
-        handler = {"warden": self._from_warden, "resolver": self._from_resolver}.get(name, _unexpected)
+        handler = {
+            "warden": self._from_warden,
+            "resolver": self._from_resolver,
+            "custodian": self._from_custodian,
+        }.get(name, _unexpected)
         peer = Peer(
             sock, receives, handler=handler, gone=lambda peer, why: self._lost(name, peer), replies=_REPLIES
         )
@@ -170,21 +210,43 @@ class Controller:
         self.snapshots.begin_anew()
         async with self.changing:
             warden = self.peer("warden")
+            await self._tell_heard(again=True)
             await self._set_workspaces(with_grants(self.wants, self.grants.held, self.pools))
-            for sandbox in list(self.leases.by_link.values()):
-                await warden.ask(_keep(warden, sandbox))
+            await self._keep_links(warden)
             # as names are known by now, behind whatever is under way already
             await self.admitting.admit(self.addresses.everything())
             await warden.ask(messages.Settle(request=warden.next_request()))
+            self._purge_accounts()
             await self.residency.cut()
             self.settled.set()
 
+    async def _keep_links(self, warden: Peer) -> None:
+        """Of every lease. One that cannot be kept is closed, and says why; one that was being closed when the
+        warden went is closed now."""
+        for sandbox in list(self.leases.by_link.values()):
+            closing = self._closing.pop(sandbox.link, None)
+            if closing is not None:
+                await self.close(sandbox, event=closing.event, why=closing.why)
+                continue
+            try:
+                await warden.ask(_keep(warden, sandbox))
+            except Refused as refused:
+                why = _UNKEPT.get(refused.reason, str(refused)[:256])
+                await self._end(sandbox, why)
+
+    async def _end(self, sandbox: Sandbox, why: str) -> None:
+        """Close it, and tell its broker, if there is one."""
+        if self.control is not None:
+            await self.control.revoke(sandbox, why, why=why)
+        else:
+            await self.close(sandbox, why=why)
+
+    # Sources first: what these three serve at the moment they are told the rest is confirmed, or ends.
+
     async def _resolver_came(self) -> None:
+        await self._bind_all("resolver")
         async with self.changing:
             await self._set_names()
-        await self._bind_all("resolver")
-
-    # Sources first: what these two serve at the moment they are told is confirmed, or ends.
 
     async def _relay_came(self) -> None:
         await self._bind_all("relay")
@@ -197,6 +259,18 @@ class Controller:
 
     async def _evidence_came(self) -> None:
         """Nothing to say: it is asked."""
+
+    async def _custodian_came(self) -> None:
+        """Nothing to say: it tells."""
+
+    def _from_custodian(self, peer: Peer, received: Received[messages.HostMended]) -> None:
+        message = received.message
+        self.alarm(
+            "host-mended",
+            f"the host's side was changed by {message.process or 'somebody'}: {_shortened(message.what)}"
+            f" ({'put right' if message.restored else 'NOT put right'})",
+            {"what": message.what, "restored": message.restored, "by": message.process},
+        )
 
     def auditor_came(self, sock: socket.socket) -> None:
         """Another auditor: it has to know whose links there are, and what the blocks are called. What was on
@@ -218,6 +292,8 @@ class Controller:
 
     def _from_warden(self, peer: Peer, received: Received[Any]) -> None:
         message = received.message
+        if not self._is_news(message.report):
+            return
         if isinstance(message, messages.Tampered):
             self.alarm(
                 "tampered",
@@ -231,6 +307,44 @@ class Controller:
             self._link_lost(message)
         elif isinstance(message, messages.Retired):
             self._retire(message)
+
+    def _is_news(self, report: int) -> bool:
+        """Is this not in the books yet? It is from now on: whoever asks saves them next."""
+        if not report:
+            return True
+        if report in self.remembered.heard:
+            return False
+        self.remembered.heard.add(report)
+        if not self._telling:
+            self._telling = True
+            self.background(self._tell_heard_soon(), "telling the warden what is in the books")
+        return True
+
+    async def _tell_heard_soon(self) -> None:
+        try:
+            await asyncio.sleep(_HEARD_AFTER)
+        finally:
+            self._telling = False
+        if self.peers["warden"] is not None and self.remembered.heard:
+            await self._tell_heard()
+
+    async def _tell_heard(self, *, again: bool = False) -> None:
+        """What is in the books on disk need not be told again; with `again`, the rest is."""
+        warden = self.peer("warden")
+        left = sorted(self.remembered.heard)
+        for at in range(0, len(left) or 1, _HEARD_AT_ONCE):
+            part = tuple(left[at : at + _HEARD_AT_ONCE])
+            last = at + _HEARD_AT_ONCE >= len(left)
+            message = messages.Heard(request=warden.next_request(), reports=part, again=again and last)
+            await warden.ask(message, timeout=30.0)
+            self.remembered.heard.difference_update(part)
+
+    def _purge_accounts(self) -> None:
+        """A workspace that went while there was no controller is out of the books as one that goes later."""
+        if not self._purged:
+            self._purged = True
+            for name in self.remembered.accounts.keys() - self.policies.keys():
+                self._close_account(name)
 
     def _retire_lost(self, lost: Totals) -> None:
         """Elements somebody deleted, by "acme_out4 host" or "in acme host": back at zero, but their last
@@ -281,12 +395,22 @@ class Controller:
             )
 
     def _link_lost(self, message: messages.LinkLost) -> None:
-        """A link of a former life of ours: its counters belong in the books all the same."""
+        """A link that nobody had named to the warden. Its counters belong in the books all the same."""
+        sandbox = self.leases.by_link.get(Link(message.link))
+        if sandbox is not None:
+            closing = self._closing.get(sandbox.link, _Closing(why=_GONE))
+            self._finish(sandbox, message.counters, closing)
+            if self.control is not None:
+                self.control.dismiss(sandbox, closing.why or _GONE)
+            return
+        if not message.counters and self.ended.get(Link(message.link)) is not None:
+            return  # it is accounted, and on record; a warden that is new found what was left of its device
         workspace = message.workspace or "unknown"
         if message.workspace:
             self.remembered.account(workspace).end(_last(message.counters))
             self.remembered.save_books()
-        self._remember_ended(Link(message.link), workspace)
+        if self.ended.get(Link(message.link)) is None:
+            self._remember_ended(Link(message.link), workspace)
         facts: dict[str, Any] = {"link": Link(message.link).device, "workspace": workspace}
         for key, (packets, octets) in message.counters.items():
             facts |= {f"{key}_packets": packets, f"{key}_bytes": octets}
@@ -350,8 +474,18 @@ class Controller:
         return messages.Done(request=message.request)
 
     async def _set_nat(self, entries: tuple[NatEntry, ...]) -> None:
+        self.save_names()  # first: what the kernel has, the next controller must know of
         warden = self.peer("warden")
         await warden.ask(messages.SetNat(request=warden.next_request(), entries=entries))
+
+    def save_names(self) -> None:
+        """What has changed of where names lead, and of which are granted."""
+        if self.names_file.flush(self.addresses.learned, self.grants.held):
+            self.rewrite_names()
+
+    def rewrite_names(self) -> None:
+        self.remembered.save_numbers()
+        self.names_file.rewrite(self.addresses.learned, self.grants.held)
 
     async def _set_names(self) -> None:
         peer = self.peer("resolver")
@@ -459,11 +593,74 @@ class Controller:
     async def begin(self) -> None:
         """What the directory says at the start. The warden hears of it when it is connected."""
         wanted, self.problems, registry = await self._read()
+        await self._take_over()
         self._record_registry(registry, "start")
-        allocation, wants = self._numbered(wanted, {})
-        self._stand(wanted, allocation, wants, {}, registry)
+        held, gone = self._recall_names(wanted, registry)
+        allocation, wants = self._numbered(wanted, held)
+        held = self._still_numbered(held, allocation, gone)
+        self._stand(wanted, allocation, wants, held, registry)
+        self._granting.record_gone(gone)
+        self.rewrite_names()
         self._record_changes({}, _changes({}, wanted), self.problems, "start")
         self.tell_names()
+
+    async def _take_over(self) -> None:
+        """The leases of a controller before this one. Who sees them refused sees them gone, too."""
+        records, lost = self.lease_files.load()
+        for record in records:
+            sandbox = record.sandbox(self.pools)
+            if record.link in self.remembered.settled:  # it ended between its account and its lease
+                self.lease_files.remove(sandbox.link)
+                continue
+            try:
+                self.leases.adopt(sandbox)
+            except Refused as refused:
+                lost.append(Lost(sandbox.link, str(refused)))
+                self.lease_files.remove(sandbox.link)
+                continue
+            self.away[sandbox.link] = Away(sandbox, record.said)
+        self.remembered.settled.clear()
+        await self._tell_auditor()
+        for one in lost:
+            name = one.link.device if one.link is not None else "unknown"
+            text = f"a lease is not taken over, and its sandbox ends: {name}: {one.text}"
+            self.alarm("lease-refused", text, {"link": name, "text": one.text})
+
+    async def _tell_auditor(self) -> None:
+        """Whose links there are; each word when there is room for it."""
+        end = time.monotonic() + _TOLD_WITHIN
+        for sandbox in list(self.leases.by_link.values()):
+            message = _bind(1, sandbox)
+            while not self.auditing.offer(message) and time.monotonic() < end:
+                await asyncio.sleep(0.005)
+            if time.monotonic() >= end:
+                self.auditing.pass_on(message)
+
+    def _recall_names(
+        self, wanted: dict[str, Policy], registry: Registry
+    ) -> tuple[Held, list[tuple[Grant, str]]]:
+        """Where names led, and which were granted: of those what stays, and what goes, and why."""
+        memory = self.names_file.load(self.pools)
+        self.addresses.restore(memory.learned)
+        before = self.remembered.allocation
+        if before is not None:
+            blocks = {place: grant.block for place, grant in memory.granted.items()}
+            self.remembered.allocation = allocate.restore(before, blocks, memory.gone)
+        self.grants.held = memory.held()
+        return self.grants.surviving(wanted, registry)
+
+    def _still_numbered(
+        self, held: Held, allocation: allocate.Allocation, gone: list[tuple[Grant, str]]
+    ) -> Held:
+        """Those that have the number they had, each with its workspace's."""
+        stays: Held = {}
+        for name, grants in held.items():
+            for grant in grants.values():
+                if allocation.blocks[name].get(grant.host) == grant.block:
+                    stays.setdefault(name, {})[grant.host] = replace(grant, index=allocation.workspaces[name])
+                else:
+                    gone.append((grant, "its number is another's"))
+        return stays
 
     def _record_registry(self, registry: Registry, by: str) -> None:
         """If it is another one."""
@@ -523,6 +720,7 @@ class Controller:
             self._close_account(name)
         ways = self._stand(wanted, allocation, wants, held, registry)
         self._granting.record_gone(gone)
+        self.save_names()
         try:
             await self._lead(ways)
         finally:  # this is the policy: whatever the warden said, the others are to hear of it
@@ -628,12 +826,13 @@ class Controller:
         """Admit a sandbox: recorded first, then known to those who serve it, then linked."""
         if not self.settled.is_set():
             raise Refused(Reason.UNAVAILABLE, "the warden has just started; try again in a moment")
+        self.save_lease(sandbox, Said())
         self.auditing.pass_on(_bind(1, sandbox))
         self.auditing.record("sandbox-opening", _opening(sandbox, boot=self.boot))
         warden = self.peer("warden")
         request = _open(warden, sandbox)
         served = [self._bound(name, sandbox) for name in _SERVING]
-        linked = asyncio.ensure_future(warden.ask(request, descriptor=descriptor))
+        linked = asyncio.ensure_future(warden.ask(request, descriptor=descriptor, timeout=_LINK_WITHIN))
         await asyncio.gather(*served)
         await linked
 
@@ -645,17 +844,36 @@ class Controller:
             with contextlib.suppress(PeerGone):
                 await peer.ask(_bind(peer.next_request(), sandbox))
 
-    async def close(self, sandbox: Sandbox) -> None:
-        """Take link, chain and elements away; keep the last counters for the books."""
+    def save_lease(self, sandbox: Sandbox, said: Said) -> None:
+        """Refused where it cannot be written: it would end with us."""
+        try:
+            self.lease_files.write(sandbox, said)
+        except OSError as error:
+            text = f"the lease of {sandbox.link.device} cannot be written: {error.strerror}"
+            raise Refused(Reason.UNAVAILABLE, text) from error
+
+    async def close(self, sandbox: Sandbox, *, event: str = "sandbox-closed", why: str = "") -> None:
+        """Take link, chain and elements away; keep the last counters for the books. Without a warden it is
+        done when there is one again."""
         if sandbox.link not in self.leases.by_link or sandbox.link in self._closing:
             return
-        self._closing.add(sandbox.link)
-        counters: Totals = {}
-        warden = self.peers["warden"]
-        if warden is not None:
-            with contextlib.suppress(PeerGone, Refused):
-                message = messages.CloseLink(request=warden.next_request(), link=sandbox.link.number)
-                counters = (await warden.ask(message)).message.counters
+        closing = self._closing[sandbox.link] = _Closing(event, why)
+        self.away.pop(sandbox.link, None)
+        async with self._closers:
+            warden = self.peers["warden"]
+            if warden is None or sandbox.link not in self.leases.by_link:
+                return
+            message = messages.CloseLink(request=warden.next_request(), link=sandbox.link.number)
+            try:
+                closed: messages.LinkClosed = (await warden.ask(message, timeout=_LINK_WITHIN)).message
+            except (PeerGone, Refused) as error:
+                log.warning("%s is not closed yet: %s", sandbox.link.device, error)
+                return
+        if sandbox.link in self.leases.by_link and self._is_news(closed.report):
+            self._finish(sandbox, closed.counters, closing)
+
+    def _finish(self, sandbox: Sandbox, counters: Totals, closing: _Closing) -> None:
+        """The link is gone from the kernel."""
         for name in _SERVING:
             peer = self.peers[name]
             if peer is not None:
@@ -664,9 +882,57 @@ class Controller:
         self.auditing.pass_on(messages.UnbindSource(request=1, link=sandbox.link.number))
         # Together, with nothing awaited between: a reading of the books sees the link here or there.
         self.leases.close(sandbox)
-        self._closing.discard(sandbox.link)
+        self.away.pop(sandbox.link, None)
+        self._closing.pop(sandbox.link, None)
         self._remember_ended(sandbox.link, sandbox.workspace)
-        self._account(sandbox, counters)
+        self._account(sandbox, counters, closing)
+
+    # ---- sandboxes of a controller before this one
+
+    def awaited(self, link: Link, caller: Caller) -> Away:
+        """The lease that this account may come back for. One answer for whatever there is instead."""
+        found = self.away.get(link)
+        if found is not None and found.sandbox.caller.uid == caller.uid:
+            return found
+        text = (
+            f"no lease of uid {caller.uid} waits on {link.device}: each can be resumed once, by the account"
+            f" that holds it, within {RESUME_GRACE:g} s of a start of egressd"
+        )
+        raise Refused(Reason.MEMBER, text)
+
+    async def resume(self, away: Away, caller: Caller, descriptor: int) -> None:
+        """The caller holds this lease from now on, if the link leads into the namespace of the descriptor."""
+        sandbox = away.sandbox
+        async with away.lock:
+            self.awaited(sandbox.link, caller)  # still
+            await self._keep_resumed(sandbox, descriptor)
+            self.awaited(sandbox.link, caller)
+            del self.away[sandbox.link]
+        facts = _facts(sandbox) | {"pid": caller.pid, "seconds": round(time.monotonic() - self.began, 3)}
+        self.auditing.record("sandbox-resumed", facts)
+
+    async def _keep_resumed(self, sandbox: Sandbox, descriptor: int) -> None:
+        """Whoever asks in the moment in which the warden is another is not turned away for that."""
+        end = time.monotonic() + RESUME_GRACE
+        while True:
+            try:
+                await asyncio.wait_for(self.settled.wait(), max(0.0, end - time.monotonic()))
+                warden = self.peer("warden")
+                await warden.ask(_keep(warden, sandbox), descriptor=descriptor)
+            except TimeoutError:
+                raise Refused(Reason.UNAVAILABLE, "the warden is not running") from None
+            except PeerGone:
+                await asyncio.sleep(0.02)
+            else:
+                return
+
+    async def give_up_waiting(self) -> None:
+        """Close what nobody has come back for."""
+        await asyncio.sleep(RESUME_GRACE)
+        for away in list(self.away.values()):
+            async with away.lock:
+                if self.away.get(away.sandbox.link) is away:
+                    await self.close(away.sandbox, event="sandbox-lost", why="nobody came back for it")
 
     async def spent(self, sandbox: Sandbox) -> messages.LinkSpent:
         """What its link has counted until now. Of each account's sandboxes one is read at a time."""
@@ -691,18 +957,24 @@ class Controller:
                 await peer.ask(message, timeout=_UNBOUND_WITHIN)
 
     def _remember_ended(self, link: Link, workspace: str) -> None:
-        self.ended[link] = workspace
-        while len(self.ended) > _ENDED:
-            self.ended.popitem(last=False)
+        asker = None if self.control is None else self.control.testifying.asker(link)
+        self.ended.add(link, workspace, asker=asker)
 
-    def _account(self, sandbox: Sandbox, counters: Totals) -> None:
-        self.remembered.account(sandbox.workspace).end(_last(counters))
-        self.remembered.save_books()
+    def _account(self, sandbox: Sandbox, counters: Totals, closing: _Closing) -> None:
+        """On record, in the books, off the table on disk, in this order: whatever is done twice, because we
+        end in between, counts once."""
         facts = _closing(sandbox)
         for key, (packets, octets) in counters.items():
             facts |= {f"{key}_packets": packets, f"{key}_bytes": octets}
-        facts["seconds"] = round(time.time() - sandbox.since, 3)
-        self.auditing.record("sandbox-closed", facts)
+        facts["seconds"] = round(max(0.0, time.time() - sandbox.since), 3)  # the clock may have been set
+        if closing.why:
+            facts["why"] = closing.why
+        self.auditing.record(closing.event, facts)
+        self.remembered.account(sandbox.workspace).end(_last(counters))
+        self.remembered.settled.add(sandbox.link.number)
+        self.remembered.save_books()
+        self.lease_files.remove(sandbox.link)
+        self.remembered.settled.discard(sandbox.link.number)
 
     # ---- reading
 
@@ -799,6 +1071,14 @@ class Controller:
         warden = self.peer("warden")
         received = await warden.ask(messages.ReadRuleset(request=warden.next_request()), timeout=30.0)
         return received.payload().decode()
+
+
+@dataclass(frozen=True, slots=True)
+class _Closing:
+    """How a link's end is recorded."""
+
+    event: str = "sandbox-closed"
+    why: str = ""
 
 
 def _shortened(what: str) -> str:
@@ -936,19 +1216,33 @@ async def _serve(start: ritual.Start) -> None:
     controller = Controller(start)
     controller.control = ControlSocket(controller, start.take("control"))
     supervisor: Channel[Any] = Channel(start.take("supervisor"), messages.TO_CHILD)
-    stop = asyncio.Event()
-    _watch_signals(controller, stop)
+    stop, leave = asyncio.Event(), asyncio.Event()
+
+    def leaving() -> None:
+        """The sandboxes go on; whoever comes next takes them over."""
+        leave.set()
+        stop.set()
+
+    _watch_signals(controller, stop, leaving)
     await controller.begin()
-    asyncio.get_running_loop().add_reader(supervisor.socket, _from_supervisor, controller, supervisor, stop)
-    for name in ("warden", *_SERVING, "evidence"):
+    asyncio.get_running_loop().add_reader(
+        supervisor.socket, _from_supervisor, controller, supervisor, leaving
+    )
+    for name in ("warden", *_SERVING, "evidence", "custodian"):
         controller.connect(name, start.take(name))
     await controller.settled.wait()
     controller.control.listen()
+    controller.background(controller.give_up_waiting(), "closing what nobody came back for")
     controller.background(controller.watch_books(), "reading the books")
     controller.background(controller.watch_drift(), "reading the ruleset back")
     supervisor.send(messages.Ready())
     await _beat_until(stop, supervisor)
-    await controller.control.close_all("egressd is stopping")
+    if leave.is_set():
+        controller.control.leave()
+        controller.save_names()
+        controller.auditing.flush()
+    else:
+        await controller.control.close_all("egressd is stopping")
 
 
 async def _beat_until(stop: asyncio.Event, supervisor: Channel[Any]) -> None:
@@ -959,14 +1253,14 @@ async def _beat_until(stop: asyncio.Event, supervisor: Channel[Any]) -> None:
             await asyncio.wait_for(stop.wait(), messages.HEARTBEAT)
 
 
-def _from_supervisor(controller: Controller, channel: Channel[Any], stop: asyncio.Event) -> None:
+def _from_supervisor(controller: Controller, channel: Channel[Any], leaving: Callable[[], None]) -> None:
     try:
         received = channel.receive()
     except BlockingIOError:
         return
     except (EOFError, OSError, ProtocolError):
         asyncio.get_running_loop().remove_reader(channel.socket)
-        stop.set()  # no supervisor, no daemon: leases end rather than outlive their keeper
+        leaving()  # no supervisor, no daemon: the next one finds the leases, or their brokers give up
         return
     if isinstance(received.message, messages.ProcessTable):
         controller.processes = received.message.processes
@@ -982,7 +1276,7 @@ def _new_peer(controller: Controller, received: Received[Any]) -> None:
         controller.connect(received.message.name, sock)
 
 
-def _watch_signals(controller: Controller, stop: asyncio.Event) -> None:
+def _watch_signals(controller: Controller, stop: asyncio.Event, leaving: Callable[[], None]) -> None:
     loop = asyncio.get_running_loop()
 
     def reload() -> None:
@@ -992,6 +1286,7 @@ def _watch_signals(controller: Controller, stop: asyncio.Event) -> None:
         signal.SIGHUP: reload,
         signal.SIGTERM: stop.set,
         signal.SIGINT: stop.set,
+        signal.SIGUSR2: leaving,
     }
     for number, handler in handlers.items():
         loop.add_signal_handler(number, handler)

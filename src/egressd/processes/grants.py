@@ -10,8 +10,8 @@ What fails on the way leaves nothing granted. Taking back goes the other way rou
 is first again, so that nothing more is let through while flows are being closed. A change of policy does the
 same for all names at once; a name whose wildcard is still there stays, under the rule as it is then.
 
-A grant lives at most as long as the controller: its sandboxes end with it. Wardens, resolvers and inspectors
-that start again are told of what is held.
+What is held is on disk (remembered_names.py) before the kernel has it, so that a controller that starts again
+holds it, too. It tells wardens, resolvers and inspectors, as it does those that start again themselves.
 """
 
 from __future__ import annotations
@@ -254,6 +254,8 @@ class Granting:
         controller = self._controller
         slots = (message.slots4, message.slots6)
         own, others = controller.addresses.join(grant.user, grant.rule, slots, terms=grant.terms)
+        controller.names_file.note_grant(grant, held=True)
+        controller.save_names()  # first: what the kernel has, the next controller must know of
         warden = controller.peer("warden")
         for number, elements in enumerate(_parts(grant.elements(controller.pools))):
             await warden.ask(
@@ -327,12 +329,14 @@ class Granting:
         controller = self._controller
         for grant in grants:
             controller.addresses.leave(grant.user, grant.rule, terms=grant.terms)
+            controller.names_file.note_grant(grant, held=False)
         for workspace in {grant.workspace for grant in grants}:
             assert controller.remembered.allocation is not None
             hosts = [grant.host for grant in grants if grant.workspace == workspace]
             controller.remembered.allocation = allocate.give_back(
                 controller.remembered.allocation, workspace, hosts
             )
+        controller.save_names()
 
     # ---- both
 
@@ -360,6 +364,7 @@ class Granting:
     def record_gone(self, goes: Iterable[tuple[Grant, str]]) -> None:
         """A change of policy has taken them."""
         for grant, why in goes:
+            self._controller.names_file.note_grant(grant, held=False)
             self._record_released(grant, why)
 
     def _record_released(self, grant: Grant, why: str) -> None:
@@ -367,7 +372,7 @@ class Granting:
             "workspace": grant.workspace,
             "name": grant.host,
             "wildcard": grant.wildcard,
-            "seconds": round(time.time() - grant.since, 3),
+            "seconds": round(max(0.0, time.time() - grant.since), 3),
             "text": why,
         }
         self._controller.auditing.record("name-released", fields)

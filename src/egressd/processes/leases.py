@@ -16,7 +16,9 @@ from egressd.model.verdicts import Reason
 from egressd.processes.members import Caller
 from egressd.ruleset.layout import Pools
 
-__all__ = ["ATTEMPTS", "ATTEMPTS_PER_SECOND", "Claims", "Leases", "LinkNumbers", "Sandbox"]
+__all__ = ["ATTEMPTS", "ATTEMPTS_PER_SECOND", "Claims", "Identity", "Leases", "LinkNumbers", "Sandbox"]
+
+Identity = tuple[int, int]  # st_dev, st_ino of a namespace
 
 ATTEMPTS_PER_SECOND, ATTEMPTS = 20, 10_000  # of one sandbox, recorded
 _RESERVE = 64  # numbers written ahead, so that one spawn in 64 touches the disk
@@ -46,7 +48,8 @@ class Claims:
 
 @dataclass(frozen=True, slots=True)
 class Sandbox:
-    """One lease: it lasts as long as the broker's connection."""
+    """One lease: it lasts as long as the broker's connection, or, where it was we who ended, until nobody has
+    come back for it."""
 
     link: Link
     workspace: str
@@ -61,6 +64,7 @@ class Sandbox:
     guard: str = ""
     connections: int | None = None  # that it may ever open; `limits.connections` is another matter
     closed: bool = False  # started without a network
+    namespace: Identity = (0, 0)  # as its broker handed it over
     claims: Claims = field(default_factory=Claims, compare=False)
 
 
@@ -113,6 +117,7 @@ class Leases:
         guard: str = "",
         connections: int | None = None,
         closed: bool = False,
+        namespace: Identity = (0, 0),
     ) -> Sandbox:
         """Enter a new sandbox into the table. Refused when every address is taken."""
         link, address4, address6 = self._free()
@@ -130,10 +135,20 @@ class Leases:
             guard=guard,
             connections=connections,
             closed=closed,
+            namespace=namespace,
         )
-        self.by_link[link] = sandbox
-        self._addresses.add(address4)
+        self._enter(sandbox)
         return sandbox
+
+    def adopt(self, sandbox: Sandbox) -> None:
+        """Enter one that was here before. Refused when its address, or its number, is another's."""
+        if sandbox.link in self.by_link or sandbox.address4 in self._addresses:
+            raise Refused(Reason.LIMIT, f"{sandbox.link.device} or its address is in use")
+        self._enter(sandbox)
+
+    def _enter(self, sandbox: Sandbox) -> None:
+        self.by_link[sandbox.link] = sandbox
+        self._addresses.add(sandbox.address4)
 
     def _free(self) -> tuple[Link, IPv4Address, IPv6Address]:
         for _ in range(65_536):

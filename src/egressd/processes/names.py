@@ -42,6 +42,7 @@ class Addresses:
     """What each name resolved to, who uses the name, and what the kernel has acknowledged of it."""
 
     pools: Pools
+    noted: Callable[[Iterable[Key]], None] = lambda _: None  # told of each name that may lead elsewhere now
     learned: dict[Key, tuple[Slots4, Slots6]] = field(default_factory=dict)
     _users: dict[Key, list[tuple[int, int]]] = field(default_factory=dict)  # (workspace index, block)
     _kernel: dict[_Place, NatEntry] = field(default_factory=dict)
@@ -58,8 +59,17 @@ class Addresses:
     def learn(self, resolved: messages.Resolved) -> tuple[NatEntry, ...]:
         """Remember where a name leads; returns what has to change in the kernel."""
         key = (resolved.host, resolved.private, resolved.terms)
-        self.learned[key] = (resolved.slots4, resolved.slots6)
+        self._lead(key, (resolved.slots4, resolved.slots6))
         return tuple(self._missing(key, self._users.get(key, ())))
+
+    def restore(self, learned: Mapping[Key, tuple[Slots4, Slots6]]) -> None:
+        """Where names led, as a controller before this one knew; `use` says of which that matters."""
+        self.learned = dict(learned)
+
+    def _lead(self, key: Key, slots: tuple[Slots4, Slots6]) -> None:
+        if self.learned.get(key) != slots:
+            self.learned[key] = slots
+            self.noted([key])
 
     def use(self, uses: Iterable[Use]) -> tuple[NatEntry, ...]:
         """The policy changed: these use names now. Returns what has to change in the kernel: ways of rules
@@ -67,6 +77,7 @@ class Addresses:
         self._users = {}
         for index, block, rule, terms in uses:
             self._users.setdefault((rule.host, rule.private, terms), []).append((index, block))
+        self.noted([key for key in self.learned if key not in self._users])
         self.learned = {key: slots for key, slots in self.learned.items() if key in self._users}
         self._made = {
             (key, user): made
@@ -114,7 +125,7 @@ class Addresses:
         key = (rule.host, rule.private, terms)
         others = [each for each in self._users.get(key, ()) if each != user]
         self._users[key] = [*others, user]
-        self.learned[key] = slots
+        self._lead(key, slots)
         return tuple(self._missing(key, [user])), tuple(self._missing(key, others))
 
     def nowhere(self, user: tuple[int, int], rule: HostRule) -> tuple[NatEntry, ...]:
@@ -133,6 +144,7 @@ class Addresses:
         else:
             self._users.pop(key, None)
             self.learned.pop(key, None)
+            self.noted([key])
 
     def sending(self, entries: tuple[NatEntry, ...]) -> Callable[[], None]:
         """These are going to be sent, behind what was before. Returns what is to be called once the kernel

@@ -3,7 +3,11 @@
 The kernel keeps the counters of hosts; what links that are gone had counted, and what hosts that are gone
 had, is known only here, and without it the books would not balance. The numbers of names are remembered so
 that a name keeps its synthetic addresses. The files lie in the run directory; the supervisor removes them
-when it starts, because the gateway's tables begin anew then.
+when the gateway's tables begin anew. Leases are not among them (leases_file.py): what became of each has to
+be told.
+
+In the books stands which of the warden's reports are in them (`messages.Heard`), and which links: so that
+what is told again is not counted again, whenever we ended.
 """
 
 from __future__ import annotations
@@ -18,11 +22,12 @@ from msgspec import Struct
 from egressd.ruleset.allocate import Allocation
 from egressd.ruleset.observe import LinkCounts, Tally
 
-__all__ = ["Account", "Remembered", "Retiring", "forget"]
+__all__ = ["NAMES", "Account", "Remembered", "Retiring", "forget"]
 
 Retiring = Literal["retired", "dialled", "replies", "opened"]  # fields of Account
 
 _BOOKS, _NUMBERS, _COUNTED = "books.json", "numbers.json", "counted.json"
+NAMES = "names.jsonl"  # see remembered_names.py
 
 
 class Account(Struct):
@@ -49,12 +54,20 @@ class Account(Struct):
         sums[host] = sums.get(host, Tally()) + last
 
 
+class _Books(Struct):
+    accounts: dict[str, Account] = {}
+    heard: list[int] = []
+    settled: list[int] = []
+
+
 class Remembered:
     """Accounts by workspace, and the numbers of names; on disk as soon as they are `saved`."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self.accounts: dict[str, Account] = {}
+        self.heard: set[int] = set()  # reports that are accounted, and which the warden still keeps
+        self.settled: set[int] = set()  # links that are accounted, whose lease may still be on disk
         self.allocation: Allocation | None = None
         # workspace -> row -> numbers, of the last snapshot that is in the journal (see snapshots.py)
         self.counted: dict[str, dict[str, dict[str, int]]] = {}
@@ -64,7 +77,8 @@ class Remembered:
         books, numbers = self._directory / _BOOKS, self._directory / _NUMBERS
         counted = self._directory / _COUNTED
         if books.exists():
-            self.accounts = msgspec.json.decode(books.read_bytes(), type=dict[str, Account])
+            found = msgspec.json.decode(books.read_bytes(), type=_Books)
+            self.accounts, self.heard, self.settled = found.accounts, set(found.heard), set(found.settled)
         if numbers.exists():
             self.allocation = msgspec.json.decode(numbers.read_bytes(), type=Allocation)
 
@@ -77,7 +91,8 @@ class Remembered:
         return self.accounts.setdefault(workspace, Account())
 
     def save_books(self) -> None:
-        self._write(_BOOKS, self.accounts)
+        books = _Books(accounts=self.accounts, heard=sorted(self.heard), settled=sorted(self.settled))
+        self._write(_BOOKS, books)
 
     def save_numbers(self) -> None:
         self._write(_NUMBERS, self.allocation)
@@ -93,5 +108,5 @@ class Remembered:
 
 def forget(directory: Path) -> None:
     """The gateway's tables have begun anew."""
-    for name in (_BOOKS, _NUMBERS, _COUNTED):
+    for name in (_BOOKS, _NUMBERS, _COUNTED, NAMES):
         (directory / name).unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import itertools
 import logging
 import random
@@ -61,6 +62,7 @@ _PENDING = 256  # different denials of one source that are counted before they a
 # Reasons for which a list alone may deny. What it does is remembered, if the reply may be `shared`.
 _BY_LIST = frozenset({Reason.NAME, Reason.RESIDENCY, Reason.LOCAL_ONLY})
 T = TypeVar("T")
+_NAMED_WITHIN = 15.0  # seconds for the first controller to say who is who
 _FLUSH, _FOLD = 0.25, 4  # seconds between looks at the tally, and such looks between folds
 
 
@@ -96,7 +98,9 @@ class Resolver:
         )
         self.auditing, self.tally = auditing, Tally()
         self.sources: dict[Address, Sandbox] = {}
+        self._unconfirmed: set[int] = set()  # links of which only a controller before this one has spoken
         self.controller: Peer | None = None
+        self.named = asyncio.Event()  # a controller has said which sandboxes and names there are
         self._cache = Cache()
         self._settled: dict[Target | Pending, asyncio.Event] = {}
         self._waiting: collections.Counter[int] = collections.Counter()  # by link
@@ -119,12 +123,11 @@ class Resolver:
         self._spawn(self._flush())
 
     def connect_controller(self, sock: socket.socket) -> None:
-        """Use this channel. A controller that is new knows no slots and has no sandboxes yet: it is told
-        the slots; the sandboxes it will bind, and until then their queries are refused."""
+        """Use this channel. A controller that is new is told the slots. It binds the sandboxes there are, and
+        then says which names; whoever it has not named until then has ended. Until then nothing changes."""
         if self.controller is not None:
             self.controller.close("replaced")
-        self.sources.clear()
-        self._cache.unbind()
+        self._unconfirmed = {sandbox.link for sandbox in self.sources.values()}
         self.controller = Peer(
             sock,
             messages.TO_RESOLVER,
@@ -132,7 +135,7 @@ class Resolver:
             gone=self._controller_gone,
             replies=(messages.Done, messages.Failed, messages.Granted, messages.Admitted),
         )
-        self._perform(self.book.new_controller(now=self._loop.time()))
+        self._perform(self.book.new_controller())
 
     def _controller_gone(self, peer: Peer, why: str) -> None:
         log.warning("the controller is gone: %s", why)
@@ -156,8 +159,7 @@ class Resolver:
                 case messages.BindSource():
                     self._bind(message)
                 case messages.UnbindSource():
-                    self._unbind(message.link)
-                    self._perform(self.book.ended(message.link, now=self._loop.time()))
+                    self._end(message.link)
         except (msgspec.DecodeError, ProtocolError, ValueError) as error:
             log.error("refused %s: %s", type(message).__name__, error)  # noqa: TRY400
             peer.send(
@@ -169,8 +171,11 @@ class Resolver:
     def set_names(self, payload: bytes) -> None:
         """The names of every workspace from now on; as a whole, or an error and the old ones."""
         listed = msgspec.json.decode(payload, type=list[WorkspaceNames])
+        for link in sorted(self._unconfirmed):
+            self._end(link)
         self._cache.forget()
         self._perform(self.book.set_names(listed, now=self._loop.time()))
+        self.named.set()
 
     def _bind(self, message: messages.BindSource) -> None:
         sandbox = Sandbox(message.link, message.workspace)
@@ -179,8 +184,14 @@ class Resolver:
             if self.sources.get(source, sandbox).link != message.link:
                 raise ProtocolError(f"{source} belongs to link {self.sources[source].link}")
         self._unbind(message.link)
+        self._unconfirmed.discard(message.link)
         self.sources.update(dict.fromkeys(pair, sandbox))
         self.book.began(message.link, message.workspace)
+
+    def _end(self, link: int) -> None:
+        self._unbind(link)
+        self._unconfirmed.discard(link)
+        self._perform(self.book.ended(link, now=self._loop.time()))
 
     def _unbind(self, link: int) -> None:
         """What it was denied is told now, so that it precedes what is said of its end in a receipt."""
@@ -586,13 +597,23 @@ async def run(start: Start) -> None:
         start.take("supervisor"), messages.TO_CHILD, handler=from_supervisor, gone=lambda *_: ended.set()
     )
     resolver.connect_controller(start.take("controller"))
-    await resolver.listen({name: start.take(name) for name in ("udp4", "udp6", "tcp4", "tcp6")})
+    sockets = {name: start.take(name) for name in ("udp4", "udp6", "tcp4", "tcp6")}
     supervisor.send(messages.Ready())
+    listening = asyncio.create_task(_listen(resolver, sockets))
     while not ended.is_set():
         await _pause(ended)
         if not ended.is_set():
             supervisor.send(messages.Heartbeat())
+    listening.cancel()
     await resolver.upstream.close()
+
+
+async def _listen(resolver: Resolver, sockets: dict[str, socket.socket]) -> None:
+    """What was asked while nobody was there waits in the sockets. Answered before it is known whose sandbox
+    asks, it would be refused."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(resolver.named.wait(), _NAMED_WITHIN)
+    await resolver.listen(sockets)
 
 
 async def _pause(ended: asyncio.Event) -> None:

@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import logging
 import os
 import resource
 import socket
 import struct
-import sys
 import termios
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from egressd.ipc import messages
+from egressd.ipc import journald, messages
 from egressd.ipc.channel import Channel
 from egressd.model.errors import ProtocolError
 from egressd.processes import isolation
@@ -51,15 +49,16 @@ class Start:
 def begin(name: str, arguments: list[str] | None = None) -> Start:
     """Steps 3 and 4. Everything the process will import must be imported by now."""
     options = _parse(name, arguments)
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format=f"egressd[{name}]: %(levelname)s: %(message)s"
-    )
+    journald.configure(name, long_lived=True)
     isolation.close_other_descriptors(options.fd.values())
     _raise_descriptor_limit()
     card = CARDS[name]
     sockets = {role: socket.socket(fileno=number) for role, number in options.fd.items()}
     for sock in sockets.values():
         sock.set_inheritable(False)
+    # Should the supervisor be stopped, heartbeats fill its channel; nobody waits for it to read them.
+    if "supervisor" in sockets:
+        sockets["supervisor"].setblocking(False)
     isolation.become(card, uid=options.uid, gid=options.gid, groups=options.group)
     return Start(card, Config.decode(options.config_json), sockets)
 

@@ -22,32 +22,35 @@ import os
 import selectors
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from egressd import __version__
-from egressd.ipc import messages
+from egressd.ipc import journald, messages, readiness
 from egressd.ipc.channel import Channel, pair
 from egressd.ipc.readiness import notify
 from egressd.model.errors import EgressdError, KernelError, PolicyError, ProtocolError
-from egressd.processes import isolation
+from egressd.processes import isolation, manager, unrecorded
 from egressd.processes.cards import CARDS, Capability, Card, Namespace
-from egressd.processes.config import Account, Config, ListenAddress, load
-from egressd.processes.remembered import forget
+from egressd.processes.config import Account, Config, load
+from egressd.processes.doors import open_doors
 from egressd.processes.ritual import Auditing
 
 __all__ = ["main"]
 
 log = logging.getLogger("egressd")
 
-# The order of starting: what denies and records before what grants and answers.
-ORDER = ("auditor", "warden", "relay", "inspector", "resolver", "controller")
+# The order of starting: what denies and records before what grants and answers. Those of one wave at once.
+WAVES = (("auditor", "warden"), ("relay", "inspector", "resolver", "controller"))
+ORDER = tuple(name for wave in WAVES for name in wave)
+# Started after them, and nobody waits for it: without it, approved traffic fails after a flush of the host's
+# firewall. What was denied stays so.
+LATER = ("custodian",)
 # Started after them, each where this key of the configuration says where it answers. Nobody waits for them:
 # whether egressd enforces does not hang on them. They have no channel to the others either; they ask at the
 # control socket, as those who may read.
@@ -59,6 +62,7 @@ RELATIONS = (
     ("controller", "relay", "relay", "controller"),
     ("controller", "inspector", "inspector", "controller"),
     ("controller", "evidence", "auditor", "evidence"),
+    ("controller", "custodian", "custodian", "controller"),
     *((name, "audit", "auditor", f"audit-{name}") for name in ORDER if name != "auditor"),
 )
 # Sockets that live as long as the supervisor, so that a restarted process finds them open, queue and all.
@@ -69,20 +73,24 @@ HELD = {
     "inspector": ("inspect4", "inspect6"),
     "resolver": ("udp4", "udp6", "tcp4", "tcp6"),
     "controller": ("control",),
+    "custodian": ("ended",),
     "exporter": ("metrics",),
     "api": ("api",),
 }
+_DOORS = frozenset({"control", "metrics", "api"})
+_GATEWAYS = frozenset(role for roles in HELD.values() for role in roles) - _DOORS  # live in the gateway
 HUNG_AFTER = 10.0  # seconds without a heartbeat
-_HTTP_BACKLOG = 1024  # connections that wait to be accepted
+_STOPPED_AFTER = 5.0  # seconds between two looks at the others, where there should be one
 _CREDENTIAL = "egressd-journal-key"  # journal_keys.CREDENTIAL, without what that imports
 _CREDENTIAL_BYTES = (1 << 16) + 1  # fits the buffer of a socket; a key has a hundred
+_STOP_WITHIN, _LEAVE_WITHIN = 5.0, 2.0  # seconds for one to end when asked
 START_WITHIN = 30.0  # seconds for a process to say that it is ready
 _CLONE_NEWNET = 0x4000_0000  # linux/sched.h
 
 
 def order(config: Config) -> tuple[str, ...]:
     """The processes there are, in the order of starting."""
-    return (*ORDER, *(name for name, key in OPTIONAL.items() if getattr(config, key) is not None))
+    return (*ORDER, *LATER, *(name for name, key in OPTIONAL.items() if getattr(config, key) is not None))
 
 
 @dataclass(slots=True)
@@ -122,8 +130,11 @@ class Supervisor:
         self.children = {name: Child(CARDS[name]) for name in order(config)}
         self.selector = selectors.DefaultSelector()
         self.auditing = Auditing("supervisor")
-        self.stopping = self.announced = False
+        self.stopping = self.leaving = self.announced = False
+        self._looked = time.monotonic()
         self._untold: deque[tuple[str, dict[str, str | int]]] = deque(maxlen=64)
+        # what happened while nobody kept the journal
+        self._unrecorded = deque(unrecorded.kept(Path(config.state_dir)))
         self._waiting: dict[tuple[str, str], socket.socket] = {}  # (process, role) -> its end
         self._gateway = _thread_in(gateway)
         self._here = concurrent.futures.ThreadPoolExecutor(1)
@@ -140,20 +151,40 @@ class Supervisor:
 
     def run(self) -> None:
         self._watch_signals()
-        for name in ORDER:
-            self.start(self.children[name])
-            self._serve_until(lambda name=name: self.children[name].ready or self.stopping)  # type: ignore[misc]
-        for name in OPTIONAL:
+        for wave in WAVES:
+            self._start_all([self.children[name] for name in wave])
+        for name in (*LATER, *OPTIONAL):
             if name in self.children and not self.stopping:
                 self.start(self.children[name])
         self._serve_until(lambda: self.stopping)
-        self._stop()
+        if self.leaving:
+            self._leave()
+        else:
+            self._stop()
+
+    def _start_all(self, wave: Sequence[Child]) -> None:
+        for child in wave:
+            if not self.stopping:
+                self.start(child)
+        self._serve_until(lambda: self.stopping or all(child.ready for child in wave))
 
     def _serve_until(self, done: Callable[[], bool]) -> None:
         while not done():
             for key, _ in self.selector.select(timeout=1.0):
                 key.data()
+            self._forgive(time.monotonic())
             self._look_after()
+            self._tell_unrecorded()
+
+    def _tell_unrecorded(self) -> None:
+        """As many as the auditor has room for."""
+        while self._unrecorded:
+            event, fields = self._unrecorded[0].event, self._unrecorded[0].fields
+            if not self.auditing.offer(messages.Event(process="supervisor", event=event, fields=fields)):
+                return
+            self._unrecorded.popleft()
+            if not self._unrecorded:
+                unrecorded.forget(Path(self.config.state_dir))
 
     def _look_after(self) -> None:
         now = time.monotonic()
@@ -168,6 +199,13 @@ class Supervisor:
                 child.heard = now
         if all(self.children[name].ready for name in ORDER):
             self._announce()
+
+    def _forgive(self, now: float) -> None:
+        """What stopped us, a machine that was suspended say, stopped them as well: nobody hangs for that."""
+        gap, self._looked = now - self._looked, now
+        if gap > _STOPPED_AFTER:
+            for child in self.children.values():
+                child.heard = min(now, child.heard + gap)
 
     def _announce(self) -> None:
         if not self.announced:
@@ -325,7 +363,7 @@ class Supervisor:
             end.setblocking(False)
         signal.set_wakeup_fd(writer.fileno())
         self._wakeup = writer
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, lambda *_: None)
         self.selector.register(reader, selectors.EVENT_READ, lambda: self._signalled(reader))
 
@@ -335,26 +373,44 @@ class Supervisor:
             controller = self.children["controller"].process
             if controller is not None:
                 controller.send_signal(signal.SIGHUP)
-        if {signal.SIGTERM, signal.SIGINT} & set(numbers):
+        if signal.SIGUSR1 in numbers and not self.stopping:
+            self.stopping = self.leaving = True
+        if {signal.SIGTERM, signal.SIGINT} & set(numbers) and not self.stopping:
             self.stopping = True
+            self.leaving = signal.SIGINT not in numbers and manager.restarts()
 
     def _stop(self) -> None:
         """Permission shrinks first: the controller ends the leases, then the rest goes. The gateway, with
         its denial, stays."""
         log.info("stopping; the gateway keeps denying until `egressd --dismantle`")
         notify("STOPPING=1")
-        for child in reversed(self.children.values()):
-            if child.process is None:
-                continue
-            child.process.terminate()
-            deadline = time.monotonic() + 5
-            while child.process is not None and time.monotonic() < deadline:
-                for key, _ in self.selector.select(timeout=0.5):
-                    key.data()
+        for name in reversed(self.children):
+            self._end([name], signal.SIGTERM, within=_STOP_WITHIN)
+
+    def _leave(self) -> None:
+        """For the next start: gateway, links and leases stay as they are, and brokers wait for it. Who
+        records ends last."""
+        log.info("leaving the sandboxes to the next start")
+        notify("STOPPING=1")
+        self._end(["controller"], signal.SIGUSR2, within=_LEAVE_WITHIN)
+        self._end([name for name in self.children if name != "auditor"], signal.SIGTERM, within=_LEAVE_WITHIN)
+        self._end(["auditor"], signal.SIGTERM, within=_STOP_WITHIN)
+
+    def _end(self, names: Iterable[str], number: signal.Signals, *, within: float) -> None:
+        """Ask them to end; whoever is there after `within` seconds is killed."""
+        ending = [self.children[name] for name in names if self.children[name].process is not None]
+        for child in ending:
+            assert child.process is not None
+            child.process.send_signal(number)
+        deadline = time.monotonic() + within
+        while (left := deadline - time.monotonic()) > 0 and any(child.process for child in ending):
+            for key, _ in self.selector.select(timeout=left):
+                key.data()
+        for child in ending:
             self._kill(child)
-        for child in self.children.values():
             if child.process is not None:
                 child.process.wait(timeout=5)
+                self._bury(child)
 
 
 @dataclass(frozen=True, slots=True)
@@ -407,85 +463,69 @@ def _ending(status: int) -> str:
 # ---- start, while still root
 
 
-def lay_foundation(config: Config, *, debug: bool = False) -> tuple[dict[str, socket.socket], int]:
-    """Run the one-shot; returns the gateway's sockets by name, and its namespace descriptor."""
+def lay_foundation(
+    config: Config, kept: Mapping[str, int], *, debug: bool = False
+) -> tuple[dict[str, socket.socket], int, set[str]]:
+    """Run the one-shot; returns the gateway's sockets by name, its namespace descriptor, and which of the
+    sockets are those that were `kept` (descriptors, which are closed here)."""
     mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     command = [sys.executable, "-I", "-m", "egressd.processes.foundation"]
     command += ["--config-json", config.encode(), "--fd", f"reply={its.fileno()}"]
     command += ["--debug"] if debug else []
-    process = subprocess.Popen(command, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL, stdout=2)
+    for name, number in kept.items():
+        command += ["--held", f"{name}={number}"]
+    passed = [its.fileno(), *kept.values()]
+    process = subprocess.Popen(command, pass_fds=passed, stdin=subprocess.DEVNULL, stdout=2)
     its.close()
+    for number in kept.values():
+        os.close(number)
     with mine:
         data, descriptors, _, _ = socket.recv_fds(mine, 1 << 16, 64)
     status = process.wait()
     if status != 0 or not data:
         raise KernelError(f"the foundation could not be laid ({_ending(status)}); the reason stands above")
-    names = json.loads(data)
-    found = dict(zip(names, descriptors, strict=True))
+    reply = json.loads(data)
+    found = dict(zip(reply["names"], descriptors, strict=True))
     gateway = found.pop("gateway")
-    return {name: socket.socket(fileno=number) for name, number in found.items()}, gateway
+    same = set(reply["kept"])
+    return {name: socket.socket(fileno=number) for name, number in found.items()}, gateway, same
 
 
-def open_control_socket(config: Config) -> socket.socket:
-    """Anyone may connect; who may do what is decided by peer credentials."""
-    directory = Path(config.run_dir)
-    directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-    path = config.control_socket
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()
-    control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    control.bind(str(path))
-    path.chmod(0o666)
-    control.listen(4096)  # the kernel bounds it by net.core.somaxconn
-    return control
-
-
-def open_metrics_socket(config: Config) -> socket.socket | None:
-    """None where metrics are not configured. A path is for root and the group of the account: whoever is to
-    read joins that group."""
-    where = config.metrics_address
-    return where if where is None else _open_http(where, config.accounts()["metrics"], "metrics", mode=0o660)
-
-
-def open_api_socket(config: Config) -> socket.socket | None:
-    """None where the HTTP API is not configured. A path is for everybody: each peer is asked who it is."""
-    where = config.api_address
-    return where if where is None else _open_http(where, config.accounts()["api"], "the HTTP API", mode=0o666)
-
-
-def _open_http(where: ListenAddress, account: Account, what: str, *, mode: int) -> socket.socket:
-    """Bound while still root, so that nobody else takes the address first, and a port below 1024 is a port
-    like any other."""
-    if where.address is None:
-        return _open_path(Path(where.path), account, what, mode=mode)
-    sock = socket.socket(socket.AF_INET if where.address.version == 4 else socket.AF_INET6)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    shown = str(where.address) if where.address.version == 4 else f"[{where.address}]"
-    _bound(sock, (str(where.address), where.port), what, shown=f"{shown}:{where.port}")
-    sock.listen(_HTTP_BACKLOG)
-    return sock
-
-
-def _bound(sock: socket.socket, address: tuple[str, int] | str, what: str, *, shown: str) -> None:
+def open_sockets(config: Config, *, debug: bool = False) -> tuple[dict[str, socket.socket], int]:
+    """Everything that lives as long as the supervisor, by role, and the gateway. What systemd kept is taken
+    back; what is new, it is asked to keep."""
+    kept = readiness.kept()
     try:
-        sock.bind(address)
-    except OSError as error:
-        sock.close()
-        raise KernelError(f"{what} cannot be offered at {shown}: {error.strerror}") from error
+        return _taken_back(config, kept, debug=debug)
+    except KernelError as error:
+        if not kept:
+            raise
+        # What was kept may itself be what stands in the way, under whatever name.
+        log.warning("once more without the sockets that were kept: %s", error)
+        readiness.drop(sorted(kept))
+        return _taken_back(config, {}, debug=debug)
 
 
-def _open_path(path: Path, account: Account, what: str, *, mode: int) -> socket.socket:
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise KernelError(f"{what}: {path} is there already and is not a socket; name another path")
-        path.unlink()
-    sock = socket.socket(socket.AF_UNIX)
-    # Before listen(2) nobody can connect: there is no moment with another mode.
-    _bound(sock, str(path), what, shown=str(path))
-    os.chown(path, 0, account.gid)
-    path.chmod(mode)
-    sock.listen(_HTTP_BACKLOG)
-    return sock
+def _taken_back(
+    config: Config, kept: Mapping[str, int], *, debug: bool
+) -> tuple[dict[str, socket.socket], int]:
+    inside = {name: number for name, number in kept.items() if name in _GATEWAYS}
+    outside = {name: number for name, number in kept.items() if name not in inside}
+    try:
+        held, gateway, same = lay_foundation(config, inside, debug=debug)
+    except KernelError:
+        for number in outside.values():
+            os.close(number)
+        raise
+    doors, still = open_doors(config, outside)
+    same |= still
+    if same:
+        log.info("systemd kept %d sockets: %s", len(same), ", ".join(sorted(same)))
+    readiness.drop(sorted(kept.keys() - same))
+    for name, sock in (held | doors).items():
+        if name not in same:
+            readiness.keep(name, sock.fileno())
+    return held | doors, gateway
 
 
 def prepare_state(config: Config) -> None:
@@ -496,11 +536,13 @@ def prepare_state(config: Config) -> None:
     keys.mkdir(mode=0o700, exist_ok=True)
     own = Path(config.run_dir, "controller")
     own.mkdir(mode=0o700, exist_ok=True)
-    forget(own)
+    custody = Path(config.run_dir, "custodian")  # hostside.CUSTODY, without what that imports
+    custody.mkdir(mode=0o700, exist_ok=True)
     accounts = config.accounts()
     for directory in (journal, keys):
         os.chown(directory, accounts["audit"].uid, accounts["audit"].gid)
     os.chown(own, accounts["daemon"].uid, accounts["daemon"].gid)
+    os.chown(custody, accounts["custody"].uid, accounts["custody"].gid)
 
 
 def read_credential() -> bytes | None:
@@ -549,11 +591,7 @@ def alone(config: Config) -> Iterator[None]:
 
 def serve(config: Config, *, debug: bool = False) -> int:
     _check_accounts(config)
-    held, gateway = lay_foundation(config, debug=debug)
-    held["control"] = open_control_socket(config)
-    for role, opened in (("metrics", open_metrics_socket(config)), ("api", open_api_socket(config))):
-        if opened is not None:
-            held[role] = opened
+    held, gateway = open_sockets(config, debug=debug)
     prepare_state(config)
     supervisor = Supervisor(config, held, gateway, credential=read_credential())
     notify("STATUS=starting")
@@ -606,7 +644,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """The program `egressd`."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="egressd: %(levelname)s: %(message)s")
+    one_shot = options.check or options.foundation or options.mend or options.dismantle
+    journald.configure("", long_lived=not one_shot)
     try:
         config = load(options.config)
         if options.check:

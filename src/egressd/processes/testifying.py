@@ -105,7 +105,8 @@ class Testifying:
             if sandbox is not None:
                 said.events.add(message.event)
                 said.request = said.request or str(message.fields.get("request") or "")
-                self._keep_private(sandbox)
+                if message.event not in testimony.BY_HOLDERS:
+                    self._keep_private(sandbox)
                 if message.event == testimony.DECIDED and not sandbox.closed:
                     await self._check_unused(sandbox)
         except Refused as refused:
@@ -132,7 +133,8 @@ class Testifying:
         sandbox: Sandbox | None,
         said: Said,
     ) -> str:
-        if not self._is_broker(caller):
+        holder = message.event in testimony.BY_HOLDERS and sandbox is not None
+        if not holder and not self._is_broker(caller):
             remedy = "list it under `brokers:` in egressd.yaml, or ask as one that is"
             raise Refused(Reason.MEMBER, f"uid {caller.uid} is no broker whose word is recorded: {remedy}")
         if workspace is None:
@@ -181,6 +183,14 @@ class Testifying:
         self._askers.move_to_end(sandbox.link)
         if len(self._askers) > _REMEMBERED:
             self._askers.popitem(last=False)
+
+    def recall(self, link: Link, uid: int) -> None:
+        """As a controller before this one knew."""
+        self._askers[link] = uid
+
+    def asker(self, link: Link) -> int | None:
+        """Whose receipt this link's is, if it is not every member's."""
+        return self._askers.get(link)
 
     def is_of_request(self, link: Link) -> bool:
         return link in self._askers
@@ -248,7 +258,7 @@ def _out_of_turn(message: messages.Testify, sandbox: Sandbox | None, said: Said)
     """A sandbox is of one request, decided once; what is said of it is said over its own connection."""
     event, request = message.event, message.fields.get("request")
     if sandbox is None:
-        once = event in (testimony.ASKED, testimony.DECIDED)
+        once = event in (testimony.ASKED, testimony.DECIDED, testimony.SELFTEST)
         return f"{event} is said of a sandbox: attach it first" if once else ""
     if request is not None and said.request not in ("", request):
         return f"this sandbox is of request {said.request}"
@@ -259,7 +269,7 @@ def _out_of_turn(message: messages.Testify, sandbox: Sandbox | None, said: Said)
     return ""
 
 
-_ONCE: Final = frozenset({testimony.ASKED, testimony.DECIDED, testimony.ENDED})
+_ONCE: Final = frozenset({testimony.ASKED, testimony.DECIDED, testimony.ENDED, testimony.SELFTEST})
 
 
 def _outcome(fields: dict[str, Any]) -> str:

@@ -10,6 +10,9 @@ hears of it (kernel/monitor.py), reads back, restores, and tells. After its own 
 it leaves what stands as it stands, takes the controller's account of it (SetWorkspaces, KeepLink, SetNat),
 and with Settle removes what was not named.
 
+Last counters of what goes are told, and gone from the kernel. So each such report is kept, under a number,
+until the controller has it in its books on disk (`Heard`): the one that is told may end before that.
+
 The loop is one thread, without timers finer than its tick: the kernel's events wake it. A second one does
 nothing but delete the devices of links that are closed already (kernel/eraser.py).
 """
@@ -17,6 +20,7 @@ nothing but delete the devices of links that are closed already (kernel/eraser.p
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging
 import os
 import selectors
@@ -40,8 +44,9 @@ from egressd.kernel.ledger import Ledger
 from egressd.kernel.links import Links
 from egressd.kernel.monitor import Batch, Count, GoneElement, Monitor
 from egressd.kernel.namespaces import Identity
-from egressd.kernel.netlink import Netlink
+from egressd.kernel.netlink import Netlink, NetlinkError
 from egressd.kernel.nft import Nft
+from egressd.kernel.routing import Device
 from egressd.model.errors import EgressdError, KernelError, ProtocolError, Refused
 from egressd.model.identities import Link
 from egressd.model.verdicts import Reason
@@ -50,7 +55,7 @@ from egressd.ruleset import build, diff, grants, observe
 from egressd.ruleset.build import Desired, LinkWant
 from egressd.ruleset.grants import Change
 from egressd.ruleset.layout import BLOCKS, SLOTS, WORKSPACES, Kind, Mark, Pools
-from egressd.ruleset.objects import Chain, Key, Objects, Set
+from egressd.ruleset.objects import Chain, Key, Objects, Set, string
 from egressd.ruleset.observe import Observed
 from egressd.ruleset.wants import NatEntry, WorkspaceWant
 
@@ -60,9 +65,12 @@ log = logging.getLogger("egressd")
 
 _TICK = 1.0  # seconds: how often everything cheap is looked at, heard of or not
 _PATIENCE = 0.2  # seconds between two looks at the routing tables, which our own work changes too
+_REST = 10  # times as long as the last look took; with a thousand links that is a good part of a second
+_INTERRUPTED = 20  # looks in a row that found the tables changing, after which that is a fault
 _SEND_WITHIN = 2.0  # seconds; a controller that does not read its answers for so long is gone
 _LONELY = 20.0  # seconds without a controller after which this process begins anew, to be introduced again
 _TEXT = 4000  # characters of messages.Text
+_REPORTS = 65_536  # kept; a controller hears thousands a second
 
 NatKey = tuple[int, str]  # mark, synthetic address
 Reply = (
@@ -77,7 +85,7 @@ Reply = (
 @dataclass(frozen=True, slots=True)
 class Lease:
     want: LinkWant
-    namespace: Identity | None  # None: kept over a restart; its eth0 is still there and bars a second link
+    namespace: Identity | None  # None: kept over a restart of ours, and not resumed since
 
 
 @dataclass(slots=True)
@@ -87,6 +95,20 @@ class Standing:
     wants: dict[str, WorkspaceWant] = field(default_factory=dict)
     nat: dict[NatKey, NatEntry] = field(default_factory=dict)
     leases: dict[Link, Lease] = field(default_factory=dict)
+    _addresses: dict[IPv4Address, Link] = field(default_factory=dict)  # who has them
+
+    def hold(self, link: Link, lease: Lease, pools: Pools) -> None:
+        self.leases[link] = lease
+        self._addresses[pools.sandbox(link)[0]] = link
+
+    def release(self, link: Link, pools: Pools) -> None:
+        self.leases.pop(link, None)
+        if self._addresses.get(address := pools.sandbox(link)[0]) == link:
+            del self._addresses[address]
+
+    def taken(self, link: Link, pools: Pools) -> bool:
+        """Is it, or another link of the same addresses, held? Both families are counted alike."""
+        return pools.sandbox(link)[0] in self._addresses
 
     def desired(self, pools: Pools) -> Desired:
         links = tuple(lease.want for lease in self.leases.values())
@@ -94,6 +116,40 @@ class Standing:
 
     def links_of(self, workspace: str) -> list[LinkWant]:
         return [lease.want for lease in self.leases.values() if lease.want.workspace == workspace]
+
+
+_Report = messages.LinkLost | messages.Retired | messages.Tampered
+
+
+@dataclass(slots=True)
+class Reports:
+    """What was counted and is gone, by number; until it is heard. Numbers begin with the time since boot, in
+    microseconds: above all that a warden before this one has used."""
+
+    _kept: dict[int, _Report] = field(default_factory=dict)
+    _next: int = field(default_factory=lambda: time.monotonic_ns() // 1000)
+
+    def keep(self, report: _Report) -> _Report:
+        """The same with its number."""
+        self._next += 1
+        numbered = msgspec.structs.replace(report, report=self._next)
+        self._kept[self._next] = numbered
+        while len(self._kept) > _REPORTS:
+            del self._kept[next(iter(self._kept))]
+        return numbered
+
+    def heard(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            self._kept.pop(number, None)
+
+    def all(self) -> list[_Report]:
+        return list(self._kept.values())
+
+    def of(self, link: Link) -> messages.LinkLost | None:
+        for report in reversed(self._kept.values()):
+            if isinstance(report, messages.LinkLost) and report.link == link.number:
+                return report
+        return None
 
 
 class Warden:
@@ -112,13 +168,19 @@ class Warden:
         self._ledger = Ledger(self._nft, self.monitor)
         self._links = Links(self._route, self._ledger, pools)
         self.standing = Standing()
+        self._reports = Reports()
         self.adopted = False  # does `standing` describe the whole gateway?
         self._named: set[Link] = set()  # links and addresses this controller has spoken of
         self._named_nat: set[NatKey] = set()
         self.controller: Channel[messages.TO_WARDEN] | None = None
-        self._looked = 0.0  # monotonic seconds
+        self._looked = self._took = 0.0  # when the routing was looked at, monotonic; how long that took
+        self._interrupted = 0  # looks in a row that found it changing
         self._told = ""  # the last fault that could not be mended, said once
         self._translations_found = False
+
+    def while_listing(self, meanwhile: Callable[[], None]) -> None:
+        """See `Nft`."""
+        self._nft.meanwhile = meanwhile
 
     # ---- the controller's connection
 
@@ -263,8 +325,8 @@ class Warden:
         for kind, workspaces in gone.items():
             for workspace, elements in workspaces.items():
                 for part in _parts(elements):
-                    counts = {"elements": {}, kind: part}
-                    self._send(messages.Retired(workspace=workspace, **counts))
+                    counts: dict[str, Any] = {"elements": {}, kind: part}
+                    self._report(messages.Retired(workspace=workspace, **counts))
 
     # ---- one name at a time
 
@@ -417,21 +479,26 @@ class Warden:
         descriptor = received.take()
         try:
             want = self._check_link(link, message.workspace)
-            leased = {lease.namespace for lease in self.standing.leases.values() if lease.namespace}
-            identity = namespaces.verify(descriptor, owner=message.owner, forbidden=self._forbidden | leased)
+            identity = self._verified(descriptor, message.owner)
+            if self._links.leading_into(descriptor):  # one that was kept, and of which we know no identity
+                raise Refused(Reason.NAMESPACE, f"a link leads into that namespace; {Reason.NAMESPACE.text}")
             lease = _lease(message)
             self._links.open(lease, want, namespace=descriptor)
         finally:
             os.close(descriptor)
-        self.standing.leases[link] = Lease(lease, identity)
+        self.standing.hold(link, Lease(lease, identity), self.pools)
         self._named.add(link)
         return messages.Done(request=message.request, changes=1, microseconds=_since(began))
 
+    def _verified(self, descriptor: int, owner: int, *, of: Link | None = None) -> Identity:
+        """The identity of a namespace of that user that no link but `of` leads into, as far as we know."""
+        leased = {lease.namespace for link, lease in self.standing.leases.items() if link != of}
+        forbidden = self._forbidden | {namespace for namespace in leased if namespace is not None}
+        return namespaces.verify(descriptor, owner=owner, forbidden=forbidden)
+
     def _check_link(self, link: Link, workspace: str) -> WorkspaceWant:
         want = self._workspace(workspace)
-        addresses = self.pools.sandbox(link)
-        taken = any(self.pools.sandbox(other) == addresses for other in self.standing.leases)
-        if taken or self._eraser.busy(link):
+        if self.standing.taken(link, self.pools) or self._eraser.busy(link):
             raise Refused(Reason.LIMIT, f"{link.device} or its addresses are in use")
         return want
 
@@ -441,30 +508,52 @@ class Warden:
         known = self.standing.leases.get(link)
         if message.workspace not in self.standing.wants:
             raise Refused(Reason.WORKSPACE, Reason.WORKSPACE.text)
-        if link not in self._links.present():
+        if not self._links.is_present(link):
             raise Refused(Reason.NAMESPACE, f"{link.device} is gone, and its sandbox with it")
-        self.standing.leases[link] = Lease(_lease(message), known.namespace if known else None)
+        identity = known.namespace if known else None
+        if received.descriptor is not None:
+            identity = self._resumed(link, received.descriptor, message.owner, identity)
+        self.standing.hold(link, Lease(_lease(message), identity), self.pools)
         self._named.add(link)
         return messages.Done(request=message.request)
 
+    def _resumed(self, link: Link, descriptor: int, owner: int, known: Identity | None) -> Identity:
+        """The identity of the namespace that this link leads into, if the descriptor is of that one. Its
+        number alone (st_ino) would not do: the kernel gives it to another when the namespace is gone."""
+        identity = self._verified(descriptor, owner, of=link)
+        if known not in (None, identity) or not self._links.leads_into(link, descriptor):
+            text = f"{link.device} does not lead into that namespace; {Reason.NAMESPACE.text}"
+            raise Refused(Reason.NAMESPACE, text)
+        return identity
+
     def close_link(self, received: Received[messages.CloseLink]) -> messages.LinkClosed:
         link = Link(received.message.link)
-        counters = self._close(link)
-        return messages.LinkClosed(request=received.message.request, link=link.number, counters=counters)
+        lease, told = self.standing.leases.get(link), self._reports.of(link)
+        if lease is not None or told is None:  # else it is closed, and whoever asked did not hear of it
+            workspace = lease.want.workspace if lease else ""
+            told = self._lost(link, workspace, self._close(link))
+        return messages.LinkClosed(
+            request=received.message.request, link=link.number, counters=told.counters, report=told.report
+        )
+
+    def _lost(self, link: Link, workspace: str, counters: dict[str, Count]) -> messages.LinkLost:
+        report = messages.LinkLost(link=link.number, workspace=workspace, counters=counters)
+        kept = self._reports.keep(report)
+        assert isinstance(kept, messages.LinkLost)
+        return kept
 
     def _close(self, link: Link) -> dict[str, Count]:
         counters = self._links.silence(link)
-        self._eraser.erase(link)
-        self.standing.leases.pop(link, None)
+        self._eraser.erase(link, unused=counters.get("ok") == (0, 0))
+        self.standing.release(link, self.pools)
         self._named.discard(link)
         return counters
 
-    def _lose(self, link: Link) -> None:
-        """Take a link away that nobody holds."""
+    def _lose(self, link: Link, *, workspace: str = "") -> None:
+        """Take a link away that nobody holds. `workspace`: as its rules tell, where we do not know."""
         lease = self.standing.leases.get(link)
         counters = self._close(link)
-        workspace = lease.want.workspace if lease else ""
-        self._send(messages.LinkLost(link=link.number, workspace=workspace, counters=counters))
+        self._send(self._lost(link, lease.want.workspace if lease else workspace, counters))
 
     def settle(self, received: Received[messages.Settle]) -> messages.Done:
         """Remove what this controller did not name; from now on `standing` is the whole truth."""
@@ -472,7 +561,7 @@ class Warden:
         things = self._observe().things
         stale = {*self._links.present(), *_link_chains(things), *self.standing.leases} - self._named
         for link in sorted(stale):
-            self._lose(link)
+            self._lose(link, workspace=_workspace_of(things, link, self.standing.wants))
         for key in self.standing.nat.keys() - self._named_nat:
             del self.standing.nat[key]
         self.adopted = True
@@ -482,6 +571,19 @@ class Warden:
         return messages.Done(
             request=received.message.request, changes=len(stale) + len(operations), microseconds=_since(began)
         )
+
+    # ---- what is counted and gone
+
+    def _report(self, report: _Report) -> None:
+        """Tell it now; and again to whoever asks, until it is heard."""
+        self._send(self._reports.keep(report))
+
+    def heard(self, received: Received[messages.Heard]) -> messages.Done:
+        self._reports.heard(received.message.reports)
+        if received.message.again:
+            for report in self._reports.all():
+                self._send(report)
+        return messages.Done(request=received.message.request)
 
     # ---- reading
 
@@ -550,30 +652,44 @@ class Warden:
 
     def _watch_routing(self, *, tick: bool) -> None:
         now = time.monotonic()
-        if not tick and (not self._ledger.routing or now - self._looked < _PATIENCE):
+        late = self.monitor.unrest.due(now)
+        if late and (not self.adopted or any(Link(number) in self.standing.leases for number in late)):
+            self._ledger.routing = True
+        soon = not self._ledger.routing or now - self._looked < max(_PATIENCE, _REST * self._took)
+        if soon and not tick:
             return
         done = []
         if tick:
             settings = (*gateway.GATEWAY_SETTINGS, *gateway.UPLINK_SETTINGS)
             done += [f"{key} was {before}" for key, (before, _) in sysctl.ensure(settings).items()]
-        if self._ledger.routing:
-            self._ledger.routing, self._looked = False, now
+        if not soon:
+            self._ledger.routing = False
             done += self._mend_routing()
+            self._looked = time.monotonic()
+            self._took = self._looked - now
         if done:
             self._tell("; ".join(done))
 
     def _mend_routing(self) -> list[str]:
         """A sandbox's namespace takes its link along when it dies, before its lease ends: nothing to mend.
         It may do so while we look; then we look again."""
-        present = self._links.present()
-        live = present.keys() & self.standing.leases.keys() if self.adopted else present.keys()
+        present: dict[Link, Device] = {}
         try:
-            return gateway.run(self._route, gateway.gateway_steps(self._route, links=self._links, live=live))
-        except KernelError:
-            if self._links.present().keys() == present.keys():
+            present = self._links.present()
+            live = present.keys() & self.standing.leases.keys() if self.adopted else present.keys()
+            done = gateway.run(self._route, gateway.gateway_steps(self._route, links=self._links, live=live))
+        except KernelError as error:
+            # Links that come and go as fast as they are listed are no fault, unless there is no end to it.
+            busy = isinstance(error, NetlinkError) and error.number == errno.EINTR
+            self._interrupted = self._interrupted + 1 if busy else 0
+            if self._interrupted > _INTERRUPTED or not (
+                busy or self._links.present().keys() != present.keys()
+            ):
                 raise
             self._ledger.routing = True
             return []
+        self._interrupted = 0
+        return done
 
     def _tell(
         self, what: str, *, restored: bool = True, process: str = "", lost: dict[str, Count] | None = None
@@ -581,9 +697,10 @@ class Warden:
         log.warning("changed by %s: %s", process or "somebody else", what[:_TEXT])
         parts = list(_parts(lost or {})) or [{}]
         for part in parts:
-            self._send(
-                messages.Tampered(what=what[:_TEXT], restored=restored, process=process[:_TEXT], lost=part)
+            tampered = messages.Tampered(
+                what=what[:_TEXT], restored=restored, process=process[:_TEXT], lost=part
             )
+            self._report(tampered) if part else self._send(tampered)
 
 
 # Everything this process can be asked to do.
@@ -597,6 +714,7 @@ HANDLERS: dict[type, Callable[[Warden, Received[Any]], Reply]] = {
     messages.CloseLink: Warden.close_link,
     messages.ReadLink: Warden.read_link,
     messages.Settle: Warden.settle,
+    messages.Heard: Warden.heard,
     messages.ReadCounters: Warden.read_counters,
     messages.ReadRuleset: Warden.read_ruleset,
     messages.ReadDrift: Warden.read_drift,
@@ -706,6 +824,24 @@ def _link_chains(things: Objects) -> set[Link]:
     return {link for link in named if link is not None}
 
 
+def _workspace_of(things: Objects, link: Link, workspaces: Collection[str]) -> str:
+    """Whose the link is, as its element in a shared set says, or the chains its guard jumps to; "" where that
+    cannot be seen."""
+    for thing in things.values():
+        entry = thing.elements.get(string(link.device)) if isinstance(thing, Set) else None
+        if entry is not None and entry.comment in workspaces:
+            return entry.comment
+    guards = [
+        thing
+        for key, thing in things.items()
+        if isinstance(thing, Chain) and key.name.partition("_")[0] == link.device
+    ]
+    for name in workspaces:
+        if any(guard.mentions(f"{name}_{digit}") for guard in guards for digit in "46"):
+            return name
+    return ""
+
+
 def _translations(things: Objects) -> Iterable[NatEntry]:
     for name in ("real4", "real6"):
         found = things.get(Key("inet", "set", name))
@@ -751,7 +887,7 @@ def _without_links(observed: Observed, wants: Mapping[str, WorkspaceWant]) -> Ob
         used = any(guard.mentions(f"{workspace}_{digit}") for guard in guards for digit in "46")
         if _of_link(key) or (key.family == "netdev" and used and workspace not in wants):
             continue
-        if isinstance(thing, Set) and key.name in ("real4", "real6", "connections", "pace"):
+        if isinstance(thing, Set) and key.name in ("real4", "real6", "connections", "noisy"):
             things[key] = dataclasses.replace(thing, elements={})
         else:
             things[key] = thing
@@ -777,6 +913,7 @@ class Loop:
 
     def run(self) -> None:
         self.supervisor.send(messages.Ready())
+        self.warden.while_listing(self._beat)
         while self.turn():
             pass
 
@@ -798,11 +935,16 @@ class Loop:
             # A channel that broke while both its ends live: the supervisor joins processes when they start.
             log.error("no controller for %g s: starting anew", _LONELY)
             return False
+        self._beat()
+        return True
+
+    def _beat(self) -> None:
+        """Also while everything is listed: with many links that takes as long as a hang is waited for."""
+        now = time.monotonic()
         if now - self.beat >= messages.HEARTBEAT:
             self.beat = now
             with suppress(OSError):
                 self.supervisor.send(messages.Heartbeat())
-        return True
 
     def _wait(self) -> list[Any]:
         with selectors.PollSelector() as selector:

@@ -10,14 +10,14 @@ block even when the memory of the previous allocation is lost.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from egressd.model.errors import PolicyError, Problem
 from egressd.policy.compiled import Policy
 from egressd.ruleset.layout import BLOCKS, WORKSPACES
 
-__all__ = ["Allocation", "allocate", "give_back", "take"]
+__all__ = ["Allocation", "allocate", "give_back", "restore", "take"]
 
 # index 0 and the resolver's block 0, and the last block (unlisted), are not handed out
 _INDEXES = range(1, WORKSPACES)
@@ -103,6 +103,35 @@ def give_back(allocation: Allocation, workspace: str, keys: Iterable[str]) -> Al
     graves = dict(allocation.retired_blocks.get(workspace, {}))
     graves.update({key: given.pop(key) for key in keys if key in given})
     return _with_blocks(allocation, workspace, given, graves)
+
+
+def restore(
+    allocation: Allocation, given: Mapping[tuple[str, str], int], gone: Mapping[tuple[str, str], int]
+) -> Allocation:
+    """With numbers that were taken and given back after it was written down: (workspace, key) -> block. What
+    contradicts it is left out."""
+    for workspace in dict.fromkeys(name for name, _ in (*gone, *given)):
+        known = dict(allocation.blocks.get(workspace, {}))
+        graves = dict(allocation.retired_blocks.get(workspace, {}))
+        owners = {block: key for key, block in known.items()}
+        dead = {block: key for key, block in graves.items()}
+        for key, block in _of(workspace, gone):
+            if block in _BLOCKS and owners.get(block, key) == key:
+                owners.pop(known.pop(key, 0), None)
+                graves.pop(dead.pop(block, ""), None)
+                graves.pop(key, None)
+                graves[key], dead[block] = block, key
+        for key, block in _of(workspace, given):
+            if block in _BLOCKS and key not in known and block not in owners:
+                graves.pop(dead.pop(block, ""), None)
+                graves.pop(key, None)
+                known[key], owners[block] = block, key
+        allocation = _with_blocks(allocation, workspace, known, graves)
+    return allocation
+
+
+def _of(workspace: str, numbers: Mapping[tuple[str, str], int]) -> Iterator[tuple[str, int]]:
+    return ((key, block) for (name, key), block in numbers.items() if name == workspace)
 
 
 def _with_blocks(

@@ -7,7 +7,8 @@ A frame that leaves a sandbox takes this way; each `late` counter is for what wa
         acme_unlisted, _source, ...  denied: counted by reason, logged, refused at once
         acme_closed                  the same for everything, where the link is closed
         late_budget-connections      a connection too many: was admitted, is refused at once
-    inet prerouting, chain steer     unmarked, invalid -> dropped; connection limit; inspector (TPROXY)
+    inet prerouting, chain steer     unmarked, invalid -> dropped; chain egN_connections: what one sandbox
+                                     may begin, and have open; inspector (TPROXY)
     inet prerouting, chain translate (mark, synthetic address) -> real address
     inet forward / local_in          only what was marked, and translated if it had to be
     inet local_out / forward         back: only replies, only of marks in @in
@@ -39,11 +40,13 @@ from egressd.model.identities import Link, check_workspace
 from egressd.ruleset import objects
 from egressd.ruleset.layout import (
     ADMITTED,
+    CLOSED_FOR,
     CUT,
     DIAL4,
     DIAL6,
     HOST_LINK,
     HOST_TABLE,
+    IDLE_FOR,
     INSPECTOR_PORT,
     LINK_GROUP,
     NFLOG_GROUP,
@@ -77,6 +80,7 @@ from egressd.ruleset.objects import (
     Objects,
     Quota,
     Set,
+    Timeout,
     address_text,
     identifier,
     mark_text,
@@ -99,7 +103,7 @@ LATE = {
     "invalid": "conntrack knows no connection it belongs to; NAT would not translate it",
     "reply": "a sandbox answering: nobody may connect to one",
     "connections": "above the limit of open connections",
-    "pace": "begun faster than egressd carries connections for one sandbox",
+    "pace": "faster than one sandbox may begin connections, or ask the resolver",
     "inspector": "to be inspected, and no inspector listens",
     "dial": "dialled by the inspector, and no rule of that workspace allows it",
     "unresolved": "the name has no address in this slot",
@@ -108,9 +112,22 @@ LATE = {
     SPENT: "one connection more than the sandbox may ever open",
 }
 _LATE_BEHIND = tuple(reason for reason in LATE if reason != SPENT)  # the rest is lost behind the guard
-_LOG_LIMIT = "limit rate 200/second burst 50 packets"  # per reason and workspace; counters see the rest
-# Of connections that the inspector and the relay carry, by sandbox; both together manage some 8,000 a second.
-_PACE = "limit rate over 500/second burst 1000 packets"
+# What is logged, by reason and workspace (of what is late: by reason), and one sandbox's share of that, so
+# that it cannot keep another's denials out of the log by its own. Counters see the rest.
+_LOG_LIMIT = "limit rate 200/second burst 400 packets"
+_NOISY = "limit rate over 50/second burst 200 packets"
+# What one sandbox may begin, however little its policy says. Each leaves an entry in the gateway's table of
+# connections and one in the host's, which are everybody's; what was closed stays there for ten seconds
+# (CLOSED_FOR), what was asked of the resolver for thirty. So in each one sandbox has at most 4,096 of what is
+# open and 18,000 of what was, and in the gateway 16,000 questions. Kernels in need of room take these
+# away before they refuse anybody anything (nf_conntrack_core.c: early_drop, gc_worker).
+_OPEN = 4096
+_PACE = "limit rate over 1000/second burst 8000 packets"
+# Questions, and how many of them may come from a port that has not asked before. One resolver answers all.
+_QUESTIONS = "limit rate over 2000/second burst 4000 packets"
+_ASKERS = "limit rate over 500/second burst 1000 packets"
+# Of connections that the inspector and the relay carry; both together manage some 8,000 a second.
+_CARRIED = "limit rate over 500/second burst 1000 packets"
 _MARK_SHAPE, _MARK_UNLISTED = 1, 2  # a packet on its way through the guard; 0 is "source"
 _FORWARD, _RELAY, _INSPECT = map(mark_text, (Kind.FORWARD, Kind.RELAY, Kind.INSPECT))
 _DIRECT, _KINDS = mark_text(Kind.DIRECT), 0xF000_0000
@@ -186,13 +203,14 @@ def unlink(link: Link) -> list[str]:
         *(f"add {counter}" for counter in counters),
         f"add {quota} {{ over 1 bytes; }}",
         f"add {budget} {{ rate over 1/week burst 1 packets; }}",
-        f"add element inet {TABLE} pace {{ {device} {_PACE} }}",
+        *(f"add element {family} {TABLE} noisy {{ {device} {_NOISY} }}" for family in ("netdev", "inet")),
         f"add chain {limit}",
         f"add element inet {TABLE} connections {{ {device} : jump {name}_connections }}",
         f"add chain {chain}",
         f"flush chain {chain}",
         f"delete chain {chain}",
-        *(f"delete element inet {TABLE} {name} {{ {device} }}" for name in ("connections", "pace")),
+        *(f"delete element {family} {TABLE} noisy {{ {device} }}" for family in ("netdev", "inet")),
+        f"delete element inet {TABLE} connections {{ {device} }}",
         f"flush chain {limit}",
         f"delete chain {limit}",
         f"delete {quota}",
@@ -328,6 +346,7 @@ def _static_netdev(pools: Pools) -> Objects:
     return {
         Key("netdev", "set", "unreachable4"): _networks(four, "ipv4_addr"),
         Key("netdev", "set", "unreachable6"): _networks(six, "ipv6_addr"),
+        Key("netdev", "set", "noisy"): _noisy(),
         Key("netdev", "chain", "refuse"): Chain(rules=_REFUSE, comment="says no at once"),
         Key("netdev", "counter", f"late_{SPENT}"): Counter(comment=LATE[SPENT]),
         Key("netdev", "chain", f"late_{SPENT}"): _late(SPENT),
@@ -341,6 +360,11 @@ def _networks(networks: Iterable[IPv4Network | IPv6Network], kind: str) -> Set:
         comment="whatever the guard mode",
         elements={network_text(network): Entry() for network in networks},
     )
+
+
+def _noisy() -> Set:
+    """One for each table: the kernel lets no table see another's."""
+    return Set(type="ifname", flags=("dynamic",), size=65535, comment="links that have been logged enough of")
 
 
 _REFUSE = ("meta l4proto tcp reject with tcp reset", "reject with icmpx port-unreachable")
@@ -357,11 +381,9 @@ def _static_inet() -> Objects:
         _inet("set", "opened"): Set(type="mark", counter=True, comment="counts connections"),
         _inet("set", "upstream"): Set(type="mark", comment="what the inspector may be answered"),
         _inet("set", "connections"): Set(
-            type="ifname", data=VERDICT, comment="limits of open connections, where there are any"
+            type="ifname", data=VERDICT, comment="what each sandbox may begin, and have open"
         ),
-        _inet("set", "pace"): Set(
-            type="ifname", flags=("dynamic",), size=65535, comment="how fast connections may begin"
-        ),
+        _inet("set", "noisy"): _noisy(),
         _inet("set", "real4"): Set(type="mark . ipv4_addr", data="ipv4_addr", comment="names lead here"),
         _inet("set", "real6"): Set(type="mark . ipv6_addr", data="ipv6_addr", comment="names lead here"),
         _inet("set", "dial4"): Set(type=_DIAL_MAP4, data="mark", counter=True, comment=_MAY_DIAL),
@@ -380,25 +402,25 @@ def _static_inet() -> Objects:
     }
     for reason in _LATE_BEHIND:
         things[_inet("chain", f"late_{reason}")] = _late(reason)
+    things[_inet("chain", "end_invalid")] = Chain(rules=_END_INVALID, comment="where it is safe, a reset")
     return {**things, **_static_chains()}
 
 
 def _late(reason: str) -> Chain:
     """Counted, logged with "-" for the workspace (the link tells it), and refused where that is safe:
-    a reset for a packet that conntrack finds out of window would cut a live connection. Not one that is
-    read: what conntrack does not know of those was open before its port was read, and must end now."""
-    silent = reason in ("unmarked", "invalid", "reply")
-    end = ["drop"] if silent else ["goto refuse"]
+    a reset for a packet that conntrack finds out of window would cut a live connection."""
+    end = ["drop"] if reason in ("unmarked", "reply") else ["goto refuse"]
     if reason == "invalid":
-        end = [f"{_TO_INSPECT} tcp flags & rst != rst reject with tcp reset", *end]
+        end = ["goto end_invalid"]
     if reason == "dial":
         end = [_REFUSE[0], "drop"]  # the sender is in the gateway: a drop is an error to it, at once
-    rules = (
-        f'counter name "late_{reason}"',
-        f"{_LOG_LIMIT} log prefix {string(f'- {reason}')} group {NFLOG_GROUP} snaplen 128",
-        *end,
-    )
+    quiet = [] if reason == "dial" else [f"iifname @noisy {end[0]}"]
+    rules = (f'counter name "late_{reason}"', *quiet, _log("-", reason), *end)
     return Chain(rules=rules, comment=LATE[reason])
+
+
+def _log(workspace: str, reason: str) -> str:
+    return f"{_LOG_LIMIT} log prefix {string(f'{workspace} {reason}')} group {NFLOG_GROUP} snaplen 128"
 
 
 def _inet(sort: str, name: str) -> Key:
@@ -435,9 +457,12 @@ _UP_IN, _UP_OUT = f'iifname "{UPLINK}"', f'oifname "{UPLINK}"'
 _LO_IN, _LO_OUT = 'iifname "lo"', 'oifname "lo"'
 _STEERED = f"meta mark & {_RELAY} != {_ZERO}"
 _TO_INSPECT, _TO_RELAY = f"meta mark & {_INSPECT} == {_INSPECT}", f"meta mark & {_INSPECT} == {_RELAY}"
+_A_QUESTION = f"meta mark & {mark_text(Kind.RESOLVE)} != {_ZERO}"
 _NOT_A_QUESTION = f"meta mark & {mark_text(Kind.RESOLVE)} == {_ZERO}"
 _TO_TRANSLATE = f"meta mark & {_DIRECT} == {_FORWARD}"  # bit 31 without bit 28
 _FRESH = f"ct mark {_ZERO}"
+# Not one that is read: what conntrack does not know of those was open before its port was read, and must end.
+_END_INVALID = (f"{_TO_INSPECT} tcp flags & rst != rst reject with tcp reset", "drop")
 # An entry keeps the mark it was begun with: one that is cut at this moment must not be given another.
 _KEEP = f"{_FRESH} ct mark set meta mark"
 _IS_CUT = f"ct mark >= {mark_text(CUT)} ct mark < {_LEAST_ADMITTED}"
@@ -454,11 +479,8 @@ _STEER = (
     f"{_IS_CUT} goto cut",
     # an ICMP error bears the entry of the connection it is about (nf_conntrack_inet_error): it keeps its mark
     f"ct state != related {_KEEP}",
-    # questions to the resolver are not connections anybody would count, and linger for half a minute
+    f"{_A_QUESTION} iifname vmap @connections",
     f"ct state new {_NOT_A_QUESTION} iifname vmap @connections",
-    # the inspector and the relay serve all sandboxes: whoever begins ten thousand connections a second would
-    # keep them from everybody else
-    f"ct state new {_STEERED} iifname @pace goto late_pace",
     f"{_TO_INSPECT} meta nfproto ipv4 meta l4proto tcp tproxy ip to 127.0.0.1:{INSPECTOR_PORT} accept",
     f"{_TO_INSPECT} meta nfproto ipv6 meta l4proto tcp tproxy ip6 to [::1]:{INSPECTOR_PORT} accept",
     f"{_TO_RELAY} meta nfproto ipv4 meta l4proto tcp tproxy ip to 127.0.0.1:{RELAY_PORT} accept",
@@ -627,7 +649,8 @@ def _netdev(sort: str, name: str) -> Key:
 def _denial(name: str, reason: str) -> Chain:
     rules = (
         f'counter name "{name}_{reason}_denied"',
-        f"{_LOG_LIMIT} log prefix {string(f'{name} {reason}')} group {NFLOG_GROUP} snaplen 128",
+        "iifname @noisy goto refuse",
+        _log(name, reason),
         "goto refuse",
     )
     return Chain(rules=rules, comment=f"denied: {_DENIED[reason]}")
@@ -670,10 +693,10 @@ def _let_through(want: WorkspaceWant, unlisted: str) -> list[str]:
     mark that it goes out with: what is logged without one is taken for refused."""
     if want.guard == "enforce":
         return []
-    mark, prefix = _unlisted(want), string(f"{want.workspace} unlisted")
+    mark, log = _unlisted(want), _log(want.workspace, "unlisted")
     admit = f'{unlisted} counter name "{want.workspace}_unlisted_ok" meta mark set {mark}'
-    log = f"meta mark {mark} {_LOG_LIMIT} log prefix {prefix} group {NFLOG_GROUP} snaplen 128"
-    return [admit, log] if want.guard == "observe" else [admit]
+    logged = [f"meta mark {mark} iifname @noisy return", f"meta mark {mark} {log}"]
+    return [admit, *logged] if want.guard == "observe" else [admit]
 
 
 def _unlisted(want: WorkspaceWant) -> str:
@@ -821,8 +844,9 @@ def _link(lease: LinkWant, want: WorkspaceWant, pools: Pools) -> Objects:
         comment=f"sandbox of workspace {name}" + (", without a network" if lease.closed else ""),
     )
     things |= connection_limit(lease, want)
-    pace = Entry(statement=_PACE, comment=want.workspace)
-    things[_inet("set", "pace")] = _elements("ifname", {string(device): pace})
+    noisy = {string(device): Entry(statement=_NOISY, comment=want.workspace)}
+    for key in (_netdev("set", "noisy"), _inet("set", "noisy")):
+        things[key] = _elements("ifname", noisy)
     return things
 
 
@@ -858,27 +882,41 @@ def _budgets(lease: LinkWant) -> Objects:
 
 
 def connection_limit(lease: LinkWant, want: WorkspaceWant) -> Objects:
-    """The link's limit of open connections: a chain and the element of @connections that leads there. {}
-    when the workspace has no such limit, or the link is closed.
+    """What a link may begin, and have open at once: a chain and the element of @connections that leads there.
+    {} when the link is closed: over it nothing begins.
 
     A chain for each link, since the rule is what counts. A set's element could count as well, but the kernel
     takes such an element away, limit and all, when it counts no connection (nft_connlimit_gc); and one that
     is made by the packet itself (`add @set { iifname ct count over 9 }`) limits nothing when the set is full.
     """
-    if want.connections is None or lease.closed:
+    if lease.closed:
         return {}
     device = lease.link.device
     name = f"{device}_connections"
     entry = Entry(data=f"jump {name}", comment=want.workspace)
     return {
         _inet("chain", name): Chain(
-            rules=(f"ct count over {int(want.connections)} goto late_connections",),
-            comment=f"limit of a sandbox of workspace {want.workspace}",
+            rules=_beginning(_OPEN if want.connections is None else want.connections),
+            comment=f"limits of a sandbox of workspace {want.workspace}",
         ),
         _inet("set", "connections"): Set(
             type="ifname", data=VERDICT, elements={string(device): entry}, partial=True
         ),
     }
+
+
+def _beginning(open_: int) -> tuple[str, ...]:
+    """Cheap ones first: the count goes through all that is open. Questions to the resolver have bounds of
+    their own: they are not connections anybody would count, linger for half a minute, and may come without
+    end over one. So has what the inspector and the relay carry: these serve all sandboxes."""
+    return (
+        f"{_A_QUESTION} {_QUESTIONS} goto late_pace",
+        f"{_A_QUESTION} ct state new {_ASKERS} goto late_pace",
+        f"{_A_QUESTION} return",
+        f"{_STEERED} {_CARRIED} goto late_pace",
+        f"{_PACE} goto late_pace",
+        f"ct count over {int(open_)} goto late_connections",
+    )
 
 
 def _guard(lease: LinkWant, name: str, pools: Pools) -> tuple[str, ...]:
@@ -978,6 +1016,15 @@ def _host(pools: Pools) -> Objects:
     chains: Iterator[tuple[str, Hook, str, tuple[str, ...]]] = iter(
         (
             (
+                "lifetimes",
+                Hook("filter", "prerouting", -150, "accept"),
+                "how long the table of connections keeps what came from sandboxes",
+                tuple(
+                    f'{gateway} ct state new meta nfproto {ip} meta l4proto tcp ct timeout set "{name}"'
+                    for ip, name in (("ipv4", "gateway4"), ("ipv6", "gateway6"))
+                ),
+            ),
+            (
                 "disguise",
                 Hook("nat", "postrouting", 100, "accept"),
                 "behind an address of the host",
@@ -1015,6 +1062,9 @@ def _host(pools: Pools) -> Objects:
             ("unasked", "towards the gateway, and not an answer"),
         )
     }
+    lifetimes = {"established": IDLE_FOR, "time_wait": CLOSED_FOR}
+    things[_inet("ct timeout", "gateway4")] = Timeout("ip", lifetimes)
+    things[_inet("ct timeout", "gateway6")] = Timeout("ip6", lifetimes)
     things[_inet("chain", "refuse")] = Chain(rules=_REFUSE, comment="says no at once")
     for name, hook, text, rules in chains:
         things[_inet("chain", name)] = Chain(rules=rules, hook=hook, comment=text)

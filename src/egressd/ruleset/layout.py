@@ -56,6 +56,14 @@ INSPECTOR_PORT, RELAY_PORT = 8443, 8444
 ROUTES_STEERED, ROUTES_DIALLED, ROUTES_FORWARD = 100, 101, 200  # routing tables
 UPLINK_MTU = 1500  # what a veth pair has; what the inspector dials is routed to lo first, which has more
 
+# Seconds that the tables of connections, in the gateway and of what comes from it in the host, keep a TCP
+# connection that has ended: enough for a last segment to be sent again (RFC 6298: after a second, two, four),
+# short enough that who opens and closes without end does not fill them. The kernel's own is two minutes.
+CLOSED_FOR = 10
+# ... and, in the host's, one over which nothing goes: two hours and four minutes are the least that a NAT may
+# give (RFC 5382 REQ-5). The kernel's own is five days, for which what a sandbox leaves open would stay there.
+IDLE_FOR = 7440
+
 # Why a guard refuses the connection after the last of a link's budget: the one loss of what was admitted that
 # happens at the link itself
 SPENT = "budget-connections"

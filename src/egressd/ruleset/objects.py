@@ -1,4 +1,4 @@
-"""What a ruleset is made of: chains, sets, counters, quotas and limits, as plain data, and their nft text.
+"""What a ruleset is made of: chains, sets, counters, quotas, limits and timeouts, as data and as nft text.
 
 Both sides of every comparison have this shape: `build` makes it from what is wanted, `observe` from what
 the kernel lists. Rules are text in nft's own words; `observe.render` writes the kernel's JSON in the same
@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 __all__ = [
     "VERDICT", "Address", "Chain", "Counter", "Entry", "Family", "Hook", "Key", "Limit", "Network", "Objects",
-    "Quota", "Set", "address_text", "identifier", "mark_text", "network_text", "string",
+    "Quota", "Set", "Timeout", "address_text", "identifier", "mark_text", "network_text", "string",
 ]  # fmt: skip
 
 Family: TypeAlias = Literal["netdev", "inet"]
@@ -159,15 +159,24 @@ class Limit:
     comment: str = field(default="", compare=False)
 
 
-Object: TypeAlias = Chain | Set | Counter | Quota | Limit
+@dataclass(frozen=True, slots=True)
+class Timeout:
+    """How many seconds a TCP connection stays known in a state, in place of the namespace's own settings; for
+    states that are left out these hold. Of the host's table only: nothing reads one back."""
+
+    family: Literal["ip", "ip6"]
+    policy: Mapping[str, int]  # states as nft writes them: time_wait, established, ...
+
+
+Object: TypeAlias = Chain | Set | Counter | Quota | Limit | Timeout
 
 
 class Key(NamedTuple):
-    """What names an object within both tables. Chains, sets and maps, counters, quotas and limits have
-    namespaces of their own in the kernel; so here."""
+    """What names an object within both tables. Chains, sets and maps, counters, quotas, limits and timeouts
+    have namespaces of their own in the kernel; so here."""
 
     family: Family
-    sort: Literal["chain", "set", "counter", "quota", "limit"]
+    sort: Literal["chain", "set", "counter", "quota", "limit", "ct timeout"]
     name: str
 
     def path(self, table: str) -> str:
@@ -189,6 +198,9 @@ def make(key: Key, thing: Object, table: str) -> Iterator[str]:
         case Limit(burst=burst, comment=comment):
             note = f" comment {string(comment)};" if comment else ""
             yield f"add limit {path} {{ rate over 1/week burst {int(burst)} packets;{note} }}"
+        case Timeout(family=family, policy=policy):
+            states = ", ".join(f"{identifier(state)} : {int(value)}" for state, value in policy.items())
+            yield f"add ct timeout {path} {{ protocol tcp; l3proto {family}; policy = {{ {states} }}; }}"
         case Set(partial=True):
             return
         case Set():

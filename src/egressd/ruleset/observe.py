@@ -10,6 +10,7 @@ flags of tables. Devices and flags can be had from `nft -t list ruleset`, see `p
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -261,11 +262,9 @@ def _data(data: Any, *, mark: bool) -> str:
 def _statement(inner: Json) -> str:
     """What else hangs on an element; its counter is the set's own business."""
     rest = {key: value for key, value in inner.items() if key not in ("val", "comment", "counter")}
-    match rest:
-        case {"limit": {"rate": int(rate), "burst": int(burst), "per": str(per), "inv": True}} if (
-            len(rest) == 1
-        ):
-            return f"limit rate over {rate}/{per} burst {burst} packets"
+    if set(rest) == {"limit"}:
+        with contextlib.suppress(_ForeignError):
+            return _rate(rest["limit"])
     return json.dumps(rest) if rest else ""
 
 
@@ -320,6 +319,14 @@ _PROTOCOL_FIELDS = ({"meta": {"key": "l4proto"}}, {"payload": {"protocol": "ip6"
 _BARE = ("iifname", "oifname", "iifgroup", "oifgroup")
 
 
+def _rate(body: Json) -> str:
+    match body:
+        case {"rate": int(rate), "burst": int(burst), "per": str(per), **rest} if rest in ({}, {"inv": True}):
+            over = "over " if rest else ""
+            return f"limit rate {over}{rate}/{per} burst {burst} packets"
+    raise _ForeignError
+
+
 def _expression(item: Json) -> str:
     """One statement or match. Every field must be accounted for."""
     [(word, body)] = item.items()
@@ -338,8 +345,8 @@ def _expression(item: Json) -> str:
             return f"{_operand(key)} vmap {_verdicts(data, key)}"
         case "ct count", {"val": int(limit), "inv": True, **rest} if not rest:
             return f"ct count over {limit}"
-        case "limit", {"rate": int(rate), "burst": int(burst), "per": str(per), **rest} if not rest:
-            return f"limit rate {rate}/{per} burst {burst} packets"
+        case "limit", dict(rate):
+            return _rate(rate)
         case "log", {"prefix": str(prefix), "group": int(group), "snaplen": int(length), **rest} if not rest:
             return f'log prefix "{prefix}" group {group} snaplen {length}'
         case "reject", dict(how):

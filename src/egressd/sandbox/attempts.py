@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from egressd.packets.headers import Attempt
     from egressd.packets.nfqueue import Held
 
-__all__ = ["ATTEMPTS", "PER_SECOND", "Budget", "Culprit", "Reports", "Witness", "printable"]
+__all__ = ["ATTEMPTS", "PER_SECOND", "Budget", "Culprit", "Reports", "Witness", "family", "printable"]
 
 PER_SECOND, ATTEMPTS = 20, 10_000  # told of one sandbox
 _PATIENCE = 0.02  # seconds for one look
@@ -160,7 +160,7 @@ class Witness:
         with contextlib.suppress(OSError):
             os.write(self._asking, inet_diag.question(nothing) or b"")
             inet_diag.inode(os.read(self._asking, _DATAGRAM))
-            for pid in _family(self._first):
+            for pid in family(self._first):
                 _has(pid, "", time.monotonic() + _PATIENCE)
             msgspec.json.encode(_claim(nothing, _culprit(self._first, first=self._first)))
 
@@ -251,7 +251,7 @@ class Witness:
         """Who may have the socket: who had the last one, the sandbox's processes, others in its network."""
         if self._last is not None:
             yield self._last
-        yield from _family(self._first)
+        yield from family(self._first)
         network = os.readlink(f"/proc/{self._first}/ns/net")
         for name in os.listdir("/proc"):
             if time.monotonic() > deadline:
@@ -269,15 +269,17 @@ def _keep_only(*numbers: int) -> None:
                 os.close(int(name))
 
 
-def _family(first: int) -> Iterator[int]:
-    """A process and all that descend from it (CONFIG_PROC_CHILDREN)."""
+def family(first: int) -> Iterator[int]:
+    """A process and all that descend from it (CONFIG_PROC_CHILDREN): of the first of a sandbox, all of that,
+    since what loses its parent in there becomes a child of it."""
     waiting = [first]
     while waiting:
         pid = waiting.pop(0)
         yield pid
         with contextlib.suppress(OSError):
             for thread in os.listdir(f"/proc/{pid}/task"):
-                with open(f"/proc/{pid}/task/{thread}/children", "rb") as stream:
+                children = f"/proc/{pid}/task/{thread}/children"
+                with contextlib.suppress(OSError), open(children, "rb") as stream:  # it may just have ended
                     waiting += map(int, stream.read().split())
 
 

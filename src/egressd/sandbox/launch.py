@@ -15,8 +15,11 @@ The order is the safety, and every step that does not happen means the command n
 Whoever asks for it (`Wish.admitted`) is called between 3 and 6, when the lease is there: what must be on
 record before the command exists is put there then.
 
-While it runs, the connection to the daemon is the lease: its end is the sandbox's end. The other way round
-too: this process dying closes the connection, and takes bubblewrap along (--die-with-parent).
+While it runs, the connection to the daemon is the lease: what the daemon says there (`Revoked`) is the
+sandbox's end. If the connection breaks off without a word, the daemon was restarted, or has crashed. The
+sandbox goes on then, with what the kernel admits meanwhile, and the lease is asked for again by the network
+namespace (`Control.resume`): by who watches, beside all else. If it does not come back, that is the end.
+The other way round, this process dying closes the connection, and takes bubblewrap along (--die-with-parent).
 
 A run ends when the command ends; what it left behind in its process namespace is killed, and this is waited
 for before the lease is given back, so that no packet is sent over a link that is somebody else's problem.
@@ -45,7 +48,7 @@ from egressd.model.errors import EgressdError, Refused
 from egressd.model.verdicts import Reason
 from egressd.sandbox import files, limits, plan, plumb, seccomp
 from egressd.sandbox.attempts import Reports
-from egressd.sandbox.control import DEFAULT_RUN_DIR, Control
+from egressd.sandbox.control import DEFAULT_RUN_DIR, Control, Gone, Resumption
 from egressd.sandbox.pump import Pump
 from egressd.sandbox.signals import ENDING, Arrived, SignalDesk
 
@@ -63,6 +66,7 @@ _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _BWRAP = ("/usr/bin/bwrap", "/usr/local/bin/bwrap", "/bin/bwrap")
 _PATIENCE = 30.0  # seconds for each thing that is waited for while starting
 _GONE = 10.0  # seconds after which processes that survive SIGKILL are reported
+_FAREWELL = 1.0  # seconds for which a command's end waits for a daemon that is away
 
 
 N = TypeVar("N", int, float)
@@ -105,6 +109,9 @@ class Wish:
     connections: int | None = None  # opened over the link, held by the kernel
     closed: bool = False  # nothing is admitted over the link
     usage: bool = False  # the command has a pipe to us, see `Running.usage`
+    preflight: tuple[
+        str, ...
+    ] = ()  # a command that must succeed in the sandbox first (selftest/preflight.py)
     admitted: Callable[[Control, messages.Lease], None] | None = None  # raising ends it with nothing run
 
     def __post_init__(self) -> None:
@@ -180,6 +187,7 @@ def prepare(wish: Wish, terms: messages.Terms, *, default_signals: tuple[str, ..
         default_signals=default_signals,
         limits=bounds.rlimits,
         shared_memory=wanted.memory,
+        preflight=wish.preflight,
     )
     return Prepared(
         plan=plan.plan(spec, files.machine()),
@@ -232,7 +240,7 @@ def start(
         plumber = undo.enter_context(plumb.Plumber(gate=pipes.theirs[plan.GATE], close=pipes.others(control)))
         running = _spawn(prepared, pipes, stdio=stdio, desk=desk, control=control)
         undo.callback(running.destroy)
-        running.policy = terms.policy
+        running.policy, running.say = terms.policy, tell
         tell(f"limits: {prepared.bounds.text}")
         tell(plan.describe(prepared.plan).partition("\n")[0])
         if desk is not None:
@@ -278,24 +286,21 @@ def _admit(
     control = running.control
     _wait_for(running.pipes.status, desk, heed)
     namespace = running.open_namespace()
-    try:
-        control.attach(
-            namespace,
-            command=named(wish.command),
-            digest=digest(wish.command),
-            quota=wish.quota,
-            connections=wish.connections,
-            closed=wish.closed,
-        )
-        plumber.enter(
-            namespace,
-            child=running.child_descriptor,
-            first=running.child,
-            services=prepared.services,
-            known=prepared.known,
-        )
-    finally:
-        os.close(namespace)
+    control.attach(
+        namespace,
+        command=named(wish.command),
+        digest=digest(wish.command),
+        quota=wish.quota,
+        connections=wish.connections,
+        closed=wish.closed,
+    )
+    plumber.enter(
+        namespace,
+        child=running.child_descriptor,
+        first=running.child,
+        services=prepared.services,
+        known=prepared.known,
+    )
     _adopt(prepared.bounds.group, running)
     _wait_for(control.fileno(), desk, heed)
     lease = control.lease()
@@ -407,7 +412,7 @@ def _temporary(stack: contextlib.ExitStack, descriptor: int) -> int:
 
 def _memory_file(text: str) -> int:
     descriptor = os.memfd_create("egressd-text")
-    os.write(descriptor, text.encode())
+    os.write(descriptor, os.fsencode(text))
     os.lseek(descriptor, 0, os.SEEK_SET)
     return descriptor
 
@@ -485,9 +490,11 @@ class Running:
     def __init__(self, *, pid: int, pipes: Pipes, control: Control) -> None:
         self.link = 0  # the number of its link, once it is admitted
         self.policy = ""  # digest, of the terms it was admitted on
+        self.say: Callable[[str], None] = lambda _: None
         self.pid, self.pipes, self.control = pid, pipes, control
         self.child = 0  # first process in the sandbox, our pid for it
         self.child_descriptor = -1  # and a pidfd of it
+        self.namespace = -1  # its network, kept: by that the lease is known to a daemon that was restarted
         self._reported = b""
         self._descriptor = os.pidfd_open(pid)
         self._exit: int | None = None  # wait status, once reaped
@@ -496,6 +503,8 @@ class Running:
         self.group: limits.Group | None = None
         self.ending: Callable[[Control], None] | None = None  # called when all is dead, before the lease goes
         self.used: resource.struct_rusage | None = None  # once it is over, where that is known
+        self._resuming: Resumption | None = None  # while the daemon is away
+        self._lost = False  # the lease is over, for certain
         self._destroyed = False
         self._undo = contextlib.ExitStack()
         self._deadline: float | None = None
@@ -530,6 +539,7 @@ class Running:
         if os.fstat(namespace).st_ino != facts.get("net-namespace"):
             os.close(namespace)
             raise Refused(Reason.NAMESPACE, "the sandbox's namespace is not the one bubblewrap made")
+        self.namespace = namespace
         return namespace
 
     def _first_report(self) -> dict[str, Any]:
@@ -601,23 +611,87 @@ class Running:
         if pump is not None:
             pump.register(poll)
         while True:
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
+            if deadline is not None and deadline <= time.monotonic():
                 return self._out_of_time()
-            if pump is not None and pump.pause is not None:
-                left = pump.pause if left is None else min(left, pump.pause)
+            left = self._pause(deadline, pump)
             ready = {number for number, _ in poll.poll(None if left is None else left * 1000 + 1)}
             if self.reports is not None and self.reports.fileno() in ready:
                 self._pass_on(self.reports, poll)
             if self._descriptor in ready:
                 return self._ended()
-            if self.control.fileno() in ready:
-                return Outcome(plan.FAILED, self.control.ended())
+            if why := self._keep_lease(ready, poll):
+                return Outcome(plan.FAILED, why)
             if desk is not None and desk.fileno() in ready:
                 for arrived in desk.read():
                     self._forward(arrived, terminal=desk.terminal)
             if pump is not None:
                 pump.move(ready, poll)
+
+    def _pause(self, deadline: float | None, pump: Mover | None) -> float | None:
+        """Seconds until something has to be done though nothing is ready."""
+        pauses = [
+            None if deadline is None else max(0.0, deadline - time.monotonic()),
+            None if pump is None else pump.pause,
+            None if self._resuming is None else self._resuming.pause,
+        ]
+        return min((pause for pause in pauses if pause is not None), default=None)
+
+    # ---- the lease
+
+    def _keep_lease(self, ready: set[int], poll: select.poll) -> str:
+        """Why it is over, if it is. Asks for it again, a step at a time, while the daemon is away."""
+        try:
+            if self._resuming is None:
+                return self._heard(poll) if self.control.fileno() in ready else ""
+            if self._resuming.step(ready, poll):
+                self._resumed(self._resuming)
+        except Refused as refused:
+            self._lost = True
+            return str(refused)
+        return ""
+
+    def _heard(self, poll: select.poll) -> str:
+        """What the daemon says unasked is why it is over. If it is gone, it may come back."""
+        number = self.control.fileno()
+        try:
+            why = self.control.ended()
+        except Gone:
+            poll.unregister(number)
+            self._away()
+            return ""
+        self._lost = True
+        return why
+
+    def _away(self) -> Resumption:
+        self.say("egressd is gone: the sandbox goes on, and asks for its lease again")
+        self._resuming = self.control.resume(self.namespace, self.link)
+        return self._resuming
+
+    def _resumed(self, resuming: Resumption) -> None:
+        self._resuming = None
+        self.say(f"egressd is there again, after {time.monotonic() - resuming.began:.3f} s")
+
+    def regain(self, *, within: float) -> bool:
+        """Once the connection is found to have ended: wait so many seconds for the lease to be ours again.
+        For when all is dead, since nothing else is looked after meanwhile."""
+        if self._resuming is None and not isinstance(self.control.last_word(), Gone):
+            self._lost = True
+        if self._lost:
+            return False
+        resuming, poll, ready = self._resuming or self._away(), select.poll(), set[int]()
+        resuming.register(poll)
+        end = time.monotonic() + within
+        try:
+            while not resuming.step(ready, poll):
+                left = end - time.monotonic()
+                if left <= 0:
+                    return False
+                ready = {number for number, _ in poll.poll(min(left, resuming.pause) * 1000 + 1)}
+        except Refused:
+            self._lost = True
+            return False
+        self._resumed(resuming)
+        return True
 
     def _pass_on(self, reports: Reports, poll: select.poll) -> None:
         try:
@@ -714,30 +788,43 @@ class Running:
                 os.kill(self.pid, signal.SIGKILL)  # ours and not reaped: the number is still its own
         self._hear_the_rest()
         with self._undo:
-            self._kill_child()
-            self._reap()
-            self.used = self._used()
-            if self.ending is not None:
-                self.ending(self.control)
-            self._tell_the_end()
-            self._dismiss()
-            for descriptor in (self._descriptor, self.child_descriptor):
-                if descriptor >= 0:
-                    os.close(descriptor)
+            try:
+                self._kill_child()
+                self._reap()
+                self.used = self._used()
+                if self.ending is not None:
+                    self.ending(self.control)
+                self._tell_the_end()
+                self._dismiss()
+            finally:
+                self._let_go()
+
+    def _let_go(self) -> None:
+        if self._resuming is not None:
+            self._resuming.close()
+        for descriptor in (self._descriptor, self.child_descriptor, self.namespace):
+            if descriptor >= 0:
+                os.close(descriptor)
 
     def _tell_the_end(self) -> None:
-        """Our last word over the connection, which ends with the lease; recorded as what we say."""
-        if self.outcome is not None:
-            used = self.used
-            self.control.tell(
-                messages.Ended(
-                    status=self.outcome.status,
-                    why=self.outcome.why[:256],
-                    user_seconds=used.ru_utime if used else 0.0,
-                    system_seconds=used.ru_stime if used else 0.0,
-                    max_rss=used.ru_maxrss << 10 if used else 0,
-                )
-            )
+        """Our last word over the connection, which ends with the lease; recorded as what we say.
+
+        A daemon that is away at this moment is waited for, but not for long: who waits for the command's end
+        should not wait for egressd's. Then the record has no exit status, and says that the lease was not
+        resumed.
+        """
+        if self.outcome is None:
+            return
+        used = self.used
+        word = messages.Ended(
+            status=self.outcome.status,
+            why=self.outcome.why[:256],
+            user_seconds=used.ru_utime if used else 0.0,
+            system_seconds=used.ru_stime if used else 0.0,
+            max_rss=used.ru_maxrss << 10 if used else 0,
+        )
+        if not self.control.tell(word) and self.regain(within=_FAREWELL):
+            self.control.tell(word)
 
     def _used(self) -> resource.struct_rusage | None:
         """By the sandbox's first process and everything that was waited for in there; None where that process

@@ -15,7 +15,7 @@ them.
 """
 
 # pathlib costs 9 ms to import, a tenth of all of `egressctl run`
-# ruff: noqa: PTH102, PTH103, PTH106, PTH116, PTH118, PTH120, PTH123
+# ruff: noqa: PTH102, PTH103, PTH106, PTH110, PTH116, PTH118, PTH120, PTH123
 from __future__ import annotations
 
 import contextlib
@@ -67,8 +67,8 @@ def bound(wanted: Wanted, *, root: str = "/") -> Bounds:
     if wanted.processes is not None and os.getuid() == 0:
         raise Refused(
             Reason.LIMIT,
-            "the workspace limits processes, which no rlimit does for root and no cgroup is delegated here:"
-            " run as an ordinary user, or under systemd-run --scope -p Delegate=yes",
+            "processes are limited (by the workspace, or broker.yaml), which no rlimit does for root, and no"
+            " cgroup is delegated: run as an ordinary user, or under systemd-run --scope -p Delegate=yes",
         )
     rlimits = replace(always, memory=wanted.memory, processes=wanted.processes)
     return Bounds(None, rlimits, "rlimits (memory per process): no delegated cgroup with memory and pids")
@@ -156,20 +156,25 @@ class Group:
             raise Refused(Reason.LIMIT, text) from error
 
     def cpu_seconds(self) -> float:
-        """Used by everything that ever was in it. cpu.stat is there without any controller (cgroup v2)."""
+        """Used by everything that ever was in it. cpu.stat is there without any controller (cgroup v2).
+        `Refused` where it cannot be read: nobody would end what is over its limit."""
         return self._number("cpu.stat", "usage_usec") / 1e6
 
     def reached(self) -> frozenset[str]:
-        """Which of "memory" and "processes" have stopped something: a kill, a refused fork."""
+        """Which of "memory" and "processes" have stopped something: a kill, a refused fork. `Refused` where
+        that cannot be read; what is not limited has no such file."""
         stopped = (("memory", "memory.events", "oom_kill"), ("processes", "pids.events", "max"))
-        return frozenset(name for name, file, key in stopped if self._number(file, key))
+        there = [each for each in stopped if os.path.exists(os.path.join(self.path, each[1]))]
+        return frozenset(name for name, file, key in there if self._number(file, key))
 
     def _number(self, name: str, key: str) -> int:
-        with contextlib.suppress(OSError, ValueError):
-            for line in _read(self.path, name).splitlines():
-                if line.startswith(f"{key} "):
-                    return int(line.split()[1])
-        return 0
+        try:
+            lines = _read(self.path, name).splitlines()
+            return next(int(line.split()[1]) for line in lines if line.startswith(f"{key} "))
+        except (OSError, ValueError, IndexError, StopIteration) as error:
+            why = str(error) or "it is not there"
+            text = f"{key} of {os.path.join(self.path, name)} cannot be read: {why}"
+            raise Refused(Reason.LIMIT, text) from error
 
     def __enter__(self) -> Group:
         return self

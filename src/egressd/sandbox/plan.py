@@ -105,6 +105,7 @@ class SandboxSpec:
     default_signals: tuple[str, ...] = ()  # names without SIG, to be restored before the command
     limits: Limits = Limits()
     shared_memory: int | None = None  # bytes for each of /tmp, /run and /dev/shm
+    preflight: tuple[str, ...] = ()  # a command that must succeed first, see egressd.selftest
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,16 +209,19 @@ def _gate(spec: SandboxSpec) -> list[str]:
     if spec.default_signals:
         # bwrap was started ignoring them, and a shell cannot un-ignore what it inherited (POSIX sh, trap)
         restore = ["env", f"--default-signal={','.join(spec.default_signals)}"]
-    return ["sh", "-c", _gate_script(spec.limits), "egressctl", *restore, *spec.command]
+    return ["sh", "-c", _gate_script(spec.limits, spec.preflight), "egressctl", *restore, *spec.command]
 
 
-def _gate_script(limits: Limits) -> str:
+def _gate_script(limits: Limits, preflight: tuple[str, ...] = ()) -> str:
     lines = [
         f"echo >&{READY}; exec {READY}>&-",
         f'IFS= read -r g <&{GATE} && [ "$g" = go ] || exit {FAILED}',
         f"exec {GATE}<&-",
         "ulimit -c 0",
     ]
+    if preflight:
+        # Where the command will be, under the same filter; it reads and writes nothing of the command's.
+        lines.append(f"{shlex.join(preflight)} </dev/null >&2 || exit {FAILED}")
     if limits.memory is not None:
         lines.append(f"ulimit -d {max(1, limits.memory // 1024)} || exit {FAILED}")
     if limits.processes is not None:

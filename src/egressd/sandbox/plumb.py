@@ -56,7 +56,7 @@ from egressd.sandbox import queueing
 from egressd.sandbox.attempts import Reports, Witness
 from egressd.sandbox.plan import ABOVE, GATE
 
-__all__ = ["Address", "Plumber", "Service", "batch", "translation"]
+__all__ = ["DEVICE", "Address", "Plumber", "Service", "batch", "enter", "translation"]
 
 DEVICE = "eth0"
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x1000_0000, 0x4000_0000
@@ -421,7 +421,7 @@ def _work(channel: socket.socket, sandbox: list[int], witness: list[Witness]) ->
         return
     namespace, child = descriptors
     sandbox.append(child)
-    _enter(namespace)
+    enter(namespace)
     known, _, rules = text.decode().partition("\n")
     if rules:
         _Nft().run(rules)
@@ -488,7 +488,7 @@ def _index() -> int:
         raise OSError(errno.ENODEV, "the daemon made no such link", DEVICE) from error
 
 
-def _enter(namespace: int) -> None:
+def enter(namespace: int) -> None:
     """The owning user namespace first: only there do we have the right to enter the other."""
     libc = ctypes.CDLL(None, use_errno=True)
     owner = fcntl.ioctl(namespace, _NS_GET_USERNS)

@@ -159,23 +159,22 @@ def open_root(root: bytes | str) -> int:
         ) from error
 
 
-def open_beneath(root: int, path: bytes, *, flags: int = os.O_RDONLY) -> int:
-    """The regular file at `path` below the directory `root`; `Unopened` for all else.
-
-    `flags` for open(2), of its descriptor. ``Refused`` where the kernel has no openat2(2).
-    """
+def open_beneath(root: int, path: bytes) -> int:
+    """The regular file at `path` below the directory `root`, to be read; `Unopened` for all else. ``Refused``
+    where the kernel has no openat2(2)."""
     check_path(path)
     found, _ = look(root, path)
     try:
-        return reopened(found, path, flags=flags)
+        return reopened(found, path)
     finally:
         os.close(found)
 
 
-def reopened(found: int, path: bytes, *, flags: int = os.O_RDONLY) -> int:
-    """What `look` found, opened. The magic link leads to that very file, whatever has its name by now."""
+def reopened(found: int, path: bytes) -> int:
+    """What `look` found, opened to be read. The magic link leads to that very file, whatever has its name by
+    now."""
     try:
-        return os.open(b"/proc/self/fd/%d" % found, flags | os.O_CLOEXEC | os.O_NONBLOCK)
+        return os.open(b"/proc/self/fd/%d" % found, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError as error:  # never the file itself: one that is removed still opens so
         raise Refused(Reason.FILES, "files are opened by /proc/self/fd: mount a procfs on /proc") from error
     except OSError as error:

@@ -31,9 +31,9 @@ _ABSENT, _PRESENT = 1, 2
 _BUSY, _OTHERS = 0x1, 0x2  # of removal_status_flags
 
 
-def encrypt(directory: int) -> bytes:
-    """Give the empty directory (open for reading) a new key. The key's identifier, 16 bytes; `Refused` where
-    its file system does not encrypt."""
+def encrypt(directory: int) -> None:
+    """Give the empty directory (open for reading) a new key. `Refused` where its file system does not
+    encrypt."""
     # struct fscrypt_add_key_arg: the specifier (type, reserved, 32 bytes of union), raw_size, key_id,
     # 8 reserved words, the key
     order = bytearray(struct.pack("=II32xII32x", _BY_IDENTIFIER, 0, _KEY, 0) + os.urandom(_KEY))
@@ -50,7 +50,6 @@ def encrypt(directory: int) -> bytes:
     except OSError as error:
         remove_key(directory, identifier)
         raise _refused(error) from error
-    return identifier
 
 
 def identifier_of(directory: int) -> bytes | None:

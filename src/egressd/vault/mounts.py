@@ -31,12 +31,12 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _NOT_WEAKER = "egressd does not run requests without it; a scratch directory on disk is the other way"
 
 
-def enter_private_namespace(*, proc: str = "/proc") -> None:
+def enter_private_namespace() -> None:
     """Make both namespaces, map this process's user and group, and let no mount out. `Refused` where the
     machine does not allow it, naming what is to be changed."""
     user, group = os.geteuid(), os.getegid()
     if _libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNS) != 0:
-        raise why_refused(ctypes.get_errno(), "no user namespace can be made", proc=proc)
+        raise why_refused(ctypes.get_errno(), "no user namespace can be made")
     try:
         # A group can be mapped only after setgroups(2) is given up: user_namespaces(7)
         for name, text in (
@@ -44,17 +44,17 @@ def enter_private_namespace(*, proc: str = "/proc") -> None:
         ):  # fmt: skip
             Path("/proc/self", name).write_text(text)
     except OSError as error:
-        raise why_refused(error.errno or 0, "the user namespace cannot be set up", proc=proc) from error
+        raise why_refused(error.errno or 0, "the user namespace cannot be set up") from error
     if _mount("none", "/", "none", _MS_REC | _MS_PRIVATE, "") != 0:
-        raise why_refused(ctypes.get_errno(), "mounts cannot be made private", proc=proc)
+        raise why_refused(ctypes.get_errno(), "mounts cannot be made private")
 
 
-def mount_tmpfs(at: str, *, size: int, inodes: int, proc: str = "/proc") -> None:
+def mount_tmpfs(at: str, *, size: int, inodes: int) -> None:
     """`size` in bytes. noswap (Linux 6.4) would be the option to ask for, but the kernel refuses it in user
     namespaces (mm/shmem.c): see `scratch.swap_warnings`."""
     options = f"size={size},nr_inodes={inodes},mode=0700"
     if _mount("egressd", at, "tmpfs", _PLAIN, options) != 0:
-        raise why_refused(ctypes.get_errno(), f"no tmpfs can be mounted at {at}", proc=proc)
+        raise why_refused(ctypes.get_errno(), f"no tmpfs can be mounted at {at}")
 
 
 def remount(at: str, *, read_only: bool) -> None:

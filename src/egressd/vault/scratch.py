@@ -50,10 +50,6 @@ class PrivateScratch:
         self._size, self._inodes, self._at = size, inodes, os.fspath(at)
         self._mounted = False
 
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        return swap_warnings()
-
     def __enter__(self) -> Path:
         if not stat.S_ISDIR(os.lstat(self._at).st_mode):
             raise Refused(Reason.FILES, f"{self._at} is not a directory to mount a scratch on")
@@ -127,7 +123,6 @@ class DirectoryScratch:
             raise Refused(Reason.FILES, f"{id[:80]!a} is not a request's name")
         self.looked = False
         self.trouble: tuple[str, ...] = ()
-        self.warnings: tuple[str, ...] = ()
         self._place, self._id, self._encrypted = os.fspath(root), id, encrypted
         self._root = self._held = -1
 

@@ -31,7 +31,7 @@ class Runners(Protocol):
 
 
 class ForkedRunners:
-    """Those of `runners.py`. Beginning one may take a moment: its zygote may have to be begun."""
+    """Those of `zygote.py`. Beginning one may take a moment: its zygote may have to be begun."""
 
     def __init__(self, runners: forked.Runners) -> None:
         self._runners = runners

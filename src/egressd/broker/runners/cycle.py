@@ -10,6 +10,10 @@ The order is the safety again (see sandbox/launch.py):
 5. whatever ends it, everything is destroyed and looked for, before the service hears that it is over. The
    lease goes last: what the link counted, and that the request ended, is told over it.
 
+Where egressd dies before the decision is on record, nothing runs. Where it dies later, the command runs on,
+and the lease is asked for again (launch.py); here as well, at the end. What was told when it died is told
+again over the same lease only: egressd knows what it has taken of a sandbox, and does not take it twice.
+
 A failure before 4 is a refusal: nothing ran, nothing is left, and that is on record too. The end of the
 channel is `Stop` from a service that is gone. This process killed leaves nothing either: the kernel does then
 what `finally` does here (docs: the lease is a connection, the copies are in a namespace, --die-with-parent).
@@ -23,9 +27,11 @@ import ctypes
 import os
 import resource
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import egressd
 from egressd.broker.runners import jobs
@@ -33,12 +39,14 @@ from egressd.broker.runners.desk import Desk, Stopped
 from egressd.broker.runners.limits import Meter, named
 from egressd.broker.runners.relaying import Relay
 from egressd.ipc import messages
-from egressd.model.errors import EgressdError, Refused
+from egressd.model.errors import EgressdError, KernelError, Refused
 from egressd.model.verdicts import Reason
 from egressd.sandbox import launch
-from egressd.sandbox.control import Control, Fact
+from egressd.sandbox.attempts import printable
+from egressd.sandbox.control import RESUME_WITHIN, Control, Fact, Gone
 from egressd.sandbox.files import seen_anyway
 from egressd.sandbox.plan import FAILED
+from egressd.selftest import preflight
 from egressd.vault import projection
 from egressd.vault.scratch import DirectoryScratch, PrivateScratch
 
@@ -50,7 +58,10 @@ _PR_SET_DUMPABLE = 4  # linux/prctl.h
 # what lies below. The first that is an empty directory is taken, so that no source is ever covered.
 _PLACES = ("/run/egressd-broker/copies", "/var/lib/egressd-broker/copies", "/mnt", "/media", "/srv", "/opt")
 _TOOLS = os.path.join(os.path.dirname(egressd.__file__), "tools")
+_ENDED = "request-ended"
+_ONCE = f"{_ENDED} was said of this sandbox"  # what a second one is answered (processes/testifying.py)
 Step = Callable[[str], None]
+A = TypeVar("A")
 
 
 def serve(job: jobs.Job, desk: Desk, *, step: Step = lambda _: None) -> None:
@@ -63,7 +74,10 @@ def serve(job: jobs.Job, desk: Desk, *, step: Step = lambda _: None) -> None:
 def dumpable(*, allowed: bool) -> None:
     """While it is not, no other process of the same account may trace this one, nor enter what it sees
     through /proc/PID/root or its namespaces (ptrace(2), PTRACE_MODE_READ_FSCREDS); nor can it map ids."""
-    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, int(allowed), 0, 0, 0)
+    if ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, int(allowed), 0, 0, 0) != 0:
+        raise KernelError(
+            f"prctl(PR_SET_DUMPABLE, {int(allowed)}) failed: who may look into a runner is not known"
+        )
 
 
 @dataclass(slots=True)
@@ -76,6 +90,7 @@ class _Facts:
     refused: str = ""
     code: str = ""  # of the refusal
     why: str = ""
+    unknown: str = ""  # what could not be found out of it: for the answer, not for the record
     undead: bool = False
     hit: set[str] = field(default_factory=set)
     destroyed: bool = False
@@ -92,7 +107,7 @@ class Cycle:
         self._facts = _Facts()
         self._relay = Relay(desk, job.limits, job.stdin)
         self._scratch: PrivateScratch | DirectoryScratch | None = None
-        self._recorded = False  # how it ended
+        self._recorded: bool | None = False  # how it ended; None: perhaps
 
     def run(self) -> jobs.Finished:
         facts = self._facts
@@ -111,7 +126,7 @@ class Cycle:
             facts.code = str(error.reason) if isinstance(error, Refused) else "failed"
         if facts.outcome is not None:
             facts.refused = ""
-        if not self._recorded:
+        if self._recorded is False:
             self._record_without_lease()
         self._relay.send_rest()
         self._relay.close()
@@ -129,12 +144,12 @@ class Cycle:
     def _copies(self) -> Iterator[str]:
         """The directory to project into. However the block is left it is destroyed, and looked for."""
         self._scratch = scratch = _scratch_of(self._job)
-        dumpable(allowed=True)  # or the maps of a user namespace could not be written
         try:
-            place = os.fspath(scratch.__enter__())
-        finally:
-            dumpable(allowed=False)
-        try:
+            dumpable(allowed=True)  # or the maps of a user namespace could not be written
+            try:
+                place = os.fspath(scratch.__enter__())
+            finally:
+                dumpable(allowed=False)
             self._step("scratch")
             yield place
         finally:
@@ -145,8 +160,12 @@ class Cycle:
         if self._scratch is not None:
             scratch, self._scratch = self._scratch, None
             began = time.monotonic()
-            with contextlib.suppress(OSError):
+            try:
                 self._facts.destroyed = scratch.destroy()
+            except OSError as error:
+                self._log(f"its copies could not be destroyed: {error}")
+            for trouble in scratch.trouble:
+                self._log(f"its copies are not seen to be gone: {trouble}")
             self._facts.seconds["destroy"] = time.monotonic() - began
             self._step("destroyed")
 
@@ -209,6 +228,7 @@ class Cycle:
             connections=limits.connections,
             closed=job.network == "none",
             usage=True,
+            preflight=preflight.command(job.run_dir) if job.preflight else (),
             admitted=self._admitted,
         )
 
@@ -253,13 +273,22 @@ class Cycle:
         self._relay.drain()
         self._measure(running)
         self._destroy_copies()
+        self._read_counters(running, control)
         with contextlib.suppress(EgressdError, OSError):
-            spent = control.spent()
-            facts.counters = spent.counters
-            facts.hit |= named(spent.spent)
-        with contextlib.suppress(EgressdError, OSError):
-            self._testify_end(control)
+            self._testify_end(control, running)
         self._step("recorded the end")
+
+    def _read_counters(self, running: launch.Running, control: Control) -> None:
+        facts = self._facts
+        try:
+            spent = _over_lease(control.spent, running)
+        except (EgressdError, OSError) as error:
+            self._log(f"what its link counted is not known: {error}")
+            if facts.outcome is not None and not facts.outcome.why:  # or that says it
+                facts.unknown = f"what its link counted is not known: {error}"
+            return
+        facts.counters = spent.counters
+        facts.hit |= named(spent.spent)
 
     def _measure(self, running: launch.Running) -> None:
         facts, meter = self._facts, self._relay.meter
@@ -268,32 +297,49 @@ class Cycle:
         if running.used is not None:
             meter.cpu = max(meter.cpu, running.used.ru_utime + running.used.ru_stime)
             facts.max_rss = running.used.ru_maxrss << 10  # KiB, getrusage(2)
-        if running.group is not None:
-            meter.look()
+        facts.hit |= self._relay.hit
+        try:
+            if running.group is not None:
+                meter.look()
+            facts.hit |= meter.reached()
+        except Refused as refused:  # it has ended: nothing is left to be held
+            self._log(str(refused))
         facts.cpu = meter.cpu
-        facts.hit |= self._relay.hit | meter.reached()
         facts.hit |= {"wall"} if facts.outcome.timed_out else set()
         for number, name in ((signal.SIGXCPU, "cpu"), (signal.SIGXFSZ, "file_size")):
             if facts.outcome.status == 128 + number and getattr(self._job.limits, name) is not None:
                 facts.hit.add(name)
 
-    def _testify_end(self, control: Control) -> None:
+    def _testify_end(self, control: Control, running: launch.Running | None = None) -> None:
+        """Once. `running`: over the lease, which is asked for again if need be."""
         told = self._finished()
-        control.testify(
-            "request-ended",
-            {
-                "request": self._job.id,
-                "status": told.status,
-                "why": told.why,
-                "hit": ",".join(told.hit),
-                "destroyed": told.destroyed,
-                "files": 0 if self._facts.manifest is None else self._facts.manifest.files,
-                "seconds": round(sum(told.seconds.values()), 6),
-                "tokens": told.tokens,
-                "cost": told.cost,
-            },
-        )
+        fields: dict[str, Fact] = {
+            "request": self._job.id,
+            "status": told.status,
+            "why": self._why(),
+            "hit": ",".join(told.hit),
+            "destroyed": told.destroyed,
+            "files": 0 if self._facts.manifest is None else self._facts.manifest.files,
+            "seconds": round(sum(told.seconds.values()), 6),
+            "tokens": told.tokens,
+            "cost": told.cost,
+        }
+        try:
+            if running is None:
+                control.testify(_ENDED, fields)
+            else:
+                _testify_over_lease(control, running, fields)
+        except Gone as gone:
+            if not gone.unread:
+                self._doubt(gone)
+            raise
         self._recorded = True
+
+    def _doubt(self, gone: Gone) -> None:
+        """Told a second time over no lease, it might stand there twice."""
+        self._recorded = None
+        self._facts.unknown = f"whether its end is on record is not known: {gone}"
+        self._log(self._facts.unknown)
 
     def _record_without_lease(self) -> None:
         """Over a connection of its own. A daemon that is gone records nothing; then the answer says so."""
@@ -305,6 +351,8 @@ class Cycle:
                 else:
                     control.testify("request-refused", self._refusal())
         except (EgressdError, OSError) as error:
+            if self._recorded is None:
+                return
             missing = f"this is not on record: {error}"
             self._facts.why = "; ".join(filter(None, (self._facts.why, missing)))
 
@@ -318,10 +366,19 @@ class Cycle:
             "code": self._facts.code,
         }
 
+    def _why(self) -> str:
+        ended = "" if self._facts.outcome is None else self._facts.outcome.why
+        return "; ".join(filter(None, (ended, self._facts.why)))[:_TEXT]
+
+    def _log(self, text: str) -> None:
+        """To the service's log, which is our standard error."""
+        with contextlib.suppress(OSError):
+            print(f"request {self._job.id}: {printable(os.fsencode(text))}", file=sys.stderr, flush=True)
+
     def _finished(self) -> jobs.Finished:
         facts, usage = self._facts, self._relay.usage
         outcome = facts.outcome or launch.Outcome(FAILED)
-        why = "; ".join(filter(None, (outcome.why, facts.why)))
+        why = "; ".join(filter(None, (self._why(), facts.unknown)))
         return jobs.Finished(
             status=outcome.status,
             why=why[:_TEXT],
@@ -335,6 +392,34 @@ class Cycle:
             cpu=round(facts.cpu, 6),
             max_rss=facts.max_rss,
         )
+
+
+def _testify_over_lease(control: Control, running: launch.Running, fields: dict[str, Fact]) -> None:
+    """`Gone` where egressd was told, and does not come back to say whether it has recorded it."""
+    heard: Gone | None = None  # the first time that it may have read it
+    while True:
+        try:
+            control.testify(_ENDED, fields)
+        except Gone as gone:
+            heard = heard or (None if gone.unread else gone)
+            if not running.regain(within=RESUME_WITHIN):
+                raise heard or gone from None
+        except Refused as refused:
+            if heard is None or _ONCE not in str(refused):
+                raise heard or refused from None
+            return
+        else:
+            return
+
+
+def _over_lease(ask: Callable[[], A], running: launch.Running) -> A:
+    """What is only read may be asked again, when egressd is back."""
+    while True:
+        try:
+            return ask()
+        except Gone:
+            if not running.regain(within=RESUME_WITHIN):
+                raise
 
 
 def _descriptors() -> int:

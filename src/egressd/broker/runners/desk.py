@@ -29,11 +29,7 @@ _PATIENCE = 60.0  # seconds for one thing that the service is to do
 
 
 class Stopped(EgressdError):
-    """The service said `Stop`, or is gone: then `deserted`, and nobody hears what becomes of it."""
-
-    def __init__(self, why: str, *, deserted: bool = False) -> None:
-        self.deserted = deserted
-        super().__init__(why)
+    """The service said `Stop`, or is gone: then nobody hears what becomes of it."""
 
 
 class Desk:
@@ -59,7 +55,7 @@ class Desk:
                 return
             except (EOFError, OSError, ProtocolError) as error:
                 self.deserted = True
-                raise Stopped(f"the service is gone ({error or 'end of file'})", deserted=True) from None
+                raise Stopped(f"the service is gone ({error or 'end of file'})") from None
             received.close()
             match received.message:
                 case jobs.Go():
@@ -121,7 +117,7 @@ class Desk:
             return False
         except OSError:
             self.deserted = True
-            raise Stopped("the service is gone", deserted=True) from None
+            raise Stopped("the service is gone") from None
         return True
 
     def tell(self, message: Any) -> None:

@@ -66,6 +66,7 @@ class Job(Struct, frozen=True, forbid_unknown_fields=True):
     generation: int = 0  # of the store, when it was decided
     clearance: str = ""  # the asker's; for the record
     email: str = ""  # the same
+    preflight: bool = False  # the command runs only if the sandbox refuses what it must
 
 
 # ---- service -> runner

@@ -7,23 +7,25 @@ in there waited for it (getrusage(2), RUSAGE_CHILDREN). Whoever lets children be
 ignored) escapes the sum, not RLIMIT_CPU, which each of them has. With a cgroup nobody escapes.
 """
 
-# ruff: noqa: PTH123, PTH208
+# ruff: noqa: PTH123
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, NamedTuple
 
 import msgspec
 from msgspec import Meta, Struct
 
 from egressd.broker.runners.jobs import Limits
+from egressd.sandbox.attempts import family
 from egressd.sandbox.limits import Group
 
 __all__ = ["Meter", "Usage", "named"]
 
 _TICK = 1.0 / os.sysconf("SC_CLK_TCK")  # seconds
+_PROCESSORS = os.cpu_count() or 1
 _SHORTEST, _LONGEST = 0.05, 0.5  # seconds between two looks
 _LINE = 4096  # bytes of one report
 _PIECE = 1 << 16
@@ -60,17 +62,18 @@ class Meter:
         One that is near is looked for often, but not for that more than twenty times a second.
         """
         if self._limits.cpu is not None:
-            left = (self._limits.cpu - self.cpu) / (os.cpu_count() or 1)
+            left = (self._limits.cpu - self.cpu) / _PROCESSORS
             return min(max(left, _SHORTEST), _LONGEST)
         return _LONGEST if self._limits.processes is not None and self._group is None else None
 
     def look(self) -> None:
+        """`Refused` where it is not known what the sandbox has used."""
         if self._group is not None:
             self.cpu = max(self.cpu, self._group.cpu_seconds())
             return
         living = 0.0
         threads = 0
-        for pid in _below(self._first):
+        for pid in family(self._first):
             with contextlib.suppress(OSError, ValueError, IndexError):
                 key, seen = _stat(pid)
                 self._ever[key] = max(seen.own, self._ever.get(key, 0.0))
@@ -79,26 +82,18 @@ class Meter:
         self.cpu = max(self.cpu, living, sum(self._ever.values()))
         self.threads = max(self.threads, threads)
 
+    @property
+    def cpu_spent(self) -> bool:
+        return self._limits.cpu is not None and self.cpu >= self._limits.cpu
+
     def reached(self) -> frozenset[str]:
         """Fields of `Limits` that are known to have been reached. What RLIMIT_DATA refuses nobody is told."""
         found = set(self._group.reached()) if self._group is not None else set()
-        if self._limits.cpu is not None and self.cpu >= self._limits.cpu:
+        if self.cpu_spent:
             found.add("cpu")
         if self._group is None and self._limits.processes is not None:
             found |= {"processes"} if self.threads >= self._limits.processes else set()
         return frozenset(found)
-
-
-def _below(first: int) -> Iterator[int]:
-    """Every process of a sandbox: what loses its parent in there becomes a child of the first."""
-    waiting = [first]
-    while waiting:
-        pid = waiting.pop()
-        yield pid
-        with contextlib.suppress(OSError):
-            for thread in os.listdir(f"/proc/{pid}/task"):
-                with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{thread}/children") as stream:
-                    waiting += map(int, stream.read().split())
 
 
 def _stat(pid: int) -> tuple[tuple[int, int], _Seen]:

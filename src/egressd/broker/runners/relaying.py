@@ -7,19 +7,23 @@ not read, the pipes are not read either, and in the end the command waits in wri
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import select
+import time
 from typing import Any
 
 from egressd.broker.runners.desk import Desk, Stopped
 from egressd.broker.runners.jobs import Limits, Output
 from egressd.broker.runners.limits import Meter, Usage
+from egressd.ipc.channel import payload
+from egressd.model.errors import Refused
 from egressd.sandbox.launch import Enough, Outcome
+from egressd.sandbox.plan import FAILED
 
 __all__ = ["Relay", "texts"]
 
 _PIECE = 1 << 15  # bytes: in base64, and twice, it fits the channel
+_EVERY = 0.05  # seconds between two looks at the clock of a limit
 _ENDED = 128 + 9  # by us: as a command that is killed
 _STOPPED = 128 + 15
 
@@ -41,9 +45,9 @@ class Relay:
         self.hit: set[str] = set()
         self.usage = Usage()
         self.meter: Meter | None = None
-        self.stopped: Stopped | None = None
         self._desk, self._limits = desk, limits
         self._left = limits.output
+        self._looked = 0.0  # when, of a clock that does not jump
         self._waiting: Any = None  # the one message that there was no room for
         self._kept: list[Output] = []  # what was in the pipes at the end
         self._reports = -1
@@ -119,7 +123,6 @@ class Relay:
                 self._reports = -1
 
     def _stop(self, stopped: Stopped) -> None:
-        self.stopped = stopped
         raise Enough(Outcome(_STOPPED, str(stopped))) from None
 
     def _listen(self, poll: select.poll, *, held: bool) -> None:
@@ -132,13 +135,23 @@ class Relay:
         poll.modify(self._desk.fileno(), select.POLLIN | (select.POLLOUT if held else 0))
 
     def _check(self) -> None:
-        if self.meter is not None and self.meter.pause is not None:
-            self.meter.look()
         found = set(self.usage.reached(self._limits))
         if self.meter is not None:
-            found |= self.meter.reached() & {"cpu"}  # the others end nothing by themselves
+            self._look(self.meter)
+            found |= {"cpu"} if self.meter.cpu_spent else set()  # the others end nothing by themselves
         if found:
             self._reach(*sorted(found))
+
+    def _look(self, meter: Meter) -> None:
+        """A command that writes much has us called for each piece."""
+        now = time.monotonic()
+        if meter.pause is None or now - self._looked < _EVERY:
+            return
+        self._looked = now
+        try:
+            meter.look()
+        except Refused as refused:
+            raise Enough(Outcome(FAILED, str(refused))) from refused
 
     def _reach(self, *names: str) -> None:
         self.hit.update(names)
@@ -208,9 +221,6 @@ class Relay:
 
 def _file_of(data: bytes) -> int:
     """The command's standard input: a file that nobody can change, so that nobody has to feed a pipe."""
-    number = os.memfd_create("egressd-stdin", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    with open(number, "wb", closefd=False) as stream:
-        stream.write(data)
-    os.lseek(number, 0, os.SEEK_SET)
-    fcntl.fcntl(number, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
-    return number
+    with payload(data) as sealed:
+        os.lseek(sealed, 0, os.SEEK_SET)
+        return os.dup(sealed)

@@ -20,7 +20,6 @@ processes of its account (see cycle.dumpable).
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import os
 import signal
@@ -40,7 +39,7 @@ from egressd.broker.runners.desk import Desk
 from egressd.ipc.channel import Channel, pair, payload
 from egressd.model.errors import EgressdError, ProtocolError, Refused
 from egressd.model.verdicts import Reason
-from egressd.sandbox import seccomp
+from egressd.sandbox import launch, seccomp
 from egressd.sandbox.limits import step_down
 from egressd.sandbox.plan import FAILED
 
@@ -52,7 +51,6 @@ _MOST = 64  # requests at once
 _PLACE = 3  # the number of the one descriptor that a zygote, and a runner, has
 _READY = b"ready"
 _PATIENCE = 30.0  # seconds for a zygote to import everything
-_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _ALL = (1 << 31) - 1
 
 
@@ -271,7 +269,7 @@ def main(argv: Sequence[str]) -> int:
     control = socket.socket(fileno=int(argv[0]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at a terminal is the service's to hear
     signal.signal(signal.SIGCHLD, _reap)
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    launch.take_in_orphans()
     cycle.dumpable(allowed=False)
     seccomp.program()
     gc.collect()
