@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT / "tests"))
 
 import request  # noqa: E402 - the scene of that name, beside this file
+from egressd.model.errors import EgressdError  # noqa: E402
 from lab import topology  # noqa: E402
 from lab.capture import Capture  # noqa: E402
 from lab.daemon import Daemon  # noqa: E402
@@ -36,6 +38,7 @@ PROBE = 9  # the discard port, to which the capture sends what it waits for
 AT_ONCE = 50.0  # milliseconds within which a denial must be told
 SHORT = 60  # letters of a command line that are shown
 WORDS = 58  # letters of a record's line before its words
+REFUSED = 125  # egressctl's exit status where nothing ran
 QUIET = 0.3  # seconds without a frame after which the uplink is taken to be still
 
 LISTED, SEARCHED = "eu.api.openai.test", "*.search.test"  # hosts of the policy, see tests/lab/daemon.py
@@ -438,6 +441,54 @@ def _receipt(stage: Stage) -> None:
     )
 
 
+def survived(stage: Stage) -> None:
+    story, daemon = stage.story, stage.daemon
+    story.step("Everybody who decides is killed, in the middle of it")
+    talking = stage.start("keep_talking.py", LISTED)
+    poll(lambda: "connected" in talking.out, timeout=10, what="it talks")
+    before = daemon.pids()
+    killed = {name: before[name] for name in ("controller", "warden", "resolver", "auditor", "custodian")}
+    story.command(f"kill -9 {' '.join(map(str, killed.values()))}    # {', '.join(killed)}")
+    began = time.monotonic()
+    for pid in killed.values():
+        stage.lab.signal(pid, signal.SIGKILL)
+    far = stage.box("get_out.py", f"tcp,{topology.EVIL4},443,its raw address")
+    poll(lambda: _all_back(daemon, killed), timeout=20, what="egressd is back")
+    story.say(
+        f"All are back after {time.monotonic() - began:.1f} s. What asked to run meanwhile: {_brief(far)}."
+    )
+    time.sleep(QUIET)
+    talking.signal(signal.SIGTERM)
+    talking.wait(10)
+    story.command("fg")
+    story.show(talking.out + talking.err)
+    story.expect(held="none was missing" in talking.out, text="the program has noticed nothing")
+    records = stage.ctl("audit", "-w", "acme", "--event", "sandbox-resumed", "-n", "1", uid=None).out
+    story.expect(held=bool(records.strip()), text="it has its lease back, and that is on record")
+    balanced = daemon.ctl("counters", "acme", uid=None).status == 0
+    story.expect(held=balanced, text="and the books still balance, to the byte")
+    story.say("Before you believe any of this: the same installation attacks itself.")
+    told = daemon.ctl("selftest", "-w", "acme", uid=stage.lab.user)
+    story.command("egressctl selftest -w acme | tail -2")
+    story.show("\n".join((told.out + told.err).splitlines()[-2:]))
+    story.expect(held=told.status == 0 and " 0 escaped" in told.out, text="no way out")
+
+
+def _all_back(daemon: Daemon, killed: dict[str, int]) -> bool:
+    """Others than those who were killed, all running; asked without starting a program."""
+    pids = daemon.pids()
+    if any(pids.get(name, pid) == pid for name, pid in killed.items()):
+        return False
+    try:
+        return {state["state"] for state in daemon.ask("status")["processes"]} == {"running"}
+    except (EgressdError, OSError):
+        return False
+
+
+def _brief(result: Result) -> str:
+    return "refused, try again" if result.status == REFUSED else "ran, with every denial in force"
+
+
 def pinned(stage: Stage) -> None:
     story, daemon = stage.story, stage.daemon
     story.step("Only in the EU: residency, routes and switches")
@@ -610,7 +661,17 @@ def main() -> int:
             story.command("cat workspaces/acme.yaml")
             story.show(lab.path(f"{daemon.directory}/workspaces/acme.yaml").read_text())
             stage = Stage(story, lab, internet, host, uplink, daemon)
-            on_the_network = (allowed, denied, neighbour, wildcard, captured, counted, proved, pinned)
+            on_the_network = (
+                allowed,
+                denied,
+                neighbour,
+                wildcard,
+                captured,
+                counted,
+                proved,
+                survived,
+                pinned,
+            )
             for part in (*on_the_network, request.requested, verdict):
                 part(stage)
     story.step("Everything is gone again")
