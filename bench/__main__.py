@@ -10,7 +10,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from bench import cycle, datapath, dns, inspector, journal, neighbours, residency, spawn
+from bench import cycle, datapath, dns, inspector, journal, neighbours, residency, scale, spawn
 from bench.figures import Report
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -23,6 +23,7 @@ BENCHMARKS = {
     "residency": residency.measure,
     "request": cycle.measure,
     "neighbours": neighbours.measure,
+    "scale": scale.measure,
 }
 SHORT: dict[str, dict[str, Any]] = {
     "spawn": {"rounds": 6, "at_once": 10, "waves": 1},

@@ -371,3 +371,85 @@ running.destroy()
     assert said(attacker) == [True, True]
     attacker.wait()
     assert inside.counters(daemon, "acme")["balance"]["balanced"]
+
+
+# ---- a file whose close(2) waits for the attacker, who serves its file system
+
+FUSE = '''
+import array, signal, struct
+INIT, GETATTR, OPEN, FLUSH = 26, 3, 14, 25  # linux/fuse.h
+ATTRIBUTES = struct.pack("=QII", 1, 0, 0)
+ATTRIBUTES += struct.pack("=QQQQQQIIIIIIIIII", 1, *(0,) * 8, 0o100644, 1, *(0,) * 5)
+ANSWERS = {
+    INIT: struct.pack("=IIIIHHIIHHI", 7, 31, 65536, 0, 12, 9, 65536, 1, 1, 0, 0) + bytes(24),
+    GETATTR: struct.pack("=QII", 1, 0, 0) + STATUS,
+    OPEN: struct.pack("=QII", 1, 0, 0),
+}
+
+def serve(device, started):
+    """Nobody who closes the file goes on until we end: then the kernel lets everybody go."""
+    signal.alarm(12)
+    while True:
+        _, what, unique, *_ = struct.unpack_from("=IIQ", os.read(device, 1 << 20))
+        if what == FLUSH:
+            os.write(started, b"!")
+            continue
+        body = ANSWERS.get(what)
+        error, body = (0, body) if body is not None else (-38, b"")
+        os.write(device, struct.pack("=IiQ", 16 + len(body), error, unique) + body)
+
+def sticky():
+    import tempfile
+    libc, uid, gid = ctypes.CDLL(None, use_errno=True), os.getuid(), os.getgid()
+    if libc.unshare(USER | 0x20000):
+        raise OSError(ctypes.get_errno(), "unshare")
+    for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
+        with open(f"/proc/self/{name}", "w") as stream:
+            stream.write(text)
+    _, place = tempfile.mkstemp()
+    device = os.open("/dev/fuse", os.O_RDWR)
+    options = f"fd={device},rootmode=100000,user_id=0,group_id=0"
+    if libc.mount(b"x", place.encode(), b"fuse", 6, options.encode()):
+        raise OSError(ctypes.get_errno(), "mount")
+    reading, writing = os.pipe()
+    if os.fork() == 0:
+        serve(device, writing)
+    os.close(device)
+    return os.open(place, os.O_RDONLY), reading
+
+try:
+    descriptor, closing = sticky()
+except OSError as error:
+    say(str(error))
+    say()
+    time.sleep(60)
+
+def hand_over(message, *, workspace=None):
+    connection = raw()
+    if workspace:
+        connection.send(json.dumps({"type": "Enter", "workspace": workspace}).encode())
+        connection.recv(100_000)
+    rights = array.array("i", [descriptor])
+    with __import__("contextlib").suppress(OSError):
+        connection.sendmsg([json.dumps(message).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+    KEPT.append(connection)
+'''
+HANDED = {
+    "a stranger, with any message": 'hand_over({"type": "Ask", "what": "status"})',
+    "a stranger, for no lease": 'hand_over({"type": "Resume", "link": 1})',
+    "a member": 'hand_over({"type": "Attach"}, workspace="beta")',
+    "a member, again and again": 'for _ in range(40): hand_over({"type": "Attach"}, workspace="beta")',
+}
+
+
+@pytest.mark.parametrize("what", HANDED)
+def test_nobody_waits_for_a_file_system_of_the_attackers(daemon: Any, what: str) -> None:
+    attacker = attack(daemon, FUSE + HANDED[what] + "\nsay(True); say(); time.sleep(60)")
+    (held,) = said(attacker)
+    if held is not True:
+        pytest.skip(f"no FUSE in user namespaces here: {held}")
+    began = time.monotonic()
+    for _ in range(3):
+        daemon.json("status")
+    assert time.monotonic() - began < PROMPT
+    assert spawn_time(daemon) < PROMPT

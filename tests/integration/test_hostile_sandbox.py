@@ -296,7 +296,7 @@ FAMILIES = pytest.mark.parametrize("family", [4, 6])
 
 @FAMILIES
 def test_every_flood_in_turn(daemon: Any, family: int) -> None:
-    flooding(daemon, family, 3000)
+    flooding(daemon, family, 2000)
 
 
 @pytest.mark.slow

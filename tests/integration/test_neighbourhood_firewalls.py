@@ -118,6 +118,7 @@ def _four(resident: Resident) -> tuple[tuple[Any, ...], ...]:
     return (("tcp", address.split()[0], 7, "x"),)
 
 
+@pytest.mark.slow
 def test_ufw(daemon: Any, host: Any) -> None:
     with Resident(daemon, timeout=1.0) as resident:
         works_again(resident)
@@ -133,6 +134,7 @@ def test_ufw(daemon: Any, host: Any) -> None:
         works_again(resident)
 
 
+@pytest.mark.slow
 def test_firewalld(daemon: Any, host: Any) -> None:
     with Resident(daemon, timeout=1.0) as resident:
         works_again(resident)

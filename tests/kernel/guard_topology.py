@@ -348,6 +348,8 @@ class Topology:
             f"route add {hop4} dev eth0", f"route add default via {hop4} src {four}",
             f"route add default via {hop6} dev eth0 src {six}",
         ])  # fmt: skip
+        # Until a worker of the kernel's (linkwatch) has been there, what is sent over it is lost.
+        assert poll(lambda: "state UP" in sh(f"ip -n {self.gateway} link show {link.device}"), seconds=10)
 
     def disconnect(self, number: int) -> None:
         lease = self.links.pop(number)

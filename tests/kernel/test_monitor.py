@@ -67,6 +67,15 @@ def test_somebody_elses_are_and_say_who(ledger: Ledger, here: int) -> None:
     assert not ledger.look()
 
 
+def test_who_calls_itself_strangely_is_shown_as_that(monitor: Monitor, here: int) -> None:
+    """A name of 15 bytes of its own choice, which goes to logs and terminals (PR_SET_NAME)."""
+    script = "import os; open('/proc/self/comm', 'wb').write(b'\\x1b[2J\\nroot'); os.write(1, b'.')"
+    script += "; import nftables; nftables.Nftables().cmd('add table inet strange')"
+    sh(f'/usr/bin/python3 -c "{script}"', namespace=here)
+    (batch,) = monitor.news().batches
+    assert batch.process.startswith(r"\x1b[2J\nroot (pid "), batch.process
+
+
 def test_a_change_whose_news_was_lost_is_seen_all_the_same(
     ledger: Ledger, monitor: Monitor, here: int
 ) -> None:

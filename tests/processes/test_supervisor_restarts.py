@@ -29,6 +29,21 @@ JOBS = "1234 other.service      stop    waiting\n1235 egressd.service    {}  run
         ("0::/system.slice/egressd.service/sub\n", "egressd.service"),
         ("0::/system.slice/system-egressd.slice/egressd@two.service", "egressd@two.service"),
         ("12:cpu:/wrong.service\n1:name=systemd:/system.slice/egressd.service\n0::/\n", "egressd.service"),
+        # Hybrid: systemd's own hierarchy, version 2 beside it, controllers elsewhere.
+        (
+            "9:name=systemd:/system.slice/egressd.service\n8:pids:/system.slice/egressd.service\n"
+            "4:memory:/system.slice\n0::/system.slice/egressd.service\n",
+            "egressd.service",
+        ),
+        ("9:name=systemd:/\n8:pids:/wrong.service\n0::/system.slice/egressd.service\n", "egressd.service"),
+        ("4:memory:/system.slice/wrong.service\n1:name=elogind:/wrong.service\n0::/\n", ""),
+        # In a container without a control-group namespace: the innermost is ours.
+        (
+            "0::/machine.slice/systemd-nspawn@debian.service/payload/system.slice/egressd.service\n",
+            "egressd.service",
+        ),
+        ("0::/../../system.slice/egressd.service\n", "egressd.service"),
+        ("0::/system.slice/egressd.service (deleted)\n", ""),
         ("0::/user.slice/user-0.slice/session-1.scope\n", ""),
         ("0::/\n", ""),
         ("", ""),

@@ -15,6 +15,7 @@ import pytest
 from controller_lab import Client, World, world
 from test_controller_claims import until
 from test_grants import FOUR, SIX, grant, slots
+from test_testifying import ASKED
 
 from egressd.ipc import messages
 from egressd.model.identities import Link
@@ -162,6 +163,7 @@ def test_names_are_read_as_far_as_they_are_whole(tmp_path: Path) -> None:
         "{}",
         "7",
         '["g","acme"]',
+        "[" * 60_000,
     ):
         path.write_bytes(whole + bad.encode() + b"\n")
         assert NamesFile(tmp_path).load(Pools()).learned == learned
@@ -494,5 +496,50 @@ def test_what_is_left_of_a_link_that_is_accounted_is_nobodys_loss(tmp_path: Path
         w.peers["warden"].send(messages.LinkLost(link=99, workspace="", counters={}, report=6))
         await w.settle()
         assert [record["link"] for record in w.records("sandbox-lost")] == ["eg99"]
+
+    lives(tmp_path, dialogue)
+
+
+def test_whose_receipt_it_is_is_known_of_a_link_that_went_meanwhile(
+    tmp_path: Path, callers: list[int]
+) -> None:
+    """Another member may not have it, though its controller was killed and its sandbox ended in the gap."""
+
+    async def first(w: World) -> None:
+        await spawned(w, callers)
+        (sandbox,) = w.controller.leases.by_link.values()
+        w.controller.save_lease(sandbox, Said("r-1", {"request-asked"}))
+
+    async def scene() -> None:
+        async with world(tmp_path, acme=POLICY) as made:
+            made.last_counters = COUNTERS
+            made.refusing.add(messages.KeepLink)
+            made.serve()
+            await begun_again(made)
+            assert made.records("sandbox-closed")
+            assert list(made.controller.ended.askers()) == [(Link(1), 4001)]
+
+    lives(tmp_path, first)
+    asyncio.run(scene())
+
+
+def test_what_is_said_of_a_closed_sandbox_brings_no_lease_back(tmp_path: Path, callers: list[int]) -> None:
+    """Its connection ends while its last word waits for the auditor."""
+
+    async def dialogue(w: World) -> None:
+        w.write("acme", POLICY.replace("user:4001", "user:0"))  # a broker
+        await w.controller.apply()
+        client = w.client()
+        await client.spawn(command="x")
+        w.journal.full = True
+        client.say(messages.Testify(event="request-asked", fields=ASKED))  # type: ignore[arg-type]
+        await w.settle()
+        client.close()
+        await until(lambda: w.records("sandbox-closed"))
+        control = w.controller.control
+        assert control is not None
+        await until(lambda: control.testifying._lost)  # it is given up
+        await w.settle()
+        assert on_disk(tmp_path) == []
 
     lives(tmp_path, dialogue)

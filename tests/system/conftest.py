@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from container import Container, make_tree
+from witness import changes, witness
 
 from lab.internet import Internet, start_internet
 from lab.machine import PROJECT, Lab
@@ -54,7 +55,15 @@ def newer(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def outside() -> Iterator[tuple[Lab, Internet]]:
+def untouched() -> Iterator[None]:
+    """Whatever happens, this machine is as it was."""
+    before = witness()
+    yield
+    assert changes(before, witness()) == []
+
+
+@pytest.fixture(scope="module")
+def outside(untouched: None) -> Iterator[tuple[Lab, Internet]]:
     """What the machine is connected to."""
     if os.getuid() != 0 or shutil.which("systemd-nspawn") is None or shutil.which("debootstrap") is None:
         pytest.fail("needs root, systemd-nspawn and debootstrap: make setup-system")

@@ -38,15 +38,17 @@ _PACKAGES = (
     *("systemd", "systemd-sysv", "dbus", "libpam-systemd", "kmod", "procps", "ca-certificates", "curl"),
     *("bubblewrap", "iproute2", "libseccomp2", "nftables", "python3", "python3-nftables", "python3-systemd"),
 )
-# systemd-sysctl would write to the /proc/sys of the whole machine, whose kernel this is.
+# systemd-sysctl would write to the /proc/sys of the whole machine, whose kernel this is, if it could.
 _MASKED = ("systemd-sysctl.service", "sys-kernel-debug.mount", "sys-kernel-tracing.mount")
-# What systemd-nspawn covers of /proc is uncovered, since a machine's is not covered either: the kernel
-# refuses a new /proc in a user namespace, which every sandbox needs, where part of the old one is hidden
-# (mount_too_revealing in fs/namespace.c). Only after process 1 has begun, which would set fs.file-max for
-# the whole machine if it could.
-_UNCOVER_UNIT = """\
+# The kernel refuses a new /proc in a user namespace, which every sandbox needs, unless one is to be seen of
+# which nothing is covered (mount_too_revealing in fs/namespace.c). What systemd-nspawn covers stays covered:
+# /proc/sys but for net is the whole machine's. So the other one stands where nobody looks. Only the machine's
+# word for its boot is uncovered: units with a /proc of their own (MountAPIVFS= in systemd.exec(5), which
+# ProtectControlGroups= implies) would read another one.
+_SECOND_PROC = "/run/second-proc"
+_SECOND_PROC_UNIT = f"""\
 [Unit]
-Description=An ordinary /proc
+Description=A /proc of which nothing is covered
 DefaultDependencies=no
 Before=sysinit.target systemd-journald.service
 
@@ -55,17 +57,9 @@ Type=oneshot
 RemainAfterExit=yes
 StandardOutput=null
 StandardError=null
-ExecStart=/usr/local/sbin/uncover
-"""
-# More than once: what lies under a cover may be covered itself, and is reached only when the first is off.
-_UNCOVER = """\
-#!/bin/sh
-for _ in 1 2 3 4 5; do
-    tac /proc/self/mounts | while read -r _ place _; do
-        case $place in /proc/*) umount -l "$place" ;; esac
-    done
-done 2>/dev/null
-! grep -q ' /proc/' /proc/self/mounts
+ExecStart=/bin/mkdir -p -m 700 {_SECOND_PROC}
+ExecStart=/bin/mount -t proc proc {_SECOND_PROC}/proc --mkdir
+ExecStart=/bin/sh -c 'while umount -l /proc/sys/kernel/random/boot_id; do :; done; true'
 """
 _BOOT_WITHIN, _OFF_WITHIN = 90.0, 90.0  # seconds
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -134,9 +128,8 @@ class Container:
         options = f"lowerdir={tree},upperdir={over},workdir={work}"
         self.lab.run(["mount", "-t", "overlay", "overlay", "-o", options, self.root]).check()
         units = "etc/systemd/system"
-        self.write(f"{units}/uncover.service", _UNCOVER_UNIT)
-        self.write("usr/local/sbin/uncover", _UNCOVER, mode=0o755)
-        self.link(f"{units}/sysinit.target.wants/uncover.service", "../uncover.service")
+        self.write(f"{units}/second-proc.service", _SECOND_PROC_UNIT)
+        self.link(f"{units}/sysinit.target.wants/second-proc.service", "../second-proc.service")
         for masked in _MASKED:
             self.link(f"{units}/{masked}", "/dev/null")
         self.write("etc/resolv.conf", f"nameserver {topology.DNS4}\n")

@@ -68,5 +68,16 @@ def test_the_vagrantfile_is_ruby() -> None:
 
 @pytest.mark.skipif(shutil.which("vagrant") is None, reason="no vagrant")
 def test_vagrant_finds_nothing_wrong(tmp_path: Path) -> None:
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "VAGRANT_CWD": str(VAGRANTFILE.parent)}
-    subprocess.run(["vagrant", "validate", "--ignore-provider"], env=environment, check=True)
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(tmp_path),
+        "VAGRANT_HOME": str(tmp_path / "home"),
+        "VAGRANT_DOTFILE_PATH": str(tmp_path / "machines"),
+        "VAGRANT_CWD": str(VAGRANTFILE.parent),
+        "VAGRANT_CHECKPOINT_DISABLE": "1",
+    }
+    argv = ["unshare", "--net", "vagrant", "validate", "--ignore-provider"]
+    judged = subprocess.run(argv, env=environment, check=False, capture_output=True, text=True)
+    assert (judged.returncode, judged.stderr) == (0, "")
+    assert "Vagrantfile validated successfully" in judged.stdout
+    assert not Path(VAGRANTFILE.parent, ".vagrant").exists()

@@ -15,7 +15,7 @@ import fcntl
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any, Generic, TypeVar
@@ -124,6 +124,8 @@ class Channel(Generic[R]):
 
     def __init__(self, sock: socket.socket, receives: Any) -> None:
         self.socket = sock
+        self.descriptors = True  # False: whatever is sent along leads nowhere, see `only_namespaces`
+        self.throw_away: Callable[[int], None] | None = None  # see `only_namespaces`
         self._encoder = msgspec.json.Encoder(enc_hook=str)
         self._decoder: msgspec.json.Decoder[R] = msgspec.json.Decoder(receives, dec_hook=decode_address)
 
@@ -146,8 +148,11 @@ class Channel(Generic[R]):
     def receive(self) -> Received[R]:
         """The next message. EOFError at the end; BlockingIOError if the socket is non-blocking and
         empty; ProtocolError for anything that is not a whole, known, well-formed message."""
-        data, ancillary, flags, _ = self.socket.recvmsg(MAX_MESSAGE, _DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
-        descriptors = _descriptors(ancillary)
+        room = _DESCRIPTORS if self.descriptors else 0
+        data, ancillary, flags, _ = self.socket.recvmsg(MAX_MESSAGE, room, socket.MSG_CMSG_CLOEXEC)
+        descriptors = [self._let_in(descriptor) for descriptor in _descriptors(ancillary)]
+        if not room and flags & socket.MSG_CTRUNC:  # there was one; without room for it the kernel let it go
+            flags, descriptors = flags & ~socket.MSG_CTRUNC, [_nowhere()]
         try:
             message = self._decode(data, flags, len(descriptors))
         except BaseException:
@@ -155,6 +160,21 @@ class Channel(Generic[R]):
                 os.close(descriptor)
             raise
         return Received(message, descriptors[0] if descriptors else None)
+
+    def only_namespaces(self, throw_away: Callable[[int], None]) -> None:
+        """Take in no descriptor but of a namespace; instead of another one, one that leads nowhere.
+
+        The other end may be anybody, and close(2) of a file waits for who serves its file system: with FUSE
+        that is anybody, too, and not even SIGKILL ends the wait (fuse_flush, request_wait_answer). So what
+        came goes to `throw_away`, which must not close it in a thread that has something else to do.
+        """
+        self.throw_away = throw_away
+
+    def _let_in(self, descriptor: int) -> int:
+        if self.throw_away is None or _is_namespace(descriptor):
+            return descriptor
+        self.throw_away(descriptor)
+        return _nowhere()
 
     def decode(self, data: bytes, flags: int = 0) -> R:
         """A message that was received without room for descriptors; `flags` of recvmsg(2). Raises as
@@ -175,6 +195,20 @@ class Channel(Generic[R]):
         if descriptors != int(expected) and not optional:
             raise ProtocolError(f"{type(message).__name__} came with {descriptors} descriptors")
         return message
+
+
+def _is_namespace(descriptor: int) -> bool:
+    """By the name that only a file of nsfs has (ns_dname in fs/nsfs.c), so that no file system is asked
+    anything. A file's own path begins with a slash."""
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}").startswith("net:[")  # noqa: PTH115 -- no path
+    except OSError:
+        return False
+    return name.startswith("net:[")
+
+
+def _nowhere() -> int:
+    return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:

@@ -123,6 +123,7 @@ class Monitor:
             said = dict(attributes(event.body[4:]))
             self._open.generation = _u32(said.get(1, bytes(4)))
             name = said.get(3, b"").rstrip(b"\0").decode("utf-8", "replace")
+            name = name if name.isprintable() else ascii(name)[1:-1]  # of its own choice, and shown to people
             self._open.process = f"{name} (pid {_u32(said.get(2, bytes(4)))})"
             news.batches.append(self._open)
             self._open = Batch()

@@ -56,6 +56,12 @@ _NEEDED: tuple[tuple[str, str, str], ...] = (
         "add table inet probe; add chain inet probe c; add rule inet probe c ct count over 1 drop",
         "CONFIG_NFT_CONNLIMIT (modprobe nft_connlimit)",
     ),
+    (
+        "asking for a route in a rule",
+        "add table inet probe; add chain inet probe c { type filter hook prerouting priority 0; };"
+        " add rule inet probe c fib daddr . mark oif missing drop",
+        "CONFIG_NFT_FIB_INET, CONFIG_NFT_FIB_IPV6 (modprobe nft_fib_inet)",
+    ),
 )
 
 

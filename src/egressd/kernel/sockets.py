@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import select
 import socket
 import struct
 from collections.abc import Collection, Iterator
@@ -22,7 +23,7 @@ from egressd.kernel.netlink import ACK, NETFILTER, REQUEST, attribute, enlarge
 from egressd.model.errors import KernelError
 from egressd.ruleset import layout
 
-__all__ = ["NAMES", "misfit", "open_all", "open_ended", "open_flows", "open_log"]
+__all__ = ["NAMES", "misfit", "open_all", "open_ended", "open_flows", "open_log", "refresh"]
 
 DNS_PORT = 53
 _BACKLOG = 1024
@@ -35,6 +36,8 @@ _COPY_BYTES = 256  # headers and the beginning of the payload
 _LOG_BUFFER, _QUESTIONS_BUFFER, _FLOWS_BUFFER = 8 << 20, 4 << 20, 32 << 20
 _SOL_NETLINK, _ADD_MEMBERSHIP, _LIST_MEMBERSHIPS = 270, 1, 9  # linux/socket.h, linux/netlink.h
 _SIOCGSKNS = 0x894C  # linux/sockios.h: a descriptor of a socket's network namespace
+_SO_LOCK_FILTER = 44  # asm-generic/socket.h
+_IP_MINTTL, _IPV6_MINHOPCOUNT = 21, 73  # linux/in.h, linux/in6.h
 _CAP_VERSION_3, _CAP_NET_ADMIN = 0x20080522, 12  # linux/capability.h
 _ENDED_CONNECTIONS = 3  # NFNLGRP_CONNTRACK_DESTROY (linux/netfilter/nfnetlink.h)
 
@@ -75,8 +78,12 @@ def open_all(*, but: Collection[str] = ()) -> dict[str, socket.socket]:
 
 def _open(name: str) -> socket.socket:
     if name in _PLACES:
-        return _bound(_PLACES[name])
-    return {"nflog": open_log, "flows": open_flows, "ended": open_ended}[name]()
+        sock = _bound(_PLACES[name])
+    else:
+        sock = {"nflog": open_log, "flows": open_flows, "ended": open_ended}[name]()
+    # It outlives who is handed it: a filter of theirs would keep what they like from all who come after.
+    sock.setsockopt(socket.SOL_SOCKET, _SO_LOCK_FILTER, 1)
+    return sock
 
 
 def _bound(place: _Place) -> socket.socket:
@@ -120,9 +127,45 @@ def misfit(name: str, sock: socket.socket) -> str:
     try:
         if _namespace(sock) != namespaces.own_identity():
             return "it lives in another network namespace"
-        return _unlike(sock, _PLACES[name]) if name in _PLACES else _unheard(name, sock)
+        found = _unlike(sock, _PLACES[name]) if name in _PLACES else _unheard(name, sock)
+        return found or _deafened(sock)
     except OSError as error:
         return f"the kernel does not say what it is: {error.strerror}"
+
+
+def _deafened(sock: socket.socket) -> str:
+    """What whoever had it could do to it without any right, to keep something from all who come after."""
+    if not sock.getsockopt(socket.SOL_SOCKET, _SO_LOCK_FILTER):
+        return "there may be a filter in it"
+    if sock.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16).strip(b"\0"):
+        return "it hears one device alone"
+    if sock.family != socket.AF_NETLINK and sock.getsockopt(*_least_hops(sock)):
+        return "it hears its neighbours alone"
+    watch = select.poll()
+    watch.register(sock, select.POLLRDHUP)
+    if any(events & select.POLLRDHUP for _, events in watch.poll(0)):
+        return "it is shut down"
+    try:
+        peer = sock.getpeername()
+    except OSError:  # ENOTCONN
+        return ""
+    return "" if peer == (0, 0) else "it hears one peer alone"  # (0, 0): netlink's word for nobody
+
+
+def _least_hops(sock: socket.socket) -> tuple[int, int]:
+    if sock.family == socket.AF_INET6:
+        return socket.IPPROTO_IPV6, _IPV6_MINHOPCOUNT
+    return socket.IPPROTO_IP, _IP_MINTTL
+
+
+def refresh(name: str, sock: socket.socket) -> None:
+    """Queues as long as those of a new one: whoever had it may have shortened them."""
+    if name not in _PLACES:
+        enlarge(sock, _LOG_BUFFER if name == "nflog" else _FLOWS_BUFFER)
+    elif _PLACES[name].kind == socket.SOCK_STREAM:
+        sock.listen(_BACKLOG)
+    else:
+        enlarge(sock, _QUESTIONS_BUFFER)
 
 
 def _namespace(sock: socket.socket) -> namespaces.Identity:
@@ -224,16 +267,16 @@ def open_ended() -> socket.socket:
 def _without_net_admin() -> Iterator[None]:
     """This thread, for a moment (capset(2)); it stays permitted. KernelError if it cannot be."""
     libc = ctypes.CDLL(None, use_errno=True)
-    header, had, less = (ctypes.c_uint32 * 2)(_CAP_VERSION_3, 0), (ctypes.c_uint32 * 6)(), None
-    if libc.capget(header, had) == 0:
-        less = (ctypes.c_uint32 * 6)(*had)
-        less[0] &= ~(1 << _CAP_NET_ADMIN)  # the effective set; permitted and inheritable follow it
-    if less is None or libc.capset(header, less) != 0:
+    header, had = (ctypes.c_uint32 * 2)(_CAP_VERSION_3, 0), (ctypes.c_uint32 * 6)()
+    refused = libc.capget(header, had)
+    less = (ctypes.c_uint32 * 6)(*had)
+    less[0] &= ~(1 << _CAP_NET_ADMIN)  # the effective set
+    if refused or libc.capset(header, less):
         raise KernelError(f"CAP_NET_ADMIN cannot be put aside: {os.strerror(ctypes.get_errno())}")
     try:
         yield
     finally:
-        if libc.capset(header, had) != 0:
+        if libc.capset(header, had):
             raise KernelError(f"CAP_NET_ADMIN cannot be taken up again: {os.strerror(ctypes.get_errno())}")
 
 

@@ -25,7 +25,7 @@ from egressd.kernel.nft import Nft
 from egressd.model.errors import KernelError
 from egressd.model.identities import Link
 
-__all__ = ["Addresses", "Make", "Stencils", "printed"]
+__all__ = ["Addresses", "Make", "Mould", "Stencils", "Values", "fill", "mould", "printed"]
 
 Make = Callable[[Link], Sequence[str]]  # nft syntax for a link
 Addresses = Callable[[Link], tuple[IPv4Address, IPv6Address]]
@@ -45,7 +45,7 @@ _FLAGS[_SUBSYSTEM | 6] = CREATE | _NLM_F_APPEND  # NFT_MSG_NEWRULE
 _PLAIN = {_SUBSYSTEM | kind for kind in (2, 5, 8, 11, 14, 20)}  # NFT_MSG_DEL*
 
 
-class _Values(NamedTuple):
+class Values(NamedTuple):
     """What differs from link to link."""
 
     name: bytes
@@ -53,7 +53,7 @@ class _Values(NamedTuple):
     address6: bytes
 
     @classmethod
-    def of(cls, link: Link, addresses: Addresses) -> _Values:
+    def of(cls, link: Link, addresses: Addresses) -> Values:
         address4, address6 = addresses(link)
         return cls(link.device.encode(), address4.packed, address6.packed)
 
@@ -66,7 +66,7 @@ class _Leaf:
     pieces: tuple[bytes | int, ...]
     padded: bool
 
-    def fill(self, values: _Values) -> bytes:
+    def fill(self, values: Values) -> bytes:
         data = b"".join(values[piece] if isinstance(piece, int) else piece for piece in self.pieces)
         return attribute(self.kind, data.ljust(_IFNAMSIZ, b"\0") if self.padded else data)
 
@@ -76,14 +76,22 @@ class _Nest:
     kind: int
     inside: tuple[_Part, ...]
 
-    def fill(self, values: _Values) -> bytes:
-        return attribute(self.kind, _fill(self.inside, values))
+    def fill(self, values: Values) -> bytes:
+        return attribute(self.kind, fill(self.inside, values))
 
 
 _Part = bytes | _Leaf | _Nest  # bytes: attributes that are always the same
 
 
-def _fill(parts: Sequence[_Part], values: _Values) -> bytes:
+Mould = tuple[_Part, ...]
+
+
+def mould(data: bytes, values: Values) -> Mould:
+    """Attributes of one link, to be filled with what another link has in place of `values`."""
+    return _merged(_parts(data, values))
+
+
+def fill(parts: Sequence[_Part], values: Values) -> bytes:
     return b"".join(part if isinstance(part, bytes) else part.fill(values) for part in parts)
 
 
@@ -93,8 +101,8 @@ class _Message:
     header: bytes  # struct nfgenmsg
     parts: tuple[_Part, ...]
 
-    def request(self, values: _Values, what: str) -> Request:
-        body = self.header + _fill(self.parts, values)
+    def request(self, values: Values, what: str) -> Request:
+        body = self.header + fill(self.parts, values)
         return Request(self.kind, body, what, _FLAGS.get(self.kind, 0))
 
 
@@ -115,7 +123,7 @@ class Stencils:
         if messages is None:
             messages = self._learn(key, make(_SECOND), addresses)
         self._remember(key, messages)
-        values = _Values.of(link, addresses)
+        values = Values.of(link, addresses)
         return [message.request(values, f"change {link.device}") for message in messages] or None
 
     def forget(self) -> None:
@@ -132,7 +140,7 @@ class Stencils:
         self, first: Sequence[str], second: Sequence[str], addresses: Addresses
     ) -> tuple[_Message, ...]:
         """() if it cannot be learnt."""
-        values, other = _Values.of(_FIRST, addresses), _Values.of(_SECOND, addresses)
+        values, other = Values.of(_FIRST, addresses), Values.of(_SECOND, addresses)
         learnt = tuple(_messages(self._nft.would_send(first), values))
         filled = [message.request(other, "") for message in learnt]
         wanted = [message.request(other, "") for message in _messages(self._nft.would_send(second), None)]
@@ -162,12 +170,12 @@ def _numbers(requests: Sequence[Request]) -> list[bytes]:
     return [said[_SET_ID] for said in made if _SET_ID in said]
 
 
-def _messages(text: str, values: _Values | None) -> Iterator[_Message]:
+def _messages(text: str, values: Values | None) -> Iterator[_Message]:
     for kind, body in printed(text):
         yield _Message(kind, body[:4], _merged(_parts(body[4:], values)))
 
 
-def _parts(data: bytes, values: _Values | None) -> Iterator[_Part]:
+def _parts(data: bytes, values: Values | None) -> Iterator[_Part]:
     at = 0
     while at + 4 <= len(data):
         length, kind = struct.unpack_from("=HH", data, at)
@@ -176,13 +184,13 @@ def _parts(data: bytes, values: _Values | None) -> Iterator[_Part]:
             inside = _merged(_parts(value, values))
             fixed = all(isinstance(part, bytes) for part in inside)
             nest = _Nest(kind, inside)
-            yield nest.fill(_Values(b"", b"", b"")) if fixed else nest
+            yield nest.fill(Values(b"", b"", b"")) if fixed else nest
         else:
             yield _leaf(kind, value, values)
         at += (length + 3) & ~3
 
 
-def _leaf(kind: int, value: bytes, values: _Values | None) -> _Part:
+def _leaf(kind: int, value: bytes, values: Values | None) -> _Part:
     if values is None:
         return attribute(kind, value)
     padded = len(value) == _IFNAMSIZ and value.rstrip(b"\0") == values.name

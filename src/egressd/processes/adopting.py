@@ -6,7 +6,7 @@ tables go, and with them what the run directory remembers of them; each sandbox 
 is kept for the record (unrecorded.py).
 
 The run directory is root's, but controller/ in it is not: whoever has the controller's account can put
-anything there. Root goes into it by descriptor, follows no link, and believes no number that it reads.
+anything there. Root makes it its own before it looks (left_behind.py), and believes no number that it reads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import hashlib
 import os
 import socket
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,8 @@ from egressd.kernel.namespaces import Identity
 from egressd.kernel.nft import Nft
 from egressd.model.errors import KernelError
 from egressd.model.identities import Link
-from egressd.processes.remembered import forget
+from egressd.processes.left_behind import clear, taken_back
+from egressd.processes.remembered import OF_A_GATEWAY
 from egressd.processes.unrecorded import Happening, Plain
 from egressd.ruleset import build, diff, observe
 from egressd.ruleset.build import Desired
@@ -40,6 +41,7 @@ __all__ = [
     "Gateway",
     "asleep",
     "clean",
+    "disown",
     "doubt",
     "empty",
     "guarded",
@@ -53,6 +55,7 @@ _STATE = "gateway.json"
 _LAYOUT = 1  # raise it when a gateway of before cannot be taken over although its base ruleset is the same
 _LEASES = "leases"
 _LEASE_BYTES = 1 << 16
+_MOST_LEASES = 4096  # that are believed without a link: a file is made faster than a sandbox
 
 
 class Gateway(Struct, frozen=True, forbid_unknown_fields=True):
@@ -159,10 +162,11 @@ class _Lease(Struct):
 
 def lost(directory: Path, present: Iterable[Link], nft: Nft | None, *, why: str) -> list[Happening]:
     """A record for each link that is in the gateway or leased: whose it was, and what it has counted."""
-    leases = {Link(lease.link): lease for lease in _leases(directory)}
+    present = set(present)
+    leases = _leases(directory, present)
     counts = _counts(nft)
     found = []
-    for link in sorted({*present, *leases}):
+    for link in sorted({*present, *leases.keys()}):
         lease = leases.get(link)
         fields: dict[str, Plain] = {"link": link.device, "why": why}
         fields["workspace"] = lease.workspace if lease else "unknown"
@@ -189,11 +193,23 @@ def _numbers(counts: LinkCounts | None) -> dict[str, Plain]:
     return numbers
 
 
-def _leases(directory: Path) -> Iterator[_Lease]:
-    with suppress(OSError), _opened(directory / "controller" / _LEASES) as leases:
-        for name in sorted(os.listdir(leases)):  # noqa: PTH208 -- by descriptor
-            with suppress(OSError, msgspec.DecodeError):
-                yield msgspec.json.decode(_contents(name, leases), type=_Lease)
+def _leases(directory: Path, present: Collection[Link]) -> dict[Link, _Lease]:
+    found: dict[Link, _Lease] = {}
+    with (
+        suppress(OSError),
+        taken_back(directory / "controller") as own,
+        taken_back(_LEASES, below=own) as place,
+    ):
+        names = (Path(name) for name in os.listdir(place))  # noqa: PTH208 -- by descriptor
+        links = sorted(link for name in names if (link := Link.of_device(name.stem)) is not None)
+        alone = [link for link in links if link not in present]
+        for link in (*present, *alone[:_MOST_LEASES]):
+            # RecursionError: it is nested deeply; ValueError: it is no text
+            with suppress(OSError, ValueError, RecursionError):
+                lease = msgspec.json.decode(_contents(f"{link.device}.json", place), type=_Lease)
+                if lease.link == link.number:
+                    found[link] = lease
+    return found
 
 
 def _contents(name: str, directory: int) -> bytes:
@@ -217,12 +233,17 @@ def _opened(directory: Path) -> Iterator[int]:
 # ---- what is left lying about
 
 
+def disown(directory: Path) -> None:
+    """It is not adopted from here on, whatever happens before it has begun anew."""
+    (directory / _STATE).unlink(missing_ok=True)
+
+
 def empty(directory: Path) -> None:
     """Nothing in the run directory is of this gateway: it is gone, or about to begin anew."""
-    (directory / _STATE).unlink(missing_ok=True)
-    own = directory / "controller"
-    forget(own)
-    _remove(own / _LEASES)
+    disown(directory)
+    with suppress(FileNotFoundError), taken_back(directory / "controller") as own:
+        for name in (*OF_A_GATEWAY, _LEASES):
+            clear(name, below=own)
 
 
 def clean(directory: Path, state: Path) -> list[str]:

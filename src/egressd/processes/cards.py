@@ -73,7 +73,8 @@ CARDS: dict[str, Card] = {
             user="custody",
             namespace=Namespace.HOST,
             capabilities=frozenset({Capability.NET_ADMIN}),
-            reads="nothing: the kernel's word of changes to the host's network",
+            # From the gateway it hears of connections that ended, over a socket that can say nothing there.
+            reads="nothing: the kernel's word of changes to the host's network, and of connections' ends",
             does="puts the host's side back when somebody flushes it; nothing waits for it",
         ),
         Card(

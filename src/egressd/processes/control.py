@@ -14,6 +14,7 @@ import errno
 import logging
 import os
 import socket
+import threading
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
@@ -48,8 +49,10 @@ log = logging.getLogger("controller")
 
 MAX_CLIENTS = 8192
 MAX_CLIENTS_PER_USER = 4096
-MAX_IDLE_PER_USER = 512  # connections without a sandbox; a spawn holds one for a tenth of a second
+# Connections without a sandbox. A spawn holds one for a tenth of a second, and a thousand may begin at once.
+MAX_IDLE_PER_USER = 1024
 MAX_PENDING = 4  # requests of one client waiting for their turn; ours wait for each answer
+MAX_THROWN_AWAY = 4  # descriptors of one account that were no namespaces, and do not let us close them
 MAX_KNOWN = 256  # networks that a sandbox is told about, each a comparison for every packet to a stranger
 MAX_PROOFS_PER_USER = 32  # asked for; one of them is being made
 PROOFS_AT_ONCE = 2  # as many as the auditor makes (proving.Prover); each reads a journal
@@ -82,6 +85,8 @@ class ControlSocket:
         self.clients: dict[Peer, Client] = {}
         self._per_user: collections.Counter[int] = collections.Counter()
         self._idle: collections.Counter[int] = collections.Counter()
+        self._thrown_away: collections.Counter[int] = collections.Counter()
+        self._awaited: frozenset[int] = frozenset()  # accounts that leases waited for at the start
         self._listener = listener
         self._proofs = Turns("proofs", at_once=PROOFS_AT_ONCE, most=MAX_PROOFS_PER_USER)
         self._admins = {0, os.getuid()}
@@ -96,9 +101,11 @@ class ControlSocket:
 
     def recall(self) -> None:
         """Of sandboxes that wait to be resumed, what is not every member's to know."""
-        for link, away in self.controller.away.items():
-            if away.said.request:
-                self.testifying.recall(link, away.sandbox.caller.uid)
+        away = self.controller.away
+        self._awaited = frozenset(each.sandbox.caller.uid for each in away.values())
+        for link, each in away.items():
+            if each.said.request:
+                self.testifying.recall(link, each.sandbox.caller.uid)
 
     def listen(self) -> None:
         self.recall()
@@ -135,6 +142,8 @@ class ControlSocket:
             _turn_away(sock)
             return
         peer = Peer(sock, messages.FROM_CLIENT, handler=self._heard, gone=self._gone, reads=MAX_PENDING)
+        peer.channel.only_namespaces(lambda descriptor: self._throw_away(descriptor, uid))
+        peer.channel.descriptors = bool(self.controller.away) and self._may_hand_over(uid)
         self.clients[peer] = Client(caller)
         self._per_user[uid] += 1
         self._idle[uid] += 1
@@ -145,6 +154,28 @@ class ControlSocket:
             return False
         away = sum(1 for away in self.controller.away.values() if away.sandbox.caller.uid == uid)
         return self._idle[uid] >= MAX_IDLE_PER_USER + away
+
+    # ---- descriptors: from members alone, and from those whose leases wait
+
+    def _may_hand_over(self, uid: int) -> bool:
+        return uid in self._awaited and self._thrown_away[uid] < MAX_THROWN_AWAY
+
+    def _throw_away(self, descriptor: int, uid: int) -> None:
+        """See `Channel.only_namespaces`. Who makes us wait too often hands nothing over any more."""
+        loop = asyncio.get_running_loop()
+
+        def close() -> None:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(self._thrown_away.subtract, (uid,))
+
+        self._thrown_away[uid] += 1
+        threading.Thread(target=close, daemon=True).start()
+        if self._thrown_away[uid] >= MAX_THROWN_AWAY:
+            for peer, client in self.clients.items():
+                if client.caller.uid == uid:
+                    peer.channel.descriptors = False
 
     def _gone(self, peer: Peer, why: str) -> None:
         client = self.clients.pop(peer, None)
@@ -221,6 +252,7 @@ class ControlSocket:
         if not self.controller.settled.is_set():
             raise Refused(Reason.UNAVAILABLE, "the warden has just started; try again in a moment")
         client.policy = policy
+        peer.channel.descriptors = self._thrown_away[client.caller.uid] < MAX_THROWN_AWAY
         peer.send(self._terms(policy))
 
     def _policy_for(self, caller: Caller, workspace: str) -> Policy:

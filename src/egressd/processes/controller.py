@@ -594,6 +594,8 @@ class Controller:
         """What the directory says at the start. The warden hears of it when it is connected."""
         wanted, self.problems, registry = await self._read()
         await self._take_over()
+        if self.control is not None:
+            self.control.recall()  # before any of them is closed
         self._record_registry(registry, "start")
         held, gone = self._recall_names(wanted, registry)
         allocation, wants = self._numbered(wanted, held)
@@ -845,7 +847,9 @@ class Controller:
                 await peer.ask(_bind(peer.next_request(), sandbox))
 
     def save_lease(self, sandbox: Sandbox, said: Said) -> None:
-        """Refused where it cannot be written: it would end with us."""
+        """Refused where it cannot be written: it would end with us. One that is closed has none any more."""
+        if sandbox.link not in self.leases.by_link:
+            return
         try:
             self.lease_files.write(sandbox, said)
         except OSError as error:

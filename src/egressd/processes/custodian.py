@@ -1,6 +1,7 @@
 """custodian: keeps the host's side of the way out as the foundation made it.
 
-    python -m egressd.processes.custodian --fd supervisor=N --fd controller=N --uid N --gid N --config-json J
+    python -m egressd.processes.custodian --fd supervisor=N --fd controller=N --fd ended=N --uid N --gid N
+        --config-json J
 
 Somebody flushes the host's firewall, takes addresses from egressd's device, switches forwarding off, moves
 the default route to another device: approved traffic would fail until `egressd --mend`. It hears of that from
@@ -10,6 +11,9 @@ has the rights that it has. Nothing waits for it, and without it everything that
 
 Who fights it is not fought: what is put right again and again waits ever longer, up to a minute, and that is
 told once. A look takes time where a host has many routes; it rests five times as long as the last one took.
+
+It also has the host forget the connections of sandboxes that have ended (kernel/orphans.py), of which the
+gateway tells it over a socket that can say nothing there.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ from egressd.kernel import netlink
 from egressd.kernel.monitor import Monitor
 from egressd.kernel.netlink import Netlink
 from egressd.kernel.nft import Nft
+from egressd.kernel.orphans import Departures
 from egressd.kernel.routing import Tables
 from egressd.model.errors import EgressdError, KernelError, ProtocolError
 from egressd.processes import hostside
@@ -47,6 +52,9 @@ _REST = 5.0  # times as long as the last look took
 _SHORTEST = 0.05  # seconds between two looks
 _TEXT = 2048  # characters of what was found
 _UNTOLD = 16  # reports that wait for a controller
+_PAUSE = 0.1  # seconds for connections to end in, between two looks at which did
+_ENDS = 1000  # of them dealt with before anything else has its turn: twenty milliseconds
+_SAID = 60.0  # seconds in which what was lost is told once
 
 
 @dataclass(slots=True)
@@ -176,10 +184,50 @@ class Custodian:
 
 
 @dataclass(slots=True)
+class Farewell:
+    """Has the host forget what has ended in the gateway, soon and in small portions."""
+
+    departures: Departures
+    _not_before: float = 0.0  # monotonic seconds
+    _say_after: float = 0.0
+    _lost: int = 0
+
+    @property
+    def waits(self) -> float:
+        """Seconds until it looks again, if there is anything."""
+        return max(0.0, self._not_before - time.monotonic())
+
+    def look(self) -> None:
+        """Never raises, never waits."""
+        if self.waits:
+            return
+        try:
+            count = self.departures.forget(_ENDS)
+        except (EgressdError, OSError) as error:
+            self._say(f"the host does not forget connections that have ended: {error}")
+            count = 1
+        if self.departures.lost > self._lost:
+            self._lost = self.departures.lost
+            self._say(
+                "more connections ended at once than could be told of: what they left in the host's table"
+                " stays for two hours, or until `egressd --mend`"
+            )
+        if 0 < count < _ENDS:
+            self._not_before = time.monotonic() + _PAUSE
+
+    def _say(self, text: str) -> None:
+        now = time.monotonic()
+        if now >= self._say_after:
+            self._say_after = now + _SAID
+            log.warning("%s", text)
+
+
+@dataclass(slots=True)
 class Loop:
     """poll(2) over the kernel's notifications, the supervisor, and the controller that is told."""
 
     custodian: Custodian
+    farewell: Farewell
     supervisor: Channel[messages.TO_CHILD]
     controller: Channel[None] | None = None
     beat: float = 0.0
@@ -201,6 +249,7 @@ class Loop:
         if self.supervisor in self._wait() and not self._supervised():
             return False
         self.custodian.hear()
+        self.farewell.look()
         now = time.monotonic()
         tick = now - self.ticked >= _TICK
         self.custodian.look(tick=tick)
@@ -214,10 +263,14 @@ class Loop:
         return True
 
     def _wait(self) -> list[Any]:
-        pause = min(self.custodian.waits, _TICK)
+        pause, rest = min(self.custodian.waits, _TICK), self.farewell.waits
+        sources: list[Any] = [self.custodian.monitor.tables, self.custodian.monitor.routing]
+        # left out for a moment: many end together, and are dealt with together
+        sources += [] if rest else [self.farewell.departures.told]
+        pause = min(pause, rest) if rest else pause
         with selectors.PollSelector() as selector:
             selector.register(self.supervisor, selectors.EVENT_READ)
-            for source in (self.custodian.monitor.tables, self.custodian.monitor.routing):
+            for source in sources:
                 selector.register(source, selectors.EVENT_READ)
             return [key.fileobj for key, _ in selector.select(timeout=max(pause, 0.01))]
 
@@ -257,11 +310,12 @@ def main(arguments: list[str] | None = None) -> int:
     start = begin("custodian", arguments)
     try:
         custodian = Custodian(start.config)
+        farewell = Farewell(Departures(start.take("ended")))
     except EgressdError as error:
         log.error("%s", error)  # noqa: TRY400
         return 1
     supervisor = start.take("supervisor")
-    loop = Loop(custodian, Channel(supervisor, messages.TO_CHILD))
+    loop = Loop(custodian, farewell, Channel(supervisor, messages.TO_CHILD))
     loop.connect(start.take("controller"))
     loop.run()
     return 0

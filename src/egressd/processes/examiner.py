@@ -41,6 +41,7 @@ from egressd.diagnosis.facts import (
 )
 from egressd.diagnosis.findings import SYSCTLS
 from egressd.dns.exchange import Server
+from egressd.ipc.channel import peer_credentials
 from egressd.kernel import netlink, probe, sysctl
 from egressd.kernel.netlink import Netlink
 from egressd.kernel.nft import Nft
@@ -67,15 +68,16 @@ def examine(config_file: Path, run_dir: str | None) -> Facts:
     """`run_dir` None: the configuration's."""
     config, loaded = _config(config_file)
     run_dir = run_dir or config.run_dir
+    supervisor = _supervisor(config, run_dir)
     return Facts(
         uid=os.getuid(),
         software=_software(),
         spawning=_spawning(),
         daemon=_daemon(config, loaded, config_file, run_dir),
         network=_network(config),
-        clock=_clock(config),
+        clock=_clock(config, supervisor),
         sysctls={key: value for key in SYSCTLS if (value := _setting(key)) is not None},
-        descriptors=_descriptors(config),
+        descriptors=_descriptors(supervisor),
     )
 
 
@@ -320,10 +322,13 @@ def _asked(run_dir: str) -> tuple[Trial, tuple[str, ...]]:
     try:
         with Control(run_dir) as control:
             document = control.ask("status")
+        broken = tuple(str(w["workspace"]) for w in document["workspaces"] if w["problem"])
+        enforcing = bool(document["enforcing"])
     except (EgressdError, OSError, ValueError) as error:
         return Trial(False, str(error)[:256]), ()
-    broken = tuple(w["workspace"] for w in document["workspaces"] if w["problem"])
-    return Trial(bool(document["enforcing"]), "" if document["enforcing"] else "it does not enforce"), broken
+    except (LookupError, TypeError) as error:
+        return Trial(False, f"it answers what nobody understands: {error!r}"[:256]), ()
+    return Trial(enforcing, "" if enforcing else "it does not enforce"), broken
 
 
 def _places(config: Config, path: Path) -> Iterator[Place]:
@@ -395,33 +400,38 @@ def _broker() -> Trial | None:
     return Trial(done.returncode == 0, done.stderr.strip()[:512])
 
 
-def _supervisor(config: Config) -> tuple[int, float] | None:
-    """The running daemon's process, and when it took its lock (Unix time). supervisor.alone"""
+def _supervisor(config: Config, run_dir: str) -> tuple[int, float] | None:
+    """The running daemon's process, which listens at the control socket (SO_PEERCRED, unix(7)), and when it
+    took its lock (Unix time). supervisor.alone"""
     lock = Path("/run/egressd", f"{config.gateway}.lock")
-    pid = reading.number(_text(lock))
-    if pid is None or pid < 1 or "egressd" not in (_text(f"/proc/{pid}/cmdline") or ""):
+    try:
+        with Control(run_dir) as control:
+            pid = peer_credentials(control.channel.socket).pid
+        taken = lock.stat().st_mtime
+    except (EgressdError, OSError):
         return None
-    return pid, lock.stat().st_mtime
+    return (pid, taken) if "egressd" in (_text(f"/proc/{pid}/cmdline") or "") else None
 
 
-def _descriptors(config: Config) -> int | None:
-    found = _supervisor(config)
-    return (
-        None if found is None else reading.limit_of(_text(f"/proc/{found[0]}/limits") or "", "Max open files")
-    )
+def _descriptors(supervisor: tuple[int, float] | None) -> int | None:
+    if supervisor is None:
+        return None
+    return reading.limit_of(_text(f"/proc/{supervisor[0]}/limits") or "", "Max open files")
 
 
 # ---- time
 
 
-def _clock(config: Config) -> Clock:
+def _clock(config: Config, supervisor: tuple[int, float] | None) -> Clock:
     newest = 0.0
     with contextlib.suppress(OSError):
         newest = max(
             (path.stat().st_mtime for path in Path(config.state_dir, "journal").iterdir()), default=0.0
         )
     return Clock(
-        synchronised=_synchronised(), stepped=_stepped(config), ahead=round(max(0.0, newest - time.time()), 3)
+        synchronised=_synchronised(),
+        stepped=_stepped(supervisor),
+        ahead=round(max(0.0, newest - time.time()), 3),
     )
 
 
@@ -430,10 +440,9 @@ def _synchronised() -> bool | None:
     return None if state < 0 else bool(state != _TIME_ERROR)
 
 
-def _stepped(config: Config) -> float | None:
+def _stepped(found: tuple[int, float] | None) -> float | None:
     """The daemon wrote its lock when it began. What the wall clock says now of that moment, counted back over
     the time since boot (which no setting of the clock changes), differs by how much the clock was set."""
-    found = _supervisor(config)
     line = "" if found is None else _text(f"/proc/{found[0]}/stat") or ""
     words = line.rpartition(")")[2].split()
     ticks = reading.number(words[19]) if len(words) > 19 else None  # starttime, field 22 of proc(5)

@@ -49,6 +49,7 @@ from egressd.model.identities import Link
 from egressd.processes import adopting, hostside, unrecorded
 from egressd.processes.adopting import Gateway
 from egressd.processes.config import Config
+from egressd.processes.left_behind import clear, taken_back
 from egressd.processes.unrecorded import Happening, Plain
 from egressd.ruleset import build, layout
 from egressd.ruleset.layout import Pools
@@ -135,6 +136,7 @@ def _fitting(held: Mapping[str, int]) -> dict[str, socket.socket]:
             log.warning("the socket %s that was kept cannot be used: %s", name, why)
             sock.close()
         else:
+            sockets.refresh(name, sock)
             found[name] = sock
     return found
 
@@ -142,11 +144,11 @@ def _fitting(held: Mapping[str, int]) -> dict[str, socket.socket]:
 def mend(config: FoundationConfig) -> list[str]:
     """Put the host's side and the gateway's tables in order while the daemon runs: links, ruleset and
     sockets are left to it. KernelError if there is no gateway."""
-    namespace, made = namespaces.pin(config.gateway, directory=config.pins)
+    # Never made here, not for a moment: a start beside us would take it for its own.
+    if not Path(config.pins, config.gateway).exists():
+        raise KernelError(f"there is no gateway {config.gateway!r}; start egressd")
+    namespace, _ = namespaces.pin(config.gateway, directory=config.pins)
     try:
-        if made:
-            namespaces.unpin(config.gateway, directory=config.pins)
-            raise KernelError(f"there is no gateway {config.gateway!r}; start egressd")
         return _secure(namespace) + _host(config) + _forget_orphans(namespace)
     finally:
         os.close(namespace)
@@ -230,7 +232,7 @@ def _found(config: FoundationConfig, nft: Nft, now: Gateway) -> tuple[Observed |
     try:
         found = adopting.standing(nft)
     except (KernelError, ValueError) as error:
-        return None, f"its ruleset cannot be read: {error}"
+        return None, f"its ruleset cannot be read: {str(error)[:512]}"
     why = adopting.doubt(config.run_dir, now) or adopting.asleep(found)
     return None if why else found, why
 
@@ -243,8 +245,7 @@ def _adopted(config: FoundationConfig, nft: Nft, found: Observed) -> list[str]:
 def _anew(config: FoundationConfig, nft: Nft, links: Links, route: Netlink, *, why: str) -> list[str]:
     log.info("gateway %s begins anew: %s", config.gateway, why)
     names = _leave(config, list(links.present()), nft, why=f"begun anew: {why}")
-    begun = Happening("gateway-begun", {"why": why, "links": len(names)})
-    unrecorded.keep(config.state_dir, [begun])
+    _record(config, [Happening("gateway-begun", {"why": why, "links": len(names)})])
     conntrack = Conntrack()
     try:
         route.run([routing.remove_link(name) for name in names])
@@ -260,9 +261,20 @@ def _anew(config: FoundationConfig, nft: Nft, links: Links, route: Netlink, *, w
 def _leave(config: FoundationConfig, links: list[Link], nft: Nft | None, *, why: str) -> list[str]:
     """The devices that are about to go. Those who had them are on record first; then nothing is remembered
     of what they had. A crash in between has them recorded twice."""
-    unrecorded.keep(config.state_dir, adopting.lost(config.run_dir, links, nft, why=why))
+    adopting.disown(config.run_dir)
+    _record(config, adopting.lost(config.run_dir, links, nft, why=why))
     adopting.empty(config.run_dir)
     return [link.device for link in links]
+
+
+def _record(config: FoundationConfig, happenings: list[Happening]) -> None:
+    """What denies comes first: a full disk keeps it from no start, as it does not stop the journal."""
+    try:
+        unrecorded.keep(config.state_dir, happenings)
+    except OSError as error:
+        log.error("what happened cannot be kept for the record: %s", error.strerror)  # noqa: TRY400
+        for happening in happenings:
+            log.warning("%s %s", happening.event, json.dumps(happening.fields))
 
 
 def _settle(route: Netlink, links: Links, live: Collection[Link]) -> list[str]:
@@ -305,7 +317,10 @@ def _host(config: FoundationConfig) -> list[str]:
             )
         hostside.make_table(Nft(), config.pools)
         done, before = hostside.put_right(route, config.pools, uplinks)
-    hostside.write_settings(config.state_dir / _STATE, before)
+    try:
+        hostside.write_settings(config.state_dir / _STATE, before)
+    except OSError as error:
+        log.error("what the host's settings were cannot be kept: %s: %s", error.strerror, before)  # noqa: TRY400
     return done
 
 
@@ -376,15 +391,21 @@ def _dismantle_host(config: FoundationConfig) -> list[str]:
 
 def _dismantle_settings(config: FoundationConfig) -> list[str]:
     # What the custodian changed later; where both have a value, ours was the first.
-    places = (config.run_dir / hostside.CUSTODY, config.state_dir / _STATE)
-    settings = {key: value for place in places for key, value in hostside.kept_settings(place).items()}
-    done = []
+    custody, state = config.run_dir / hostside.CUSTODY, config.state_dir / _STATE
+    settings = hostside.kept_settings(custody) | hostside.kept_settings(state)
+    done, failed = [], []
     for key, value in settings.items():
-        if sysctl.read(key) not in (None, value):
-            sysctl.write(key, value)
-            done.append(f"set {key} back to {value}")
-    for place in places:
-        place.unlink(missing_ok=True)
+        try:
+            if sysctl.read(key) not in (None, value):
+                sysctl.write(key, value)
+                done.append(f"set {key} back to {value}")
+        except (KernelError, OSError) as error:
+            failed.append(str(error))
+    with suppress(FileNotFoundError), taken_back(custody.parent) as place:
+        clear(custody.name, below=place)
+    if failed:
+        raise KernelError("; ".join(failed))
+    state.unlink(missing_ok=True)
     return done
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from egressd.kernel import gateway, sysctl
 from egressd.kernel.netlink import Netlink
 from egressd.kernel.nft import Nft
 from egressd.kernel.routing import Tables
+from egressd.processes import plain_files
 from egressd.ruleset import build, layout
 from egressd.ruleset.layout import Pools
 
@@ -31,6 +33,7 @@ _SETTING = re.compile(
 )
 _VALUE = re.compile("-?[0-9]{1,4}")
 _DOTS = (".", "..")
+_BYTES = 1 << 20  # of such a file; a setting takes 60
 CUSTODY = "custodian/settings.json"  # in run_dir: what the custodian has changed since the start
 
 
@@ -83,15 +86,21 @@ def kept_settings(path: Path) -> dict[str, str]:
     """Nothing but what may have been put there: root writes these into /proc/sys, and the file may be another
     account's."""
     try:
-        found = json.loads(path.read_text())["settings"].items()
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        if not os.path.lexists(path):
+            return {}
+        data = plain_files.contents(lambda: os.open(path, plain_files.FLAGS), limit=_BYTES, large=_large)
+        found = json.loads(data)["settings"].items()
+    except (plain_files.Unreadable, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         log.warning("%s is damaged: settings of the host from before cannot be restored", path)
         return {}
     return {str(key): str(value) for key, value in found if _plausible(str(key), str(value))}
 
 
+def _large(size: int) -> plain_files.Unreadable:
+    return plain_files.Unreadable(f"it has {size} bytes")
+
+
 def _plausible(key: str, value: str) -> bool:
-    sound = _SETTING.fullmatch(key) and _VALUE.fullmatch(value)
+    # A NUL, or half of a character, would be no path at all.
+    sound = key.isprintable() and _SETTING.fullmatch(key) and _VALUE.fullmatch(value)
     return bool(sound) and not set(key.split("/")) & set(_DOTS)

@@ -22,12 +22,13 @@ from msgspec import Struct
 from egressd.ruleset.allocate import Allocation
 from egressd.ruleset.observe import LinkCounts, Tally
 
-__all__ = ["NAMES", "Account", "Remembered", "Retiring", "forget"]
+__all__ = ["NAMES", "OF_A_GATEWAY", "Account", "Remembered", "Retiring"]
 
 Retiring = Literal["retired", "dialled", "replies", "opened"]  # fields of Account
 
 _BOOKS, _NUMBERS, _COUNTED = "books.json", "numbers.json", "counted.json"
 NAMES = "names.jsonl"  # see remembered_names.py
+OF_A_GATEWAY = (_BOOKS, _NUMBERS, _COUNTED, NAMES)  # what goes when its tables begin anew
 
 
 class Account(Struct):
@@ -104,9 +105,3 @@ class Remembered:
         fresh = self._directory / f"{name}.new"
         fresh.write_bytes(msgspec.json.encode(value))
         os.replace(fresh, self._directory / name)  # noqa: PTH105 -- atomic: a crash leaves the old one
-
-
-def forget(directory: Path) -> None:
-    """The gateway's tables have begun anew."""
-    for name in (_BOOKS, _NUMBERS, _COUNTED, NAMES):
-        (directory / name).unlink(missing_ok=True)

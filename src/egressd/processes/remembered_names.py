@@ -137,7 +137,7 @@ class NamesFile:
         for number, line in enumerate(data.splitlines(), 1):
             try:
                 _take(memory, msgspec.json.decode(line), pools)
-            except (ValueError, TypeError, LookupError) as error:
+            except (ValueError, TypeError, LookupError, RecursionError) as error:
                 log.error("%s:%d: %s; the rest is left out", self._path, number, error)  # noqa: TRY400
                 break
         return memory

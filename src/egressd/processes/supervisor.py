@@ -84,6 +84,7 @@ _STOPPED_AFTER = 5.0  # seconds between two looks at the others, where there sho
 _CREDENTIAL = "egressd-journal-key"  # journal_keys.CREDENTIAL, without what that imports
 _CREDENTIAL_BYTES = (1 << 16) + 1  # fits the buffer of a socket; a key has a hundred
 _STOP_WITHIN, _LEAVE_WITHIN = 5.0, 2.0  # seconds for one to end when asked
+_LOCKS = Path("/run/egressd")  # the unit may write here and nowhere else in /run, whatever `run_dir` is
 START_WITHIN = 30.0  # seconds for a process to say that it is ready
 _CLONE_NEWNET = 0x4000_0000  # linux/sched.h
 
@@ -475,7 +476,14 @@ def lay_foundation(
     for name, number in kept.items():
         command += ["--held", f"{name}={number}"]
     passed = [its.fileno(), *kept.values()]
-    process = subprocess.Popen(command, pass_fds=passed, stdin=subprocess.DEVNULL, stdout=2)
+    # Not longer than we: the lock is ours, and whoever has it next is alone.
+    process = subprocess.Popen(
+        command,
+        pass_fds=passed,
+        stdin=subprocess.DEVNULL,
+        stdout=2,
+        preexec_fn=isolation.die_with_parent,  # noqa: PLW1509 -- there is no other thread yet
+    )
     its.close()
     for number in kept.values():
         os.close(number)
@@ -567,11 +575,12 @@ def _handed(data: bytes) -> socket.socket:
 def alone(config: Config) -> Iterator[None]:
     """One egressd per gateway: a second one would begin the first one's tables anew. The lock ends with the
     process that holds it; KernelError names that process."""
-    # The unit may write here and nowhere else in /run, whatever `run_dir` is.
-    path = Path("/run/egressd", f"{config.gateway}.lock")
+    path = _LOCKS / f"{config.gateway}.lock"
     try:
         path.parent.mkdir(mode=0o755, exist_ok=True)
-        lock = path.open("a+")
+        # Nobody else may open it: whoever can, be it for reading, can lock it, too (flock(2)).
+        lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "r+")
+        os.fchmod(lock.fileno(), 0o600)
     except PermissionError as error:
         raise KernelError(f"{path} may not be written: egressd is started as root") from error
     with lock:
@@ -672,7 +681,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _one_shot(config: Config, verb: str, *, debug: bool) -> int:
     command = [sys.executable, "-I", "-m", "egressd.processes.foundation", verb]
     command += ["--debug"] if debug else []
-    return subprocess.run([*command, "--config-json", config.encode()], check=False).returncode
+    command += ["--config-json", config.encode()]
+    return subprocess.run(command, check=False, preexec_fn=isolation.die_with_parent).returncode
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ first auditor that it starts, and removes the file when all of it was handed ove
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Iterable
@@ -41,11 +42,16 @@ def keep(state: Path, happenings: Iterable[Happening]) -> None:
     lines = b"".join(msgspec.json.encode(happening) + b"\n" for happening in happenings)
     if not lines:
         return
+    lines = b"\n" + lines  # where a crash cut off the line before
     state.mkdir(mode=0o755, parents=True, exist_ok=True)
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(state / _FILE, flags, 0o600)
     try:
-        os.write(descriptor, lines)
+        if os.fstat(descriptor).st_size + len(lines) > _MOST:
+            log.error("%s is too large: what stood in it is not in the journal", state / _FILE)
+            os.ftruncate(descriptor, 0)
+        if os.write(descriptor, lines) != len(lines):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), _FILE)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -61,7 +67,7 @@ def kept(state: Path) -> list[Happening]:
     except plain_files.Unreadable as error:
         log.error("%s: %s; what happened meanwhile is not in the journal", path, error)  # noqa: TRY400
         return []
-    return [happening for line in data.splitlines() if (happening := _happening(line)) is not None]
+    return [happening for line in data.splitlines() if line and (happening := _happening(line)) is not None]
 
 
 def forget(state: Path) -> None:

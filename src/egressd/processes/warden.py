@@ -39,6 +39,7 @@ from egressd.ipc import messages
 from egressd.ipc.channel import Channel, Received, payload
 from egressd.kernel import gateway, namespaces, netlink, sysctl
 from egressd.kernel.conntrack import Conntrack
+from egressd.kernel.dumps import Dumps
 from egressd.kernel.eraser import Eraser
 from egressd.kernel.ledger import Ledger
 from egressd.kernel.links import Links
@@ -47,6 +48,8 @@ from egressd.kernel.namespaces import Identity
 from egressd.kernel.netlink import Netlink, NetlinkError
 from egressd.kernel.nft import Nft
 from egressd.kernel.routing import Device
+from egressd.kernel.spellings import Spellings
+from egressd.kernel.tallies import Tallies
 from egressd.model.errors import EgressdError, KernelError, ProtocolError, Refused
 from egressd.model.identities import Link
 from egressd.model.verdicts import Reason
@@ -161,8 +164,9 @@ class Warden:
         """`forbidden`: namespaces that are nobody's sandbox, beside the gateway itself."""
         self.pools, self.auditing = pools, auditing or Auditing("warden")
         self._forbidden = frozenset(forbidden)
-        self._route = Netlink(netlink.ROUTE)
-        self._nft, self._conntrack = Nft(), Conntrack()
+        self._route, self._dumps = Netlink(netlink.ROUTE), Dumps()
+        self._spellings = Spellings(self._dumps)
+        self._nft, self._conntrack, self._tallies = Nft(), Conntrack(), Tallies(self._dumps)
         self._eraser = Eraser(pools)
         self.monitor = Monitor(ignore=(self._route.port, self._eraser.port))
         self._ledger = Ledger(self._nft, self.monitor)
@@ -180,7 +184,7 @@ class Warden:
 
     def while_listing(self, meanwhile: Callable[[], None]) -> None:
         """See `Nft`."""
-        self._nft.meanwhile = meanwhile
+        self._nft.meanwhile = self._dumps.meanwhile = meanwhile
 
     # ---- the controller's connection
 
@@ -597,8 +601,7 @@ class Warden:
         )
 
     def read_counters(self, received: Received[messages.ReadCounters]) -> Reply:
-        counters = observe.counters(self._nft.list_json())
-        return _payload(received.message.request, msgspec.json.encode(counters))
+        return _payload(received.message.request, msgspec.json.encode(self._tallies.read()))
 
     def read_ruleset(self, received: Received[messages.ReadRuleset]) -> Reply:
         if received.message.json:
@@ -606,9 +609,19 @@ class Warden:
         return _payload(received.message.request, self._nft.list_text().encode())
 
     def read_drift(self, received: Received[messages.ReadDrift]) -> Reply:
-        operations = diff.plan(self._observe(), self.standing.desired(self.pools))
-        found = [operation.describe() for operation in operations]
+        found = [operation.describe() for operation in self._differences()]
         return _payload(received.message.request, msgspec.json.encode(found))
+
+    def _differences(self) -> tuple[diff.Operation, ...]:
+        """From what should be; by libnftables only where that cannot be said without."""
+        desired = self.standing.desired(self.pools)
+        if self._spellings.right(desired):
+            return ()
+        generation = self._spellings.generation()
+        operations = diff.plan(self._observe(), desired)
+        if not operations:
+            self._spellings.learn(desired, generation)
+        return operations
 
     def _observe(self) -> Observed:
         return observe.parse(self._nft.list_json(), self._nft.list_chains())

@@ -92,7 +92,7 @@ from egressd.ruleset.wants import Element, NatEntry, WorkspaceWant
 
 __all__ = [
     "DENIALS", "LATE", "LINK_COUNTERS", "OWNER", "Desired", "LinkWant", "base", "desired", "drop_workspace",
-    "host", "link", "marks", "nat", "owner", "unlink", "unreachable", "workspace",
+    "host", "link", "link_objects", "marks", "nat", "owner", "unlink", "unreachable", "workspace",
 ]  # fmt: skip
 
 # Reasons the guard itself denies for. Each has a counter `W_REASON_denied` and a chain `W_REASON`.
@@ -185,7 +185,7 @@ def link(lease: LinkWant, want: WorkspaceWant, pools: Pools) -> list[str]:
     """
     if lease.workspace != want.workspace:
         raise ValueError(f"{lease.link.device} is of workspace {lease.workspace}, not {want.workspace}")
-    return _commands(_link(lease, want, pools), TABLE)
+    return _commands(link_objects(lease, want, pools), TABLE)
 
 
 def unlink(link: Link) -> list[str]:
@@ -300,7 +300,7 @@ def desired(wanted: Desired) -> Objects:
     for lease in wanted.links:
         if lease.workspace not in wanted.wants:
             raise ValueError(f"{lease.link.device}: no workspace {lease.workspace!r}")
-        parts.append(_link(lease, wanted.wants[lease.workspace], wanted.pools))
+        parts.append(link_objects(lease, wanted.wants[lease.workspace], wanted.pools))
     return _together(things, [*parts, _nat(wanted.nat.values())])
 
 
@@ -832,7 +832,8 @@ def _forbidden(network: Network, pools: Pools) -> bool:
 # a link
 
 
-def _link(lease: LinkWant, want: WorkspaceWant, pools: Pools) -> Objects:
+def link_objects(lease: LinkWant, want: WorkspaceWant, pools: Pools) -> Objects:
+    """All of a link's objects; its part of the shared sets as `partial` ones."""
     device, name = lease.link.device, check_workspace(want.workspace)
     things: Objects = {
         _netdev("counter", f"{device}_{part}"): Counter(comment=text) for part, text in _PARTS.items()
@@ -934,7 +935,9 @@ def _guard(lease: LinkWant, name: str, pools: Pools) -> tuple[str, ...]:
         *(_spending(device, admitted) if lease.connections is not None else ()),
         f'{admitted} counter name "{device}_ok" accept',
         denied,
-        f"meta mark vmap {{ {shape} : goto {name}_shape, {unlisted} : goto {name}_unlisted }}",
+        # no set in braces: each would be an object of the kernel's, for each link
+        f"meta mark {shape} goto {name}_shape",
+        f"meta mark {unlisted} goto {name}_unlisted",
         f"goto {name}_source",
     ]
     return tuple(rule for rule in rules if rule)
@@ -945,7 +948,7 @@ def _plain(device: str) -> tuple[str, ...]:
     return (
         f'counter name "{device}_in"',
         # by what the frame says, VLAN tag included, not by what the kernel took it for
-        f'ether type != {{ ip, ip6 }} counter name "{device}_other" drop',
+        f'ether type != ip ether type != ip6 counter name "{device}_other" drop',
         # veth takes marks off only on the way between namespaces (skb_scrub_packet)
         f"meta mark set {_ZERO}",
     )
@@ -1025,6 +1028,18 @@ def _host(pools: Pools) -> Objects:
                 ),
             ),
             (
+                "wayless",
+                Hook("filter", "prerouting", -90, "accept"),
+                # The kernel's own word of that is not enough. TCP hears it, of IPv6, while connect(2) still
+                # holds the socket, and heeds the next one, a second later (tcp_v6_err); a datagram's sender
+                # never does: it is no hard error (icmp_err_convert, tab_unreach).
+                "where the host has no route to, nobody waits for an answer",
+                (
+                    f"{gateway} ct state new fib daddr type != local fib daddr . mark oif missing"
+                    ' counter name "wayless" goto refuse',
+                ),
+            ),
+            (
                 "disguise",
                 Hook("nat", "postrouting", 100, "accept"),
                 "behind an address of the host",
@@ -1060,6 +1075,7 @@ def _host(pools: Pools) -> Objects:
             ("refused", "from a sandbox to the host itself"),
             ("untranslated", "with an address that must not leave the gateway"),
             ("unasked", "towards the gateway, and not an answer"),
+            ("wayless", "to where the host has no route"),
         )
     }
     lifetimes = {"established": IDLE_FOR, "time_wait": CLOSED_FOR}

@@ -17,7 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from ipaddress import ip_address, ip_network
 from typing import Any, TypeAlias, cast
 
-from msgspec import Struct
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from egressd.ruleset.layout import SPENT, TABLE
 from egressd.ruleset.objects import (
@@ -36,7 +37,8 @@ from egressd.ruleset.objects import (
 )
 
 __all__ = [
-    "Counters", "DialCount", "ElementCount", "LinkCounts", "Observed", "Tally", "counters", "parse", "render",
+    "Counters", "DialCount", "ElementCount", "LinkCounts", "Numbers", "Observed", "Tally", "admitting",
+    "counted", "counters", "exact", "parse", "render",
 ]  # fmt: skip
 
 Json: TypeAlias = dict[str, Any]
@@ -475,36 +477,59 @@ _UNLISTED = re.compile(r"(?P<workspace>[a-z][a-z0-9-]*)_unlisted_ok")
 _MAP = re.compile(r"(?P<workspace>[a-z][a-z0-9-]*)_(?:out|cidr)[46]")
 
 
+class Numbers(Struct):
+    """What the kernel counts, by the names it has there; however it was read."""
+
+    named: dict[tuple[str, str], Tally] = field(default_factory=dict)  # (family, counter)
+    quotas: dict[str, tuple[int, int]] = field(default_factory=dict)  # device -> used, bytes
+    budgets: dict[str, int] = field(default_factory=dict)  # device -> connections
+    elements: list[ElementCount] = field(default_factory=list)
+    dialled: list[DialCount] = field(default_factory=list)  # of nobody yet
+    marks: dict[str, dict[int, Tally]] = field(default_factory=dict)  # of `in` and `opened`
+
+
 def counters(listing: Json, *, table: str = TABLE) -> Counters:
     """From `nft -j list ruleset`, or any listing that holds our tables. ValueError if it is no listing."""
-    named: dict[tuple[str, str], Tally] = {}
-    quotas: dict[str, tuple[int, int]] = {}
-    budgets: dict[str, int] = {}
+    numbers = Numbers()
     sets: dict[tuple[str, str], Json] = {}
     for sort, body in _ours(listing, table):
         match sort:
             case "counter":
-                named[body["family"], body["name"]] = Tally(body["packets"], body["bytes"])
+                numbers.named[body["family"], body["name"]] = Tally(body["packets"], body["bytes"])
             case "quota":
-                quotas[body["name"].removesuffix("_quota")] = (body["used"], body["bytes"])
+                numbers.quotas[body["name"].removesuffix("_quota")] = (body["used"], body["bytes"])
             case "limit":
-                budgets[body["name"].removesuffix("_budget")] = body["burst"]
+                numbers.budgets[body["name"].removesuffix("_budget")] = body["burst"]
             case "set" | "map":
                 sets[body["family"], body["name"]] = body
-    guard = {name: tally for (family, name), tally in named.items() if family == "netdev"}
-    after = {name: tally for (family, name), tally in named.items() if family == "inet"}
-    elements = tuple(_element_counts(sets))
+    numbers.elements = list(_element_counts(sets))
+    numbers.dialled = list(_dial_counts(sets))
+    numbers.marks = {name: _by_mark(sets.get(("inet", name), {})) for name in ("in", "opened")}
+    return counted(numbers)
+
+
+def counted(numbers: Numbers) -> Counters:
+    """The same, told apart: whose each is, and of what."""
+    guard = {name: tally for (family, name), tally in numbers.named.items() if family == "netdev"}
+    after = {name: tally for (family, name), tally in numbers.named.items() if family == "inet"}
+    names = {_index(element.mark): element.workspace for element in numbers.elements}
     return Counters(
-        links=_links(guard, quotas, budgets),
+        links=_links(guard, numbers.quotas, numbers.budgets),
         denied=_denied(guard),
         unlisted={match["workspace"]: tally for match, tally in _matching(_UNLISTED, guard)},
-        elements=elements,
-        replies=_by_mark(sets.get(("inet", "in"), {})),
-        opened=_by_mark(sets.get(("inet", "opened"), {})),
+        elements=tuple(numbers.elements),
+        replies=numbers.marks.get("in", {}),
+        opened=numbers.marks.get("opened", {}),
         late=_late(guard, after),
         stray=after.get("stray", Tally()),
-        dialled=tuple(_dial_counts(sets, {_index(e.mark): e.workspace for e in elements})),
+        dialled=tuple(replace(dial, workspace=names.get(_index(dial.mark), "")) for dial in numbers.dialled),
     )
+
+
+def admitting(name: str) -> str | None:
+    """Whose allow map a map at the links is; None if it is none."""
+    match = _MAP.fullmatch(name)
+    return match["workspace"] if match else None
 
 
 def _matching(pattern: re.Pattern[str], named: Mapping[str, Tally]) -> Iterator[tuple[re.Match[str], Tally]]:
@@ -550,16 +575,16 @@ def _denied(named: Mapping[str, Tally]) -> dict[str, dict[str, Tally]]:
 
 def _element_counts(sets: Mapping[tuple[str, str], Json]) -> Iterator[ElementCount]:
     for (family, name), body in sets.items():
-        match = _MAP.fullmatch(name)
-        if family != "netdev" or match is None:
+        workspace = admitting(name)
+        if family != "netdev" or workspace is None:
             continue
         for value, mark in body.get("elem", ()):
             inner = value["elem"]
             address, protocol, port = inner["val"]["concat"]
             count = inner.get("counter", {})
             yield ElementCount(
-                workspace=match["workspace"],
-                address=_network(_value(address), mark),
+                workspace=workspace,
+                address=exact(_value(address), mark),
                 protocol=_protocol(protocol),
                 port=port,
                 mark=mark,
@@ -569,15 +594,14 @@ def _element_counts(sets: Mapping[tuple[str, str], Json]) -> Iterator[ElementCou
             )
 
 
-def _dial_counts(sets: Mapping[tuple[str, str], Json], names: Mapping[int, str]) -> Iterator[DialCount]:
-    """`names`: workspaces by their index; each has elements, if only those of the resolver."""
+def _dial_counts(sets: Mapping[tuple[str, str], Json]) -> Iterator[DialCount]:
     for name in ("dial4", "dial6"):
         for value, mark in sets.get(("inet", name), {}).get("elem", ()):
             inner = value["elem"]
             address, _, port = inner["val"]["concat"]
             count = inner.get("counter", {})
             yield DialCount(
-                workspace=names.get(_index(mark), ""),
+                workspace="",
                 address=_address(address),
                 port=port,
                 mark=mark,
@@ -592,7 +616,7 @@ def _index(mark: int) -> int:
     return mark >> 14 & 0x1FFF
 
 
-def _network(address: str, mark: int) -> str:
+def exact(address: str, mark: int) -> str:
     """nft lists a network of one address without its length; a `cidr` rule's element has one."""
     direct = mark & 0x9000_0000 == 0x9000_0000
     return str(ip_network(address)) if direct and "/" not in address else address
