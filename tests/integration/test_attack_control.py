@@ -382,7 +382,7 @@ ATTRIBUTES = struct.pack("=QII", 1, 0, 0)
 ATTRIBUTES += struct.pack("=QQQQQQIIIIIIIIII", 1, *(0,) * 8, 0o100644, 1, *(0,) * 5)
 ANSWERS = {
     INIT: struct.pack("=IIIIHHIIHHI", 7, 31, 65536, 0, 12, 9, 65536, 1, 1, 0, 0) + bytes(24),
-    GETATTR: struct.pack("=QII", 1, 0, 0) + STATUS,
+    GETATTR: ATTRIBUTES,
     OPEN: struct.pack("=QII", 1, 0, 0),
 }
 

@@ -204,7 +204,6 @@ def _is_namespace(descriptor: int) -> bool:
         return os.readlink(f"/proc/self/fd/{descriptor}").startswith("net:[")  # noqa: PTH115 -- no path
     except OSError:
         return False
-    return name.startswith("net:[")
 
 
 def _nowhere() -> int:
