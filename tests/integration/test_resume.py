@@ -44,7 +44,7 @@ def daemon(running_daemon: Any) -> Iterator[Any]:
     poll(lambda: answers(running_daemon), timeout=10)
     poll(lambda: not running_daemon.ask("status")["sandboxes"], timeout=25, what="no lease is left")
     assert not list(leases(running_daemon))
-    assert running_daemon.sandbox_links() == []
+    poll(lambda: running_daemon.sandbox_links() == [], what="devices are gone, a moment after their lease")
 
 
 def answers(daemon: Any) -> bool:

@@ -112,7 +112,7 @@ def replace(daemon: Any, name: str) -> None:
     before = daemon.pids()[name]
     daemon.lab.signal(before, signal.SIGKILL)
     poll(lambda: daemon.pids().get(name, before) != before, timeout=10, what=f"another {name}")
-    poll(lambda: running(daemon), timeout=10)
+    poll(lambda: running(daemon) and daemon.sandbox("acme", ["/bin/true"]).status == 0, timeout=10)
 
 
 def test_the_first_question_reaches_it_and_the_uplink_saw_no_more_than_that_question(

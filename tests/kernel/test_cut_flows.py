@@ -485,7 +485,7 @@ def test_words_cannot_be_hidden_in_resets(scene: Scene, family: int) -> None:
     for _ in range(100):
         wire.send(bytes(packet / bare))
     gone = len(frames(uplink))
-    assert 0 < gone <= 25
+    assert 0 < gone <= 50  # 20 a second, and a machine may be slow to send a hundred
     assert t.counters().late["cut"].packets - before == 103 - gone
 
 

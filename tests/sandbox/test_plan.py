@@ -28,7 +28,7 @@ def pairs(arguments: list[str], option: str, width: int) -> list[tuple[str, ...]
 def test_the_whole_line_for_a_plain_command() -> None:
     line = words(SandboxSpec(command=("true",), environment={"PATH": "/bin"}))
     expected = """
-        bwrap --unshare-all --hostname sandbox --die-with-parent --new-session
+        bwrap --unshare-all --hostname sandbox --die-with-parent --cap-drop ALL --new-session
         --ro-bind /usr /usr --symlink usr/bin /bin --symlink usr/sbin /sbin --symlink usr/lib /lib
         --symlink usr/lib64 /lib64 --ro-bind /etc /etc --proc /proc --dev /dev
         --perms 1777 --tmpfs /dev/shm --perms 1777 --tmpfs /tmp --perms 0755 --tmpfs /run

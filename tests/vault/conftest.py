@@ -53,4 +53,5 @@ def root(source: Source) -> Iterator[int]:
 def no_descriptor_stays() -> Iterator[None]:
     before = len(list(Path("/proc/self/fd").iterdir()))
     yield
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    # fewer: what an earlier file of tests had left to be collected
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before

@@ -127,6 +127,7 @@ class Peer:
             raise PeerGone(f"no reply to {type(message).__name__} within {timeout:g} s") from None
         finally:
             self._waiting.pop(message.request, None)
+            future.cancel()  # where sending failed, nobody has looked at it, and nobody will
         if isinstance(received.message, messages.Failed):
             raise Refused(Reason.of(received.message.reason), received.message.text)
         return received

@@ -145,7 +145,11 @@ def plan(spec: SandboxSpec, machine: Machine) -> Plan:
 def _namespaces(*, terminal: bool) -> list[str]:
     """Without a new session on a terminal: seccomp refuses TIOCSTI, which is what it would be for."""
     session = [] if terminal else ["--new-session"]
-    return ["--unshare-all", "--hostname", "sandbox", "--die-with-parent", *session]
+    # For a caller who is uid 0 bubblewrap leaves every capability (in the sandbox's own user namespace): the
+    # command could rename its device and lay rules of its own.
+    return [
+        "--unshare-all", "--hostname", "sandbox", "--die-with-parent", "--cap-drop", "ALL", *session,
+    ]  # fmt: skip
 
 
 def _system(machine: Machine) -> list[str]:
