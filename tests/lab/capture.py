@@ -139,8 +139,11 @@ class Capture:
             os.close(self._ended)
 
     def _read(self) -> None:
+        waiting = select.poll()  # select(2) takes no descriptor above 1023
+        waiting.register(self._socket.fileno(), select.POLLIN)
+        waiting.register(self._ended, select.POLLIN)
         while True:
-            ready, _, _ = select.select([self._socket.fileno(), self._ended], [], [])
+            ready = [descriptor for descriptor, _ in waiting.poll()]
             if self._socket.fileno() not in ready:
                 return
             data, (_, _, kind, _, _) = self._socket.recvfrom(1 << 17)

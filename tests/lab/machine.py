@@ -59,6 +59,13 @@ def poll(condition: Callable[[], Any], *, timeout: float = 5.0, what: str = "") 
         time.sleep(0.002)
 
 
+def _readable(descriptor: int, timeout: float | None) -> bool:
+    """By poll(2): select(2) takes no descriptor above 1023."""
+    waiting = select.poll()
+    waiting.register(descriptor, select.POLLIN)
+    return bool(waiting.poll(None if timeout is None else timeout * 1000))
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """How a command ended. `seconds` includes its start."""
@@ -121,7 +128,7 @@ class Process:
 
     def status(self) -> int | None:
         """Exit status, negative for a signal; None while it runs."""
-        if self._status is None and select.select([self._status_pipe], [], [], 0)[0]:
+        if self._status is None and _readable(self._status_pipe, 0):
             self._read_status()
         return self._status
 
@@ -133,7 +140,7 @@ class Process:
     def wait(self, timeout: float | None = 30.0) -> int:
         """Wait for the end; LabError (the process goes on) after `timeout` seconds."""
         if self._status is None:
-            if not select.select([self._status_pipe], [], [], timeout)[0]:
+            if not _readable(self._status_pipe, timeout):
                 raise LabError(f"{' '.join(self.argv)} still runs after {timeout:g} s\n{self.out}{self.err}")
             self._read_status()
         assert self._status is not None
@@ -322,6 +329,9 @@ class Lab:
             for descriptor in theirs:
                 os.close(descriptor)
         process = Process(self, argv, pid, status, ours)
+        for known in self._processes:
+            if known.status() is not None:
+                known.close()  # now, and not when the garbage is collected: a suite starts thousands
         self._processes = [known for known in self._processes if known.status() is None]
         self._processes.append(process)
         return process
