@@ -204,6 +204,9 @@ def _write_files(stage: Stage, key: ec.EllipticCurvePrivateKey) -> None:
     public = {name: public[name] for name in ("kty", "crv", "x", "y")} | {"kid": "demo", "alg": "ES256"}
     (root / "jwks.json").write_text(json.dumps({"keys": [public]}))
     config = CONFIG.format(home=home, run_dir=stage.daemon.run_dir, issuer=ISSUER, audience=AUDIENCE)
+    if stage.lab.single_user:  # root without a cgroup: the default bound of processes is refused
+        config = config.replace("1MiB}", "1MiB, processes: none}")
+        config += "    limits: {processes: none}\n"
     (root / "broker.yaml").write_text(config)
 
 
