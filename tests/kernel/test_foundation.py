@@ -213,7 +213,7 @@ DOUBTS: dict[str, tuple[Callable[[World], object], str]] = {
     "half a file": (lambda world: _halved(world.config.run_dir / "gateway.json"), "cannot be used"),
     "the ruleset flushed": (lambda world: world.nft("flush ruleset"), "is gone from it"),
     "a table asleep": (
-        lambda world: world.nft("add table inet egressd '{ flags dormant; }'"), "",  # however nft lists it
+        lambda world: world.nft("add table inet egressd '{ flags dormant; }'"), "dormant",
     ),
     "something foreign in a table": (
         lambda world: world.nft("add ct helper inet egressd ftp '{ type \"ftp\" protocol tcp; }'"),

@@ -434,7 +434,6 @@ TAMPERING = {
         "flush chain netdev egressd acme_source",
         "delete counter netdev egressd acme_source_denied",
     ],
-    "a table asleep": ["add table netdev egressd { flags dormant; }"],
     "a table gone": ["delete table inet egressd"],
     "all gone": ["flush ruleset"],
 }  # fmt: skip

@@ -544,6 +544,9 @@ TAMPERING = {
     "the whole ruleset": "nft flush ruleset",
     "one table": "nft delete table inet egressd",
     "the other": "nft flush table netdev egressd",
+    "the guards asleep": "nft add table netdev egressd '{ flags dormant; }'",
+    "a table asleep, and open": "nft 'add table inet egressd { flags dormant; };"
+    " insert rule inet egressd forwarding accept'",
     "a rule on top that accepts": "nft insert rule inet egressd forwarding accept",
     "an element of ours": "nft delete element netdev egressd acme_out4 { 198.18.0.4 . tcp . 80 }",
     "an element more": "nft add element netdev egressd acme_out4 { 198.18.9.0 . tcp . 80 : 0x80004009 }",

@@ -24,11 +24,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 @pytest.fixture
 def warden(world: World) -> Iterator[Warden]:
-    poll(lambda: "eg" not in world.ip("-o link").replace("egw", ""), what="links of the last test are gone")
     made = world.warden()
     made.begin(acme())
     yield made
-    made.stop()
+    end(world, made)
+
+
+def end(world: World, warden: Warden) -> None:
+    """When all its links are erased, or they would be the next one's work."""
+    poll(lambda: "eg" not in world.ip("-o link").replace("egw", ""), what="its links are gone")
+    warden.stop()
 
 
 def keep(warden: Warden, link: int, descriptor: int | None, *, owner: int = USER) -> str:
@@ -94,7 +99,7 @@ def test_a_warden_that_starts_again_leases_no_namespace_twice(world: World) -> N
     second.close(4)
     poll(lambda: isinstance(second.open(6, one.net), messages.Done), what="it is free when its link is gone")
     second.close(6)
-    second.stop()
+    end(world, second)
 
 
 def test_the_number_of_a_namespace_is_its_own(world: World) -> None:
@@ -112,7 +117,7 @@ def test_the_number_of_a_namespace_is_its_own(world: World) -> None:
     route.close()
     for link in (7, 8):
         warden.close(link)
-    warden.stop()
+    end(world, warden)
 
 
 # ---- reports

@@ -17,14 +17,15 @@ from egressd.kernel import netlink
 from egressd.kernel.netlink import DUMP, Netlink, Request, attribute, attributes
 from egressd.model.errors import KernelError
 from egressd.ruleset import layout
-from egressd.ruleset.objects import Family
+from egressd.ruleset.objects import FAMILIES, Family
 
 __all__ = ["Attributes", "Dumps", "comment", "count", "counted", "text", "value"]
 
 _NFTABLES = 10 << 8  # NFNL_SUBSYS_NFTABLES
 _GET_TABLE, _GET_CHAIN, _GET_RULE, _GET_SET, _GET_ELEMENTS = 1, 4, 7, 10, 13  # NFT_MSG_*
 _GET_GENERATION, _GET_OBJECT = 16, 19
-_NUMBERS = {"netdev": 5, "inet": 1}  # NFPROTO_*
+_FAMILIES = {1: "inet", 2: "ip", 3: "arp", 5: "netdev", 7: "bridge", 10: "ip6"}  # NFPROTO_*
+_NUMBERS = {name: number for number, name in _FAMILIES.items()}
 _COMMENT = 0  # NFTNL_UDATA_SET_ELEM_COMMENT (libnftnl/udata.h)
 _INTERVAL_END = 1  # NFT_SET_ELEM_INTERVAL_END
 _BUFFER = 1 << 20  # bytes
@@ -39,7 +40,7 @@ Attributes = dict[int, bytes]
 class Dumps:
     """Reads in the namespace it is made in. Not for several threads at once."""
 
-    families: tuple[Family, ...] = ("netdev", "inet")
+    families: tuple[Family, ...] = FAMILIES
     meanwhile: Callable[[], None] | None = None  # called while much is read, for who must say that it lives
 
     def __init__(self) -> None:
@@ -51,6 +52,16 @@ class Dumps:
     def generation(self) -> bytes:
         (reply,) = self._netlink.ask(Request(_NFTABLES | _GET_GENERATION, bytes(4), "read the generation"))
         return dict(attributes(reply.body[4:]))[1]
+
+    def flagged(self) -> list[str]:
+        """Every table, of whoever, that is dormant or belongs to a process: "inet egressd"."""
+        request = Request(_NFTABLES | _GET_TABLE, bytes(4), "list the tables", DUMP)  # NFPROTO_UNSPEC: all
+        found = []
+        for reply in self._netlink.ask(request):
+            said = dict(attributes(reply.body[4:]))
+            if any(said.get(2, b"")):
+                found.append(f"{_FAMILIES.get(reply.body[0], reply.body[0])} {text(said[1])}")
+        return found
 
     def table(self, family: Family) -> Attributes | None:
         return next(self._list(_GET_TABLE, family), None)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import nftables
 
+from egressd.kernel.dumps import Dumps
 from egressd.model.errors import KernelError
 
 __all__ = ["Nft"]
@@ -40,9 +41,13 @@ class Nft:
     meanwhile: Callable[[], None] | None = None
 
     def __init__(self) -> None:
+        self._dumps = Dumps()
         self._session = nftables.Nftables()
         self._session.set_numeric_proto_output(True)
         self._session.set_numeric_prio_output(True)
+
+    def __del__(self) -> None:
+        self._dumps.close()  # as Nftables closes its session
 
     def run(self, commands: Sequence[str]) -> None:
         """One atomic batch; an empty one does nothing.
@@ -65,10 +70,21 @@ class Nft:
 
     def list_json(self, family: Literal["netdev", "inet"] | None = None) -> dict[str, Any]:
         """`nft -j list ruleset [family]`: every object with its counters. Not one snapshot: under
-        traffic, counters listed later have seen more."""
+        traffic, counters listed later have seen more. KernelError while any table has a flag."""
+        if flagged := self._dumps.flagged():
+            # 1.0.6 frees the flags before it prints them: it writes anything, breaks off, or dies of it.
+            names = ", ".join(repr(name) for name in flagged)
+            raise KernelError(f"nft: what is dormant, or owned by a process, cannot be listed: {names}")
+        return self._json(f"list ruleset {family}" if family else "list ruleset")
+
+    def list_counters(self) -> dict[str, Any]:
+        """`nft -j list counters`: the named ones, of dormant tables, too. In the form of `list_json`."""
+        return self._json("list counters")
+
+    def _json(self, command: str) -> dict[str, Any]:
         self._session.set_json_output(True)
         try:
-            text = self._listed(f"list ruleset {family}" if family else "list ruleset")
+            text = self._listed(command)
         finally:
             self._session.set_json_output(False)
         listing: dict[str, Any] = json.loads(text) if text else {"nftables": []}

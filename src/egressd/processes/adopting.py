@@ -34,7 +34,7 @@ from egressd.processes.unrecorded import Happening, Plain
 from egressd.ruleset import build, diff, observe
 from egressd.ruleset.build import Desired
 from egressd.ruleset.layout import Pools
-from egressd.ruleset.objects import Chain, Objects, Set
+from egressd.ruleset.objects import FAMILIES, Chain, Objects, Set
 from egressd.ruleset.observe import LinkCounts
 
 __all__ = [
@@ -120,7 +120,7 @@ def standing(nft: Nft) -> observe.Observed:
 
 def asleep(observed: observe.Observed) -> str:
     """What of the two tables is not there; empty if they are."""
-    for family in ("netdev", "inet"):
+    for family in FAMILIES:
         if not observed.tables.get(family):
             return f"table {family} is gone from it, or sleeps"
     return ""
@@ -180,7 +180,7 @@ def _counts(nft: Nft | None) -> dict[str, LinkCounts]:
     """By device; nothing where the tables are gone, or are those of a version that spoke otherwise."""
     if nft is not None:
         with suppress(KernelError, ValueError, KeyError, TypeError):
-            return observe.counters(nft.list_json()).links
+            return observe.counters(nft.list_counters()).links
     return {}
 
 

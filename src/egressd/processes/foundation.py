@@ -53,6 +53,7 @@ from egressd.processes.left_behind import clear, taken_back
 from egressd.processes.unrecorded import Happening, Plain
 from egressd.ruleset import build, layout
 from egressd.ruleset.layout import Pools
+from egressd.ruleset.objects import FAMILIES
 from egressd.ruleset.observe import Observed
 
 __all__ = ["FoundationConfig", "FoundationResult", "dismantle", "main", "setup"]
@@ -298,9 +299,7 @@ def _settle(route: Netlink, links: Links, live: Collection[Link]) -> list[str]:
 
 def _afresh(pools: Pools) -> list[str]:
     """Both tables, empty of workspaces, in one transaction, whatever was there before."""
-    gone = [
-        f"{verb} table {family} {layout.TABLE}" for family in ("netdev", "inet") for verb in ("add", "delete")
-    ]
+    gone = [f"{verb} table {family} {layout.TABLE}" for family in FAMILIES for verb in ("add", "delete")]
     return gone + build.base(pools)
 
 
@@ -372,7 +371,7 @@ def _dismantle_gateway(config: FoundationConfig) -> list[str]:
             _leave(config, present, nft, why="the gateway was dismantled")
             names = [name for name in Tables(route).devices() if name != "lo"]
             route.run([routing.remove_link(name) for name in names])
-            for family in ("netdev", "inet"):
+            for family in FAMILIES:
                 nft.run([f"add table {family} {layout.TABLE}", f"delete table {family} {layout.TABLE}"])
     finally:
         os.close(namespace)

@@ -57,8 +57,8 @@ from egressd.processes.ritual import Auditing, begin
 from egressd.ruleset import build, diff, grants, observe
 from egressd.ruleset.build import Desired, LinkWant
 from egressd.ruleset.grants import Change
-from egressd.ruleset.layout import BLOCKS, SLOTS, WORKSPACES, Kind, Mark, Pools
-from egressd.ruleset.objects import Chain, Key, Objects, Set, string
+from egressd.ruleset.layout import BLOCKS, SLOTS, TABLE, WORKSPACES, Kind, Mark, Pools
+from egressd.ruleset.objects import FAMILIES, Chain, Key, Objects, Set, string
 from egressd.ruleset.observe import Observed
 from egressd.ruleset.wants import NatEntry, WorkspaceWant
 
@@ -624,7 +624,15 @@ class Warden:
         return operations
 
     def _observe(self) -> Observed:
+        self._wake()
         return observe.parse(self._nft.list_json(), self._nft.list_chains())
+
+    def _wake(self) -> None:
+        """A table of ours that is dormant guards nothing, and cannot be listed (see `Nft.list_json`)."""
+        flagged = self._dumps.flagged()
+        for operation in diff.tables({family: f"{family} {TABLE}" not in flagged for family in FAMILIES}):
+            self._ledger.run(operation.commands())
+            self._tell(operation.describe(), process=_authors(self._ledger.foreign))
 
     # ---- what others change
 

@@ -68,6 +68,7 @@ from egressd.ruleset.layout import (
     dial_source,
 )
 from egressd.ruleset.objects import (
+    FAMILIES,
     VERDICT,
     Address,
     Chain,
@@ -203,13 +204,13 @@ def unlink(link: Link) -> list[str]:
         *(f"add {counter}" for counter in counters),
         f"add {quota} {{ over 1 bytes; }}",
         f"add {budget} {{ rate over 1/week burst 1 packets; }}",
-        *(f"add element {family} {TABLE} noisy {{ {device} {_NOISY} }}" for family in ("netdev", "inet")),
+        *(f"add element {family} {TABLE} noisy {{ {device} {_NOISY} }}" for family in FAMILIES),
         f"add chain {limit}",
         f"add element inet {TABLE} connections {{ {device} : jump {name}_connections }}",
         f"add chain {chain}",
         f"flush chain {chain}",
         f"delete chain {chain}",
-        *(f"delete element {family} {TABLE} noisy {{ {device} }}" for family in ("netdev", "inet")),
+        *(f"delete element {family} {TABLE} noisy {{ {device} }}" for family in FAMILIES),
         f"delete element inet {TABLE} connections {{ {device} }}",
         f"flush chain {limit}",
         f"delete chain {limit}",

@@ -19,11 +19,11 @@ import msgspec
 from egressd.ruleset import build, objects
 from egressd.ruleset.build import Desired, LinkWant
 from egressd.ruleset.layout import TABLE, Pools
-from egressd.ruleset.objects import VERDICT, Chain, Entry, Key, Objects, Set
+from egressd.ruleset.objects import FAMILIES, VERDICT, Chain, Entry, Key, Objects, Set
 from egressd.ruleset.observe import Observed
 from egressd.ruleset.wants import Element, WorkspaceWant
 
-__all__ = ["Desired", "LinkWant", "Operation", "changes", "commands", "plan"]
+__all__ = ["Desired", "LinkWant", "Operation", "changes", "commands", "plan", "tables"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ def plan(observed: Observed, desired: Desired) -> tuple[Operation, ...]:
 
     ValueError when what is desired contradicts itself.
     """
-    return (*_tables(observed.tables), *_between(observed.things, build.desired(desired)))
+    return (*tables(observed.tables), *_between(observed.things, build.desired(desired)))
 
 
 def changes(
@@ -111,9 +111,10 @@ def _one(want: WorkspaceWant | None, pools: Pools, links: tuple[LinkWant, ...]) 
     return things
 
 
-def _tables(tables: Mapping[str, bool]) -> Iterator[Operation]:
-    missing = [family for family in ("netdev", "inet") if family not in tables]
-    asleep = [family for family, awake in tables.items() if not awake]
+def tables(awake: Mapping[str, bool]) -> Iterator[Operation]:
+    """The two tables made and woken. `awake`: as `Observed.tables`."""
+    missing = [family for family in FAMILIES if family not in awake]
+    asleep = [family for family, is_awake in awake.items() if not is_awake]
     if missing or asleep:
         words = [f"table {family} {TABLE} is missing" for family in missing]
         words += [f"table {family} {TABLE} is dormant or has foreign flags" for family in asleep]

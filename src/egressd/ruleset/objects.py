@@ -17,11 +17,13 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from typing import Literal, NamedTuple, TypeAlias
 
 __all__ = [
-    "VERDICT", "Address", "Chain", "Counter", "Entry", "Family", "Hook", "Key", "Limit", "Network", "Objects",
-    "Quota", "Set", "Timeout", "address_text", "identifier", "mark_text", "network_text", "string",
+    "FAMILIES", "VERDICT", "Address", "Chain", "Counter", "Entry", "Family", "Hook", "Key", "Limit",
+    "Network", "Objects", "Quota", "Set", "Timeout", "address_text", "identifier", "mark_text",
+    "network_text", "string",
 ]  # fmt: skip
 
 Family: TypeAlias = Literal["netdev", "inet"]
+FAMILIES: tuple[Family, ...] = ("netdev", "inet")  # of each a table: at the links, and behind them
 Address: TypeAlias = IPv4Address | IPv6Address
 Network: TypeAlias = IPv4Network | IPv6Network
 
