@@ -28,6 +28,7 @@ from egressd.kernel.namespaces import Identity
 from egressd.kernel.nft import Nft
 from egressd.model.errors import KernelError
 from egressd.model.identities import Link
+from egressd.processes import plain_files
 from egressd.processes.left_behind import clear, taken_back
 from egressd.processes.remembered import OF_A_GATEWAY
 from egressd.processes.unrecorded import Happening, Plain
@@ -73,9 +74,7 @@ class Gateway(Struct, frozen=True, forbid_unknown_fields=True):
 
     def write(self, directory: Path) -> None:
         directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-        fresh = directory / f"{_STATE}.new"
-        fresh.write_bytes(msgspec.json.encode(self))
-        fresh.replace(directory / _STATE)
+        plain_files.replace(directory / _STATE, msgspec.json.encode(self))
 
 
 def _boot() -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Final
@@ -18,6 +17,7 @@ from msgspec import Meta, Struct
 
 from egressd.ipc import messages
 from egressd.model.identities import Link
+from egressd.processes import plain_files
 
 __all__ = ["EndedLinks"]
 
@@ -68,9 +68,8 @@ class EndedLinks:
             self._known.popitem(last=False)
 
     def _rewrite(self) -> None:
-        fresh = self._path.with_suffix(".new")
-        fresh.write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in self._known.values()))
-        os.replace(fresh, self._path)  # noqa: PTH105 -- atomic: a crash leaves the old one
+        lines = (msgspec.json.encode(line) + b"\n" for line in self._known.values())
+        plain_files.replace(self._path, b"".join(lines))
         self._lines = len(self._known)
 
     def load(self) -> None:

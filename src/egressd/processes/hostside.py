@@ -77,9 +77,7 @@ def write_settings(path: Path, before: Mapping[str, str]) -> None:
     ours = f"/{layout.HOST_LINK}/"
     kept = {key: value for key, value in before.items() if ours not in key} | kept_settings(path)
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    temporary = path.with_suffix(".new")
-    temporary.write_text(json.dumps({"settings": kept}, indent=1) + "\n")
-    temporary.replace(path)
+    plain_files.replace(path, f"{json.dumps({'settings': kept}, indent=1)}\n".encode())
 
 
 def kept_settings(path: Path) -> dict[str, str]:

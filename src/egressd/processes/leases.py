@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
@@ -13,6 +12,7 @@ from egressd.ipc import messages
 from egressd.model.errors import Refused
 from egressd.model.identities import Link
 from egressd.model.verdicts import Reason
+from egressd.processes import plain_files
 from egressd.processes.members import Caller
 from egressd.ruleset.layout import Pools
 
@@ -92,9 +92,7 @@ class LinkNumbers:
             self._next = max(self._next, int(self.path.read_text() or 1))
         self._next = max(self._next, 1)
         self._limit = self._next + _RESERVE
-        fresh = self.path.with_suffix(".new")
-        fresh.write_text(str(self._limit))
-        os.replace(fresh, self.path)  # noqa: PTH105 -- atomic: a crash leaves the old reservation
+        plain_files.replace(self.path, str(self._limit).encode())
 
 
 @dataclass(slots=True)

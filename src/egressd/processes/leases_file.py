@@ -26,7 +26,7 @@ from egressd.ipc import messages
 from egressd.model.identities import Link
 from egressd.processes.leases import Identity, Sandbox
 from egressd.processes.members import Caller
-from egressd.processes.plain_files import FLAGS, Unreadable, contents
+from egressd.processes.plain_files import FLAGS, Unreadable, contents, replace
 from egressd.processes.testifying import Said
 from egressd.ruleset.layout import Pools
 from egressd.ruleset.wants import WorkspaceName
@@ -124,10 +124,7 @@ class LeaseFiles:
             events=tuple(sorted(said.events)),
         )
         self._directory.mkdir(mode=0o700, exist_ok=True)
-        path = self._path(sandbox.link)
-        fresh = path.with_suffix(".new")
-        fresh.write_bytes(msgspec.json.encode(record))
-        os.replace(fresh, path)  # noqa: PTH105 -- atomic: a crash leaves the old one, or none
+        replace(self._path(sandbox.link), msgspec.json.encode(record))
 
     def remove(self, link: Link) -> None:
         with contextlib.suppress(OSError):

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-__all__ = ["FLAGS", "Unreadable", "check", "contents", "open_directory"]
+__all__ = ["FLAGS", "Unreadable", "check", "contents", "open_directory", "replace"]
 
 # O_NONBLOCK: opening a FIFO or a device does not wait (open(2)); it changes nothing for a regular file.
 # O_NOCTTY: opening a terminal does not make it ours.
@@ -98,3 +98,11 @@ def open_directory(directory: Path) -> int:
         os.close(descriptor)
         raise Unreadable("everybody may write to the directory", "chmod o-w")
     return descriptor
+
+
+def replace(path: Path, data: bytes) -> None:
+    """All of the file anew, or what it was: whoever is killed meanwhile leaves the one before, and a `.new`.
+    A machine that loses its power may lose both. OSError if it cannot be written."""
+    fresh = path.with_name(f"{path.name}.new")
+    fresh.write_bytes(data)
+    fresh.replace(path)

@@ -12,13 +12,13 @@ what is told again is not counted again, whenever we ended.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 from msgspec import Struct
 
+from egressd.processes import plain_files
 from egressd.ruleset.allocate import Allocation
 from egressd.ruleset.observe import LinkCounts, Tally
 
@@ -102,6 +102,4 @@ class Remembered:
         self._write(_COUNTED, self.counted)
 
     def _write(self, name: str, value: object) -> None:
-        fresh = self._directory / f"{name}.new"
-        fresh.write_bytes(msgspec.json.encode(value))
-        os.replace(fresh, self._directory / name)  # noqa: PTH105 -- atomic: a crash leaves the old one
+        plain_files.replace(self._directory / name, msgspec.json.encode(value))

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
@@ -30,6 +29,7 @@ import msgspec
 
 from egressd.model.addresses import objection
 from egressd.policy.compiled import HostRule
+from egressd.processes import plain_files
 from egressd.processes.grants import Grant
 from egressd.processes.remembered import NAMES
 from egressd.ruleset.layout import SLOTS, Pools
@@ -98,10 +98,8 @@ class NamesFile:
         self._grants.clear()
         lines = [_name_line(key, slots) for key, slots in learned.items()]
         lines += [_grant_line(grant) for grants in held.values() for grant in grants.values()]
-        fresh = self._path.with_suffix(".new")
         with self._told():
-            fresh.write_bytes(_joined(lines))
-            os.replace(fresh, self._path)  # noqa: PTH105 -- atomic: a crash leaves the old one
+            plain_files.replace(self._path, _joined(lines))
         self._lines = len(lines)
 
     def _append(self, lines: Collection[bytes]) -> None:
