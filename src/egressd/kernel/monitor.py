@@ -19,6 +19,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from egressd.kernel import netlink
+from egressd.kernel.dumps import comment, count, counted, text
 from egressd.kernel.netlink import Netlink, NetlinkError, Reply, Request, attribute, attributes
 from egressd.kernel.unrest import Unrest
 from egressd.ruleset import layout
@@ -29,7 +30,6 @@ _NFTABLES = 10 << 8  # NFNL_SUBSYS_NFTABLES
 _DELETE_ELEMENT, _NEWGEN, _GETGEN, _GET_OBJECT = 14, 15, 16, 19
 _GROUP_NFTABLES = 7  # NFNLGRP_NFTABLES
 _ROUTE_GROUPS = (1, 3, 5, 7, 8, 9, 11, 19)  # RTNLGRP_LINK, NEIGH, IPV4_{IFADDR,ROUTE,RULE}, IPV6_*
-_COMMENT = 0  # NFTNL_UDATA_SET_ELEM_COMMENT (libnftnl/udata.h)
 _NETDEV, _COUNTER = 5, 1  # NFPROTO_NETDEV, NFT_OBJECT_COUNTER
 _BUFFER = 32 << 20  # bytes; 100,000 deleted elements fit
 _ROUTE_BUFFER = 4 << 20
@@ -95,7 +95,7 @@ class Monitor:
         body += attribute(3, struct.pack(">I", _COUNTER))
         gone = frozenset({errno.ENOENT})
         replies = self._asking.ask(Request(_NFTABLES | _GET_OBJECT, body, f"read {name}", 0, gone))
-        return _count(dict(attributes(replies[0].body[4:]))[4]) if replies else None
+        return count(dict(attributes(replies[0].body[4:]))[4]) if replies else None
 
     def news(self) -> News:
         """What has arrived; never waits. The kernel queues a batch's notifications before it
@@ -122,7 +122,7 @@ class Monitor:
         elif kind == _NEWGEN:
             said = dict(attributes(event.body[4:]))
             self._open.generation = _u32(said.get(1, bytes(4)))
-            name = said.get(3, b"").rstrip(b"\0").decode("utf-8", "replace")
+            name = text(said.get(3, b""))
             name = name if name.isprintable() else ascii(name)[1:-1]  # of its own choice, and shown to people
             self._open.process = f"{name} (pid {_u32(said.get(2, bytes(4)))})"
             news.batches.append(self._open)
@@ -137,7 +137,7 @@ def _overrun(error: NetlinkError) -> bool:
 
 def _elements(body: bytes) -> list[GoneElement]:
     said = dict(attributes(body[4:]))
-    table, name = _text(said.get(1)), _text(said.get(2))
+    table, name = text(said.get(1, b"")), text(said.get(2, b""))
     return [
         GoneElement(body[0], table, name, *_element(dict(attributes(element))))
         for _, element in attributes(said.get(3, b""))
@@ -146,38 +146,11 @@ def _elements(body: bytes) -> list[GoneElement]:
 
 def _element(said: dict[int, bytes]) -> tuple[str, Count, int]:
     """An element's comment, counter, and mark."""
-    expressions = [said[7]] if 7 in said else []  # NFTA_SET_ELEM_EXPR
-    expressions += [value for _, value in attributes(said.get(11, b""))]  # NFTA_SET_ELEM_EXPRESSIONS
-    count = (0, 0)
-    for expression in expressions:
-        parts = dict(attributes(expression))
-        if _text(parts.get(1)) == "counter":
-            count = _count(parts.get(2, b""))
     # NFTA_SET_ELEM_DATA, else NFTA_SET_ELEM_KEY; NFTA_DATA_VALUE
     data = dict(attributes(said.get(2, said.get(1, b"")))).get(1, b"")
-    return _comment(said.get(6, b"")), count, int.from_bytes(data, sys.byteorder) if len(data) == 4 else 0
-
-
-def _comment(data: bytes) -> str:
-    """User data is (u8 type, u8 length, value)* (libnftnl/udata.h)."""
-    at = 0
-    while at + 2 <= len(data):
-        kind, length = data[at], data[at + 1]
-        if kind == _COMMENT:
-            return _text(data[at + 2 : at + 2 + length])
-        at += 2 + length
-    return ""
-
-
-def _count(data: bytes) -> Count:
-    """NFTA_COUNTER_PACKETS and NFTA_COUNTER_BYTES, 64 bits, network order."""
-    said = dict(attributes(data))
-    return tuple(struct.unpack(">Q", said.get(kind, bytes(8)))[0] for kind in (2, 1))
+    mark = int.from_bytes(data, sys.byteorder) if len(data) == 4 else 0
+    return comment(said.get(6, b"")), counted(said), mark
 
 
 def _u32(value: bytes) -> int:
     return int(struct.unpack(">I", value)[0])
-
-
-def _text(value: bytes | None) -> str:
-    return (value or b"").rstrip(b"\0").decode("utf-8", "replace")
