@@ -40,7 +40,7 @@ from egressd.kernel.routing import Tables
 from egressd.model.errors import EgressdError, KernelError, ProtocolError
 from egressd.processes import hostside
 from egressd.processes.config import Config
-from egressd.processes.ritual import begin
+from egressd.processes.ritual import begin, introduced
 from egressd.ruleset import layout
 
 __all__ = ["Custodian", "Patience", "main"]
@@ -246,7 +246,8 @@ class Loop:
 
     def turn(self) -> bool:
         """Wait for something and deal with it; False without a supervisor."""
-        if self.supervisor in self._wait() and not self._supervised():
+        peers = {"controller": self.connect}
+        if self.supervisor in self._wait() and not introduced(self.supervisor, peers):
             return False
         self.custodian.hear()
         self.farewell.look()
@@ -287,23 +288,6 @@ class Loop:
                 self.controller = None
                 return
             reports.popleft()
-
-    def _supervised(self) -> bool:
-        try:
-            received = self.supervisor.receive()
-        except BlockingIOError:
-            return True
-        except (EOFError, ProtocolError, OSError):
-            return False
-        message = received.message
-        if isinstance(message, messages.NewPeer):
-            sock = socket.socket(fileno=received.take())
-            if message.name == "controller":
-                self.connect(sock)
-            else:
-                sock.close()
-        received.close()
-        return True
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,7 +16,7 @@ import resource
 import socket
 import struct
 import termios
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from egressd.ipc import journald, messages
@@ -26,7 +26,7 @@ from egressd.processes import isolation
 from egressd.processes.cards import CARDS, Card
 from egressd.processes.config import Config
 
-__all__ = ["Auditing", "Start", "begin"]
+__all__ = ["Auditing", "Start", "begin", "introduced"]
 
 _DESCRIPTORS = 65_536
 
@@ -61,6 +61,24 @@ def begin(name: str, arguments: list[str] | None = None) -> Start:
         sockets["supervisor"].setblocking(False)
     isolation.become(card, uid=options.uid, gid=options.gid, groups=options.group)
     return Start(card, Config.decode(options.config_json), sockets)
+
+
+def introduced(
+    supervisor: Channel[messages.TO_CHILD], peers: Mapping[str, Callable[[socket.socket], object]]
+) -> bool:
+    """Take what the supervisor has sent, without waiting: a connection to one of `peers`, by its name. False
+    when it is gone."""
+    try:
+        received = supervisor.receive()
+    except BlockingIOError:
+        return True
+    except (EOFError, ProtocolError, OSError):
+        return False
+    message = received.message
+    if isinstance(message, messages.NewPeer) and message.name in peers:
+        peers[message.name](socket.socket(fileno=received.take()))
+    received.close()
+    return True
 
 
 def _raise_descriptor_limit() -> None:

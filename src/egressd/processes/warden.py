@@ -53,7 +53,7 @@ from egressd.kernel.tallies import Tallies
 from egressd.model.errors import EgressdError, KernelError, ProtocolError, Refused
 from egressd.model.identities import Link
 from egressd.model.verdicts import Reason
-from egressd.processes.ritual import Auditing, begin
+from egressd.processes.ritual import Auditing, begin, introduced
 from egressd.ruleset import build, diff, grants, observe
 from egressd.ruleset.build import Desired, LinkWant
 from egressd.ruleset.grants import Change
@@ -941,7 +941,8 @@ class Loop:
     def turn(self) -> bool:
         """Wait for something and deal with it; False without a supervisor, or long without a controller."""
         ready = self._wait()
-        if self.supervisor in ready and not self._supervised():
+        peers = {"controller": self.warden.connect, "audit": self.warden.auditing.connect}
+        if self.supervisor in ready and not introduced(self.supervisor, peers):
             return False
         if self.warden.controller in ready:
             self.warden.hear()
@@ -979,28 +980,6 @@ class Loop:
                 if thing is not None:
                     selector.register(thing, selectors.EVENT_READ)
             return [key.fileobj for key, _ in selector.select(timeout=_PATIENCE)]
-
-    def _supervised(self) -> bool:
-        try:
-            received = self.supervisor.receive()
-        except BlockingIOError:
-            return True
-        except (EOFError, ProtocolError, OSError):
-            return False
-        message = received.message
-        if isinstance(message, messages.NewPeer):
-            self._introduced(message.name, socket.socket(fileno=received.take()))
-        received.close()
-        return True
-
-    def _introduced(self, name: str, sock: socket.socket) -> None:
-        match name:
-            case "controller":
-                self.warden.connect(sock)
-            case "audit":
-                self.warden.auditing.connect(sock)
-            case _:
-                sock.close()
 
 
 def _others() -> set[Identity]:
