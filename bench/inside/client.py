@@ -1,12 +1,14 @@
 """The measuring end: in a sandbox, or in the bare namespace. Standard library only, one file.
 
 Reads one JSON order per line and answers each with one: {"do": "stream", "seconds": s} gives bytes per second
-(of what the far end has really received), {"do": "connect", "count": n} connections per second. Started with
-the far end's name or address; it is looked up once, so that no figure contains DNS.
+(of what the far end has really received), {"do": "connect", "count": n} connections per second; with a "pause"
+after each, of so many seconds, one over the median of how long one takes. Started with the far end's name or
+address; it is looked up once, so that no figure contains DNS.
 """
 
 import json
 import socket
+import statistics
 import struct
 import sys
 import time
@@ -32,14 +34,18 @@ def stream(address: str, seconds: float) -> float:
     return received / taken
 
 
-def connect(address: str, count: int) -> float:
-    began = time.monotonic()
+def connect(address: str, count: int, pause: float) -> float:
+    took = []
     for _ in range(count):
+        began = time.monotonic()
         sock = socket.socket()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         sock.connect((address, ACCEPT))
         sock.close()
-    return count / (time.monotonic() - began)
+        took.append(time.monotonic() - began)
+        if pause:
+            time.sleep(pause)
+    return 1 / statistics.median(took) if pause else count / sum(took)
 
 
 def main(name: str) -> None:
@@ -50,7 +56,7 @@ def main(name: str) -> None:
         if order["do"] == "stream":
             answer = stream(address, order["seconds"])
         else:
-            answer = connect(address, order["count"])
+            answer = connect(address, order["count"], order.get("pause", 0))
         print(json.dumps({"rate": answer}), flush=True)
 
 

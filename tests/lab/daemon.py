@@ -118,7 +118,9 @@ class Daemon:
 
     @property
     def argv(self) -> list[str]:
-        return [str(VENV / "bin" / "egressd"), "--config", self.config_file]
+        """As its unit would run it: before those it guards, when processors are short."""
+        first = [] if self.lab.single_user else ["nice", "-n", "-10"]
+        return [*first, str(VENV / "bin" / "egressd"), "--config", self.config_file]
 
     def leave(self) -> None:
         """End it as for a restart: sandboxes go on, and the next `start` takes them over."""
