@@ -1,9 +1,9 @@
 """The measuring end: in a sandbox, or in the bare namespace. Standard library only, one file.
 
 Reads one JSON order per line and answers each with one: {"do": "stream", "seconds": s} gives bytes per second
-(of what the far end has really received), {"do": "connect", "count": n} connections per second; with a "pause"
-after each, of so many seconds, one over the median of how long one takes. Started with the far end's name or
-address; it is looked up once, so that no figure contains DNS.
+(of what the far end has really received), {"do": "connect", "count": n} connections per second; with a
+"pause" after each, of so many seconds, one over the median of how long one takes. Started with the far end's
+name or address; it is looked up once, so that no figure contains DNS.
 """
 
 import json
