@@ -71,7 +71,7 @@ _NOTABLE = frozenset(
         "lost", "journal-torn", "journal-damaged", "journal-truncated", "clock-stepped",
         "key-created", "key-rotated", "peer-broken", "log-ended", "drift", "books-unbalanced",
         "books-restarted", "process-hung", "process-killed", "sandbox-lost", "testimony-refused",
-        "lease-refused",
+        "lease-refused", "gateway-dismantled",
     }
 )  # fmt: skip
 # Events that somebody here acts on, besides writing them down.
