@@ -9,13 +9,15 @@ out by every door that is shut, without a pause. The capture on the uplink is th
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import signal
 import statistics
+import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -202,10 +204,11 @@ class Chaos:
 
 def run(
     daemon: Daemon, uplink: Capture, *, kills: int, stops: int = 0, seed: int = 1,
-    names: Sequence[str] = EVERYBODY,
+    names: Sequence[str] = EVERYBODY, tell: Callable[[Fault], object] = lambda _: None,
 ) -> Report:  # fmt: skip
-    """`kills` and `stops` faults in turn over `names`. The uplink is judged here: AssertionError with the
-    frames if anything left that policy forbids. What is to be said of the rest is the caller's."""
+    """`kills` and `stops` faults in turn over `names`; `tell` hears of each. The uplink is judged here:
+    AssertionError with the frames if anything left that policy forbids. What is to be said of the rest is
+    the caller's."""
     chaos = Chaos(daemon, seed)
     report = chaos.report
     intruder = daemon.start_sandbox("acme", ["/usr/bin/python3", "-I", "-c", _INTRUDER])
@@ -214,8 +217,10 @@ def run(
         poll(chaos.works, timeout=10)
         for name in _deck(names, kills, chaos.random):
             chaos.kill(name)
+            tell(report.faults[-1])
         for name in _deck([name for name in names if name != "supervisor"], stops, chaos.random):
             chaos.stop(name, chaos.random.uniform(0.5, 3.0))
+            tell(report.faults[-1])
         report.cut, report.beats = chatter.events(), chatter.beats()
         report.tried, report.reached = _told(intruder)
     intruder.wait(10)
@@ -236,7 +241,13 @@ def main(count: int) -> int:
     with Lab() as lab:
         start_internet(lab)
         with Daemon(lab, policies={"acme": POLICY}, **CONFIG) as daemon, Capture(lab) as uplink:
-            report = run(daemon, uplink, kills=count - stops, stops=stops, seed=random.randrange(1 << 30))
+            seed, done = random.randrange(1 << 30), itertools.count(1)
+
+            def tell(fault: Fault) -> None:
+                back = "NOT BACK" if fault.back is None else f"back after {fault.back:.2f} s"
+                print(f"{next(done)}/{count}: {fault.signal} of {fault.name}, {back}", file=sys.stderr)
+
+            report = run(daemon, uplink, kills=count - stops, stops=stops, seed=seed, tell=tell)
     print("\n".join(report.lines()))
     lost = [fault for fault in report.faults if fault.back is None]
     for fault in lost:

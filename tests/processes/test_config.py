@@ -9,7 +9,8 @@ import pytest
 
 from egressd.model.errors import PolicyError
 from egressd.processes import supervisor
-from egressd.processes.config import Account, Config, ListenAddress, load
+from egressd.processes.config import Account, Config, ListenAddress
+from egressd.processes.config_file import load
 
 GOOD = """
 workspaces_dir: /etc/egressd/workspaces

@@ -10,8 +10,8 @@ from policies import EXAMPLE, host, network, policy, tcp
 from egressd.policy.compiled import Guard, Verify
 from egressd.ruleset.allocate import allocate
 from egressd.ruleset.layout import Kind, Mark, Pools
-from egressd.ruleset.plan import comment, want
-from egressd.ruleset.wants import WorkspaceWant
+from egressd.ruleset.plan import want
+from egressd.ruleset.wants import WorkspaceWant, comment
 
 POOLS = Pools()
 

@@ -29,8 +29,7 @@ from egressd.kernel.nft import Nft
 from egressd.model.errors import KernelError
 from egressd.model.identities import Link
 from egressd.processes import plain_files
-from egressd.processes.left_behind import clear, taken_back
-from egressd.processes.remembered import OF_A_GATEWAY
+from egressd.processes.left_behind import OF_A_GATEWAY, clear, taken_back
 from egressd.processes.unrecorded import Happening, Plain
 from egressd.ruleset import build, diff, observe
 from egressd.ruleset.build import Desired

@@ -48,7 +48,8 @@ from egressd.kernel.nft import Nft
 from egressd.kernel.routing import MAIN, PROTOCOL, Device, Route, Tables
 from egressd.model import tree
 from egressd.model.errors import EgressdError
-from egressd.processes.config import Config, load
+from egressd.processes.config import Config
+from egressd.processes.config_file import load
 from egressd.ruleset import layout
 from egressd.sandbox import limits, queueing, seccomp
 from egressd.sandbox.control import Control

@@ -35,7 +35,7 @@ from egressd.processes.residency import in_force
 from egressd.residency.registry import Registry
 from egressd.ruleset import allocate, plan
 from egressd.ruleset.layout import BLOCKS, SLOTS, Pools
-from egressd.ruleset.wants import Element, WorkspaceWant
+from egressd.ruleset.wants import Element, WorkspaceWant, comment
 
 if TYPE_CHECKING:
     from egressd.processes.controller import Controller
@@ -121,12 +121,12 @@ class Grants:
 
     def by_comment(self, workspace: str) -> dict[str, Grant]:
         """What the kernel calls the names of a workspace -> which they are."""
-        return {plan.comment(grant.host): grant for grant in self.of(workspace).values()}
+        return {comment(grant.host): grant for grant in self.of(workspace).values()}
 
-    def pattern_of(self, workspace: str, comment: str) -> str | None:
+    def pattern_of(self, workspace: str, said: str) -> str | None:
         """The wildcard under which the name with this comment is held. Linear: a name has gone."""
         for grant in self.of(workspace).values():
-            if plan.comment(grant.host) == comment:
+            if comment(grant.host) == said:
                 return grant.wildcard
         return None
 

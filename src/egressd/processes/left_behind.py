@@ -15,7 +15,12 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-__all__ = ["clear", "taken_back"]
+__all__ = ["BOOKS", "COUNTED", "NAMES", "NUMBERS", "OF_A_GATEWAY", "clear", "taken_back"]
+
+# What a controller remembers of a gateway (remembered.py, remembered_names.py), and what goes when its tables
+# begin anew. Named here so that root need not import how it is read.
+BOOKS, NUMBERS, COUNTED, NAMES = "books.json", "numbers.json", "counted.json", "names.jsonl"
+OF_A_GATEWAY = (BOOKS, NUMBERS, COUNTED, NAMES)
 
 
 @contextmanager

@@ -16,8 +16,7 @@ from egressd.model.errors import EgressdError, Refused
 from egressd.model.verdicts import Reason
 from egressd.policy.compiled import Ech, HostRule, Policy, Verify
 from egressd.ruleset.layout import SLOTS, Kind, Mark, Pools
-from egressd.ruleset.plan import comment
-from egressd.ruleset.wants import NatEntry
+from egressd.ruleset.wants import NatEntry, comment
 
 __all__ = ["Addresses", "Admitting", "Key", "Use", "batches", "check_addresses", "names_of", "sites_of"]
 

@@ -19,16 +19,13 @@ import msgspec
 from msgspec import Struct
 
 from egressd.processes import plain_files
+from egressd.processes.left_behind import BOOKS, COUNTED, NUMBERS
 from egressd.ruleset.allocate import Allocation
 from egressd.ruleset.observe import LinkCounts, Tally
 
-__all__ = ["NAMES", "OF_A_GATEWAY", "Account", "Remembered", "Retiring"]
+__all__ = ["Account", "Remembered", "Retiring"]
 
 Retiring = Literal["retired", "dialled", "replies", "opened"]  # fields of Account
-
-_BOOKS, _NUMBERS, _COUNTED = "books.json", "numbers.json", "counted.json"
-NAMES = "names.jsonl"  # see remembered_names.py
-OF_A_GATEWAY = (_BOOKS, _NUMBERS, _COUNTED, NAMES)  # what goes when its tables begin anew
 
 
 class Account(Struct):
@@ -75,8 +72,8 @@ class Remembered:
 
     def load(self) -> None:
         """ValueError for a file that is not ours."""
-        books, numbers = self._directory / _BOOKS, self._directory / _NUMBERS
-        counted = self._directory / _COUNTED
+        books, numbers = self._directory / BOOKS, self._directory / NUMBERS
+        counted = self._directory / COUNTED
         if books.exists():
             found = msgspec.json.decode(books.read_bytes(), type=_Books)
             self.accounts, self.heard, self.settled = found.accounts, set(found.heard), set(found.settled)
@@ -93,13 +90,13 @@ class Remembered:
 
     def save_books(self) -> None:
         books = _Books(accounts=self.accounts, heard=sorted(self.heard), settled=sorted(self.settled))
-        self._write(_BOOKS, books)
+        self._write(BOOKS, books)
 
     def save_numbers(self) -> None:
-        self._write(_NUMBERS, self.allocation)
+        self._write(NUMBERS, self.allocation)
 
     def save_counted(self) -> None:
-        self._write(_COUNTED, self.counted)
+        self._write(COUNTED, self.counted)
 
     def _write(self, name: str, value: object) -> None:
         plain_files.replace(self._directory / name, msgspec.json.encode(value))

@@ -31,7 +31,7 @@ from egressd.model.addresses import objection
 from egressd.policy.compiled import HostRule
 from egressd.processes import plain_files
 from egressd.processes.grants import Grant
-from egressd.processes.remembered import NAMES
+from egressd.processes.left_behind import NAMES
 from egressd.ruleset.layout import SLOTS, Pools
 
 if TYPE_CHECKING:

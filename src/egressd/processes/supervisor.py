@@ -37,7 +37,8 @@ from egressd.ipc.readiness import notify
 from egressd.model.errors import EgressdError, KernelError, PolicyError, ProtocolError
 from egressd.processes import isolation, manager, unrecorded
 from egressd.processes.cards import CARDS, Capability, Card, Namespace
-from egressd.processes.config import Account, Config, load
+from egressd.processes.config import Account, Config
+from egressd.processes.config_file import load
 from egressd.processes.doors import open_doors
 from egressd.processes.ritual import Auditing
 

@@ -88,8 +88,7 @@ from egressd.ruleset.objects import (
     network_text,
     string,
 )
-from egressd.ruleset.plan import comment
-from egressd.ruleset.wants import Element, NatEntry, WorkspaceWant
+from egressd.ruleset.wants import Element, NatEntry, WorkspaceWant, comment
 
 __all__ = [
     "DENIALS", "LATE", "LINK_COUNTERS", "OWNER", "Desired", "LinkWant", "base", "desired", "drop_workspace",

@@ -17,8 +17,7 @@ from egressd.ruleset import build, diff
 from egressd.ruleset.build import owner
 from egressd.ruleset.diff import Operation
 from egressd.ruleset.layout import Kind, Mark, Pools
-from egressd.ruleset.plan import order
-from egressd.ruleset.wants import Element, WorkspaceWant
+from egressd.ruleset.wants import Element, WorkspaceWant, order
 
 __all__ = ["Change", "grant", "withdraw"]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Iterable, Iterator
 from ipaddress import ip_network
 
@@ -12,26 +10,11 @@ import msgspec
 from egressd.policy.compiled import CidrRule, HostRule, LocalRule, Policy, Port, Protocol, Rule, Verify
 from egressd.ruleset.allocate import Allocation
 from egressd.ruleset.layout import RESOLVER4, RESOLVER6, RESOLVER_BLOCK, Kind, Mark, Pools
-from egressd.ruleset.wants import Element, WorkspaceWant
+from egressd.ruleset.wants import Element, WorkspaceWant, comment, order
 
-__all__ = ["comment", "host_elements", "order", "want", "with_elements"]
+__all__ = ["host_elements", "want", "with_elements"]
 
-_COMMENT = re.compile(r"[A-Za-z0-9.*:/()_ -]{1,120}")
-_LONGEST = 120  # the kernel's bound is 128 with the terminating zero (NFTNL_UDATA_COMMENT_MAXLEN)
 _DNS = (Port(53, Protocol.TCP), Port(53, Protocol.UDP))
-
-
-def comment(text: str) -> str:
-    """`text`; or its end behind a digest when it is longer than the 120 bytes a comment may have.
-
-    The end of a host name says whose it is. ValueError for characters that no name or network has.
-    """
-    if len(text) > _LONGEST:
-        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        text = f"({digest}) {text[-(_LONGEST - 19) :]}"
-    if not _COMMENT.fullmatch(text):
-        raise ValueError(f"{text!r} cannot be a comment")
-    return text
 
 
 def want(policy: Policy, allocation: Allocation, pools: Pools) -> WorkspaceWant:
@@ -65,11 +48,6 @@ def with_elements(want: WorkspaceWant, more: Iterable[Element]) -> WorkspaceWant
     """The want with elements of names that wildcards cover."""
     elements = tuple(sorted({*want.elements, *more}, key=order))
     return msgspec.structs.replace(want, elements=elements)
-
-
-def order(element: Element) -> tuple[str, int, str, str]:
-    """By which the elements of a want are sorted."""
-    return element.comment, element.port, element.protocol, element.address
 
 
 def _resolver(index: int) -> Iterator[Element]:

@@ -6,19 +6,26 @@ bounded here; what is not representable cannot be asked for. Decoding (ipc/) enf
 
 from __future__ import annotations
 
+import hashlib
+import re
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
 from egressd.model.identities import WORKSPACE_PATTERN
 
-__all__ = ["AddressText", "Comment", "Element", "NatEntry", "WorkspaceName", "WorkspaceWant"]
+__all__ = [
+    "AddressText", "Comment", "Element", "NatEntry", "WorkspaceName", "WorkspaceWant", "comment", "order",
+]  # fmt: skip
+
 
 WorkspaceName = Annotated[str, Meta(pattern=f"^(?:{WORKSPACE_PATTERN})$", max_length=32)]
 # A host name, network or "(resolver)": what a kernel comment may hold. No quote, no backslash, no control
 # character; the kernel's limit is 128 bytes (NFTNL_UDATA_COMMENT_MAXLEN), so longer names are shortened
-# before they come here (see ruleset.build.comment).
-Comment = Annotated[str, Meta(pattern=r"^[A-Za-z0-9.*:/()_ -]{1,120}$")]
+# before they come here (see `comment`).
+_COMMENT = r"[A-Za-z0-9.*:/()_ -]{1,120}"
+Comment = Annotated[str, Meta(pattern=f"^{_COMMENT}$")]
+_LONGEST = 120
 # An address as text, checked for its alphabet; whoever uses it parses it with `ipaddress`.
 AddressText = Annotated[str, Meta(pattern=r"^[0-9a-f:.]{2,39}$")]
 MarkValue = Annotated[int, Meta(ge=1, le=0xFFFF_FFFF)]
@@ -55,3 +62,21 @@ class NatEntry(Struct, frozen=True, array_like=True):
     synthetic: AddressText
     real: AddressText | None
     comment: Comment
+
+
+def comment(text: str) -> str:
+    """`text`; or its end behind a digest when it is longer than the 120 bytes a comment may have.
+
+    The end of a host name says whose it is. ValueError for characters that no name or network has.
+    """
+    if len(text) > _LONGEST:
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        text = f"({digest}) {text[-(_LONGEST - 19) :]}"
+    if not re.fullmatch(_COMMENT, text):
+        raise ValueError(f"{text!r} cannot be a comment")
+    return text
+
+
+def order(element: Element) -> tuple[str, int, str, str]:
+    """By which the elements of a want are sorted."""
+    return element.comment, element.port, element.protocol, element.address
