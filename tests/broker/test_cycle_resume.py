@@ -119,7 +119,7 @@ def test_the_end_is_on_record_once_and_of_its_sandbox(world: World, egressd: Ret
     assert (end.status, end.why, end.counters) == (4, "", COUNTERS)
     assert events(world, job) == [*DECIDED, "request-ended"]
     assert of_one_sandbox(world, job)
-    assert [word["status"] for word in egressd.written("ended")][-1:] == [4]
+    assert eventually(lambda: [word["status"] for word in egressd.written("ended")][-1:] == [4])
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

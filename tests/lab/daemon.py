@@ -119,7 +119,7 @@ class Daemon:
     @property
     def argv(self) -> list[str]:
         """As its unit would run it: before those it guards, when processors are short."""
-        first = [] if self.lab.single_user else ["nice", "-n", "-10"]
+        first = [] if self.lab.single_user else ["/usr/bin/nice", "-n", "-10"]
         return [*first, str(VENV / "bin" / "egressd"), "--config", self.config_file]
 
     def leave(self) -> None:
