@@ -4,7 +4,6 @@ on, also while the process that sees to it is away."""
 from __future__ import annotations
 
 import signal
-import sys
 from typing import Any
 
 import pytest
@@ -75,7 +74,8 @@ def test_what_ended_without_anybody_listening_is_forgotten_later(daemon: Any) ->
     poll(lambda: known(daemon, "4") == 0, timeout=15, what="another custodian has dealt with it")
 
 
-def test_mend_forgets_what_nobody_was_told_of(daemon: Any) -> None:
+@pytest.mark.parametrize("who", ["--mend", "the next start"])
+def test_who_looks_forgets_what_nobody_was_told_of(daemon: Any, who: str) -> None:
     """A gateway that tells nobody: what ends meanwhile stays in the host's table until somebody looks."""
     with Resident(daemon) as neighbour:
         holds(neighbour, "4")
@@ -91,9 +91,13 @@ def test_mend_forgets_what_nobody_was_told_of(daemon: Any) -> None:
         vanish(daemon, leaves)
         poll(lambda: known(daemon, "4", daemon.gateway) == 1, what="the gateway has forgotten it")
         assert known(daemon, "4") == 4
-        mend = f"{sys.executable} -I -m egressd.processes.supervisor --config {daemon.config_file} --mend"
-        daemon.lab.run(["/bin/sh", "-c", mend]).check()
-        assert known(daemon, "4") == 1
+        if who == "--mend":
+            daemon.lab.run([*daemon.argv, who]).check()
+        else:
+            daemon.kill()
+            daemon.start()  # which does not wait for it
+        poll(lambda: known(daemon, "4") == 1, timeout=FORGETS, what="only the neighbour's is left")
+        poll(lambda: "foundation" not in daemon.pids(), timeout=FORGETS, what="who forgot them has ended")
         assert [one.result for one in neighbour.tries(("release", 1))] == ["ok"]
 
 

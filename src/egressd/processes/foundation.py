@@ -120,7 +120,6 @@ def setup(
         with namespaces.inside(namespace):
             kept = _fitting(held or {})
             opened = kept | (sockets.open_all(but=kept) if open_sockets else {})
-        done += _forget_orphans(namespace)
     except BaseException:
         os.close(namespace)
         raise
@@ -157,7 +156,7 @@ def mend(config: FoundationConfig) -> list[str]:
 
 def _forget_orphans(namespace: int) -> list[str]:
     """What the custodian was not told of, since there was none, or too much to tell. They hurt nobody at
-    once: not worth a start."""
+    once: not worth a failure."""
     with namespaces.inside(namespace):
         inner = Netlink(netlink.NETFILTER)
     outer = Netlink(netlink.NETFILTER)
@@ -464,6 +463,8 @@ def main(arguments: list[str] | None = None) -> int:
             done = result.done
             if options.fd is not None:
                 _hand_over(options.fd, result)
+                os.nice(19)  # nobody waits for the rest, and two tables may have 262,144 entries each
+                done += _forget_orphans(result.namespace)
             result.close()
     except (EgressdError, OSError) as error:
         log.error("%s", error)  # noqa: TRY400

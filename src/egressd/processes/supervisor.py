@@ -122,7 +122,7 @@ class Supervisor:
         self,
         config: Config,
         sockets: dict[str, socket.socket],
-        gateway: int,
+        laid: Foundation,
         *,
         credential: bytes | None = None,
     ) -> None:
@@ -138,7 +138,7 @@ class Supervisor:
         # what happened while nobody kept the journal
         self._unrecorded = deque(unrecorded.kept(Path(config.state_dir)))
         self._waiting: dict[tuple[str, str], socket.socket] = {}  # (process, role) -> its end
-        self._gateway = _thread_in(gateway)
+        self._gateway, self._tidying = _thread_in(laid.gateway), laid.process
         self._here = concurrent.futures.ThreadPoolExecutor(1)
 
     # ---- rights
@@ -190,6 +190,7 @@ class Supervisor:
 
     def _look_after(self) -> None:
         now = time.monotonic()
+        self._tidying.poll()  # or it would stay as a zombie
         for child in self.children.values():
             if child.process is None and not self.stopping and child.started and now >= child.start_at:
                 self.start(child)
@@ -465,11 +466,20 @@ def _ending(status: int) -> str:
 # ---- start, while still root
 
 
-def lay_foundation(
-    config: Config, kept: Mapping[str, int], *, debug: bool = False
-) -> tuple[dict[str, socket.socket], int, set[str]]:
-    """Run the one-shot; returns the gateway's sockets by name, its namespace descriptor, and which of the
-    sockets are those that were `kept` (descriptors, which are closed here)."""
+@dataclass(frozen=True, slots=True)
+class Foundation:
+    """`gateway`: a descriptor of its namespace. `sockets` live there, some of them the same as `before`.
+    `process` laid it, and is still tidying up."""
+
+    gateway: int
+    sockets: dict[str, socket.socket]
+    before: frozenset[str]
+    process: subprocess.Popen[bytes]
+
+
+def lay_foundation(config: Config, kept: Mapping[str, int], *, debug: bool = False) -> Foundation:
+    """Run the one-shot. `kept`: descriptors of sockets from before, which are closed here. KernelError if it
+    fails."""
     mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     command = [sys.executable, "-I", "-m", "egressd.processes.foundation"]
     command += ["--config-json", config.encode(), "--fd", f"reply={its.fileno()}"]
@@ -490,19 +500,19 @@ def lay_foundation(
         os.close(number)
     with mine:
         data, descriptors, _, _ = socket.recv_fds(mine, 1 << 16, 64)
-    status = process.wait()
-    if status != 0 or not data:
-        raise KernelError(f"the foundation could not be laid ({_ending(status)}); the reason stands above")
+    if not data:
+        ending = _ending(process.wait())
+        raise KernelError(f"the foundation could not be laid ({ending}); the reason stands above")
     reply = json.loads(data)
     found = dict(zip(reply["names"], descriptors, strict=True))
     gateway = found.pop("gateway")
-    same = set(reply["kept"])
-    return {name: socket.socket(fileno=number) for name, number in found.items()}, gateway, same
+    made = {name: socket.socket(fileno=number) for name, number in found.items()}
+    return Foundation(gateway, made, frozenset(reply["kept"]), process)
 
 
-def open_sockets(config: Config, *, debug: bool = False) -> tuple[dict[str, socket.socket], int]:
-    """Everything that lives as long as the supervisor, by role, and the gateway. What systemd kept is taken
-    back; what is new, it is asked to keep."""
+def open_sockets(config: Config, *, debug: bool = False) -> tuple[dict[str, socket.socket], Foundation]:
+    """Everything that lives as long as the supervisor, by role. What systemd kept is taken back; what is new,
+    it is asked to keep."""
     kept = readiness.kept()
     try:
         return _taken_back(config, kept, debug=debug)
@@ -517,24 +527,24 @@ def open_sockets(config: Config, *, debug: bool = False) -> tuple[dict[str, sock
 
 def _taken_back(
     config: Config, kept: Mapping[str, int], *, debug: bool
-) -> tuple[dict[str, socket.socket], int]:
+) -> tuple[dict[str, socket.socket], Foundation]:
     inside = {name: number for name, number in kept.items() if name in _GATEWAYS}
     outside = {name: number for name, number in kept.items() if name not in inside}
     try:
-        held, gateway, same = lay_foundation(config, inside, debug=debug)
+        laid = lay_foundation(config, inside, debug=debug)
     except KernelError:
         for number in outside.values():
             os.close(number)
         raise
     doors, still = open_doors(config, outside)
-    same |= still
+    same = laid.before | still
     if same:
         log.info("systemd kept %d sockets: %s", len(same), ", ".join(sorted(same)))
     readiness.drop(sorted(kept.keys() - same))
-    for name, sock in (held | doors).items():
+    for name, sock in (laid.sockets | doors).items():
         if name not in same:
             readiness.keep(name, sock.fileno())
-    return held | doors, gateway
+    return laid.sockets | doors, laid
 
 
 def prepare_state(config: Config) -> None:
@@ -601,9 +611,9 @@ def alone(config: Config) -> Iterator[None]:
 
 def serve(config: Config, *, debug: bool = False) -> int:
     _check_accounts(config)
-    held, gateway = open_sockets(config, debug=debug)
+    held, laid = open_sockets(config, debug=debug)
     prepare_state(config)
-    supervisor = Supervisor(config, held, gateway, credential=read_credential())
+    supervisor = Supervisor(config, held, laid, credential=read_credential())
     notify("STATUS=starting")
     supervisor.give_up_rights()
     supervisor.run()
