@@ -463,7 +463,8 @@ def main(arguments: list[str] | None = None) -> int:
             done = result.done
             if options.fd is not None:
                 _hand_over(options.fd, result)
-                os.nice(19)  # nobody waits for the rest, and two tables may have 262,144 entries each
+                with suppress(OSError):
+                    os.nice(19)  # nobody waits for the rest, and two tables may have 262,144 entries each
                 done += _forget_orphans(result.namespace)
             result.close()
     except (EgressdError, OSError) as error:

@@ -177,6 +177,7 @@ class Supervisor:
             self._forgive(time.monotonic())
             self._look_after()
             self._tell_unrecorded()
+            self._tidying.poll()  # or it would stay as a zombie
 
     def _tell_unrecorded(self) -> None:
         """As many as the auditor has room for."""
@@ -190,7 +191,6 @@ class Supervisor:
 
     def _look_after(self) -> None:
         now = time.monotonic()
-        self._tidying.poll()  # or it would stay as a zombie
         for child in self.children.values():
             if child.process is None and not self.stopping and child.started and now >= child.start_at:
                 self.start(child)
