@@ -11,6 +11,7 @@ The library resolves no names and reads no files for what we send; `set_numeric_
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -47,7 +48,9 @@ class Nft:
         self._session.set_numeric_prio_output(True)
 
     def __del__(self) -> None:
-        self._dumps.close()  # as Nftables closes its session
+        """As Nftables closes its session."""
+        with contextlib.suppress(AttributeError):  # it could not be made
+            self._dumps.close()
 
     def run(self, commands: Sequence[str]) -> None:
         """One atomic batch; an empty one does nothing.
