@@ -32,6 +32,7 @@ from egressd.policy.compiled import Policy
 from egressd.processes.residency import tables_of
 from egressd.ruleset import build
 from egressd.ruleset.layout import TABLE, Pools
+from egressd.ruleset.objects import FAMILIES
 
 if TYPE_CHECKING:
     from egressd.processes.controller import Controller
@@ -91,7 +92,7 @@ class Own:
 
 
 def _families(family: str) -> tuple[str, ...]:
-    return (family,) if family else ("netdev", "inet")
+    return (family,) if family else FAMILIES
 
 
 def _is_of_a_link(rest: str, *, family: str, sort: str) -> bool:
